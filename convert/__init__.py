@@ -1,0 +1,1 @@
+"""Checkpoint conversion: Hugging Face weights to MLX's layout."""

@@ -1,0 +1,1 @@
+"""Custom Metal kernels, one ``.metal`` file per operation family."""

@@ -1,0 +1,278 @@
+"""The model's configuration: one frozen dataclass from either config dialect.
+
+The hub's files (``rope_theta``, ``partial_rotary_factor``, ``full_attention_interval``) and
+transformers 5's (``rope_parameters``, ``layer_types``) describe the same model; :class:`Config`
+is what both mean. Everything that cannot be run is refused here, by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MODEL_TYPE = "qwen3_next"
+
+# Keys without which no Qwen3-Next can be built; the rest have the family's defaults.
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "rms_norm_eps",
+)
+_MOE_REQUIRED = (
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a Qwen3-Next checkpoint's ``config.json`` says, validated.
+
+    Names are the checkpoint's. ``layer_types`` holds ``"linear_attention"`` or
+    ``"full_attention"`` per layer; ``quantization`` is mlx-lm's mapping (``group_size``, ``bits``,
+    ``mode`` and per-path entries) or None for an unquantized checkpoint.
+
+    Raises:
+        ValueError: a value is missing, of the wrong kind, or impossible; the message names it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    rms_norm_eps: float
+    layer_types: tuple[str, ...]
+    rope_theta: float
+    partial_rotary_factor: float
+    max_position_embeddings: int
+    intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    decoder_sparse_step: int
+    mlp_only_layers: tuple[int, ...]
+    norm_topk_prob: bool
+    tie_word_embeddings: bool
+    quantization: Mapping[str, Any] | None = None
+    model_type: str = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Config:
+        """Reads either dialect. Unknown keys are ignored, as in transformers."""
+        model_type = raw.get("model_type")
+        if model_type != MODEL_TYPE:
+            raise ValueError(
+                f"model_type is {model_type!r}; this package runs {MODEL_TYPE!r} only. "
+                "Use mlx_lm for other models."
+            )
+        num_experts = _integer(raw, "num_experts", default=0, least=0)
+        required = _REQUIRED + (_MOE_REQUIRED if num_experts else ())
+        if missing := [key for key in required if raw.get(key) is None]:
+            raise ValueError(f"the config lacks {', '.join(missing)}")
+        if raw.get("attention_bias"):
+            raise ValueError("attention_bias is true; no Qwen3-Next checkpoint has biases")
+        if (act := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
+            raise ValueError(f"hidden_act is {act!r}; Qwen3-Next uses 'silu'")
+
+        layers = _integer(raw, "num_hidden_layers")
+        theta, rotary = _rope(raw)
+        counts: dict[str, Any] = {
+            **{key: _integer(raw, key) for key in _REQUIRED if key != "rms_norm_eps"},
+            **{key: _integer(raw, key, default=0, least=0) for key in _MOE_REQUIRED},
+        }
+        return cls(
+            **counts,
+            rms_norm_eps=_number(raw, "rms_norm_eps"),
+            layer_types=_layer_types(raw, layers),
+            rope_theta=theta,
+            partial_rotary_factor=rotary,
+            max_position_embeddings=_integer(raw, "max_position_embeddings", default=32768),
+            intermediate_size=_integer(raw, "intermediate_size", default=0, least=0),
+            num_experts=num_experts,
+            decoder_sparse_step=_integer(raw, "decoder_sparse_step", default=1),
+            mlp_only_layers=_layer_list(raw, "mlp_only_layers", layers),
+            norm_topk_prob=_flag(raw, "norm_topk_prob", default=True),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings", default=False),
+            quantization=_quantization(raw),
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Config:
+        """Reads ``config.json``. Errors name the file."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path} holds {type(raw).__name__}, not a JSON object")
+        try:
+            return cls.from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def __post_init__(self) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(
+                f"num_attention_heads ({heads}) is not divisible by "
+                f"num_key_value_heads ({kv_heads})"
+            )
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise ValueError(
+                f"linear_num_value_heads ({self.linear_num_value_heads}) is not divisible by "
+                f"linear_num_key_heads ({self.linear_num_key_heads})"
+            )
+        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dims % 2 or not self.rotary_dims:
+            raise ValueError(
+                f"partial_rotary_factor ({self.partial_rotary_factor}) of head_dim "
+                f"({self.head_dim}) is {self.head_dim * self.partial_rotary_factor} dims; "
+                "it must be a positive even number, at most head_dim"
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds "
+                f"num_experts ({self.num_experts})"
+            )
+        dense = [i for i in range(self.num_hidden_layers) if not self.is_sparse(i)]
+        if dense and not self.intermediate_size:
+            raise ValueError(f"layer {dense[0]} is dense, but the config lacks intermediate_size")
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether the layer mixes tokens by Gated DeltaNet (else by gated attention)."""
+        return self.layer_types[layer] == "linear_attention"
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the layer's MLP is a mixture of experts (else dense)."""
+        return (
+            layer not in self.mlp_only_layers
+            and self.num_experts > 0
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
+
+    @property
+    def rotary_dims(self) -> int:
+        """How many of a head's dimensions RoPE turns."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def linear_key_dim(self) -> int:
+        """Hk * Dk."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def linear_value_dim(self) -> int:
+        """Hv * Dv."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def linear_conv_dim(self) -> int:
+        """Channels of the causal convolution over [Q | K | V]."""
+        return 2 * self.linear_key_dim + self.linear_value_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a plain dict that :meth:`from_dict` reads back."""
+        raw = {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in raw.items()}
+
+
+def _rope(raw: Mapping[str, Any]) -> tuple[float, float]:
+    """(theta, rotary factor) of either dialect; only the default rope type exists."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters is {rope!r}, not an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rope_type is {kind!r}; Qwen3-Next checkpoints use 'default'")
+    merged = {**raw, **{key: value for key, value in rope.items() if value is not None}}
+    if merged.get("rope_theta") is None:
+        raise ValueError("the config lacks rope_theta")
+    return _number(merged, "rope_theta"), _number(merged, "partial_rotary_factor", default=0.25)
+
+
+def _layer_types(raw: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    types = raw.get("layer_types")
+    if types is None:
+        interval = _integer(raw, "full_attention_interval", default=4)
+        return tuple(
+            "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
+        )
+    if not isinstance(types, (list, tuple)) or len(types) != layers:
+        raise ValueError(f"layer_types must be a list of {layers} names, got {types!r}")
+    if unknown := sorted(set(map(str, types)) - {"linear_attention", "full_attention"}):
+        raise ValueError(f"layer_types has unknown {unknown}")
+    return tuple(types)
+
+
+def _layer_list(raw: Mapping[str, Any], key: str, layers: int) -> tuple[int, ...]:
+    value = raw.get(key) or []
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(i, int) and 0 <= i < layers for i in value
+    ):
+        raise ValueError(f"{key} must list layer indices below {layers}, got {value!r}")
+    return tuple(value)
+
+
+def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    value = raw.get("quantization")
+    if value is None:
+        if raw.get("quantization_config"):
+            method = raw["quantization_config"].get("quant_method")
+            raise ValueError(
+                f"quantization_config.quant_method is {method!r}, which is not loaded directly; "
+                "convert the checkpoint to MLX's format first"
+            )
+        return None
+    if not isinstance(value, Mapping) or not {"group_size", "bits"} <= set(value):
+        raise ValueError(f"quantization must give group_size and bits, got {value!r}")
+    return value
+
+
+def _integer(
+    raw: Mapping[str, Any], key: str, *, default: int | None = None, least: int = 1
+) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{key} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{key} must be at least {least}, got {value}")
+    return value
+
+
+def _number(raw: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{key} must be a number, got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{key} must be positive and finite, got {value}")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    value = raw.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    return value

@@ -1,0 +1,83 @@
+"""What a model needs in memory and what this machine can hold."""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from .config import Config
+
+GB = 1e9
+
+
+def cache_bytes(config: Config, context: int, *, mtp: bool, itemsize: int) -> int:
+    """Bytes of one sequence's cache at ``context`` tokens: states, conv rows and keys/values.
+
+    Args:
+        mtp: whether the MTP head's own keys and values count too.
+        itemsize: bytes per element of the model's dtype; states are float32.
+    """
+    linear = config.layer_types.count("linear_attention")
+    attention = len(config.layer_types) - linear + mtp
+    state = config.linear_value_dim * config.linear_key_head_dim * 4
+    rows = (config.linear_conv_kernel_dim - 1) * config.linear_conv_dim * itemsize
+    kv = 2 * config.num_key_value_heads * config.head_dim * itemsize
+    return linear * (state + rows) + attention * context * kv
+
+
+def check(weights: int, cache: int, context: int) -> None:
+    """Compares the resident size with the machine's memory.
+
+    Args:
+        weights: bytes of the weights as they will be held.
+        cache: bytes of the cache at ``context`` tokens.
+
+    Raises:
+        ValueError: the machine cannot hold it; the message says what would help.
+    """
+    need = weights + cache
+    total, comfortable = _capacity()
+    sizes = (
+        f"the model needs {need / GB:.1f} GB (weights {weights / GB:.1f}, "
+        f"cache at {context} tokens {cache / GB:.1f})"
+    )
+    if need > total:
+        raise ValueError(
+            f"{sizes}, but this machine has {total / GB:.1f} GB for it. "
+            "Use a smaller quantization (--q-bits of the converter) or a shorter context."
+        )
+    if need > comfortable:
+        megabytes = int(need * 1.1 / 2**20)
+        warnings.warn(
+            f"{sizes}, more than the {comfortable / GB:.1f} GB macOS lets the GPU keep resident, "
+            "so it may be slow or fail. To raise the limit: "
+            f"sudo sysctl iogpu.wired_limit_mb={megabytes}",
+            stacklevel=3,
+        )
+
+
+def _capacity() -> tuple[float, float]:
+    """(what can be held at all, what can be held well) in bytes."""
+    info: Mapping[str, str | int] = mx.device_info()
+    if platform.system() == "Darwin":
+        total = float(info.get("memory_size", os.sysconf("SC_PAGE_SIZE") * _pages()))
+        return total, float(info.get("max_recommended_working_set_size", total))
+    if mx.default_device() == mx.gpu and "total_memory" in info:
+        total = float(info["total_memory"])
+        return total, total
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        total = float(fields["MemAvailable"].split()[0]) * 1024
+    else:
+        total = float(os.sysconf("SC_PAGE_SIZE") * _pages())
+    return total, total
+
+
+def _pages() -> int:
+    return os.sysconf("SC_PHYS_PAGES")

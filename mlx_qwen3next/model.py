@@ -1,0 +1,325 @@
+"""Qwen3-Next's hybrid stack: three Gated DeltaNet layers, one gated attention layer, and so on.
+
+Glossary (code / config.json)::
+
+    B, L      batch, tokens of this call
+    H         hidden_size
+    nh, nkv   num_attention_heads, num_key_value_heads; hd = head_dim
+    Hk, Hv    linear_num_key_heads, linear_num_value_heads; r = Hv / Hk
+    Dk, Dv    linear_key_head_dim, linear_value_head_dim
+    K, C      linear_conv_kernel_dim; C = 2 Hk Dk + Hv Dv channels of the convolution
+    E, top_k  num_experts, num_experts_per_tok; I = moe_intermediate_size
+    g         log decay of the state, gamma = exp(g);  beta  write strength;  z  output gate
+
+Modules and parameters have the checkpoint's names, in mlx-lm's converted layout (experts stacked
+in ``switch_mlp``, convolution weights ``[C, K, 1]``, norm weights with their ``+ 1``), so that
+mlx-lm's tools work on the model. Norm weights, ``A_log`` and ``dt_bias`` are float32.
+
+Sources: transformers' ``modeling_qwen3_next.py``; Yang et al. 2024, "Gated Delta Networks"; Qiu et
+al. 2025, "Gated Attention for Large Language Models".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
+from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from . import checkpoint, ops
+from .cache import GatedDeltaCache, Tape
+from .config import MODEL_TYPE, Config
+
+Cache = list[Any]
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm; ``weight`` is the effective one, the checkpoint's zero-centred w plus 1."""
+
+    def __init__(self, dims: int, eps: float):
+        super().__init__()
+        self.weight = mx.ones((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class RMSNormGated(nn.Module):
+    """``weight norm(x) silu(z)`` over one value head; the checkpoint's weight has no ``+ 1``."""
+
+    def __init__(self, dims: int, eps: float):
+        super().__init__()
+        self.weight = mx.ones((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array, z: mx.array) -> mx.array:
+        return ops.gated_rms_norm(x, z, self.weight, self.eps)
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention by the gated delta rule: a fixed-size state instead of a growing cache."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        H, eps = config.hidden_size, config.rms_norm_eps
+        self.Hk, self.Dk = config.linear_num_key_heads, config.linear_key_head_dim
+        self.Hv, self.Dv = config.linear_num_value_heads, config.linear_value_head_dim
+        self.K, C = config.linear_conv_kernel_dim, config.linear_conv_dim
+        key_dim, value_dim = config.linear_key_dim, config.linear_value_dim
+        self.in_proj_qkvz = nn.Linear(H, 2 * key_dim + 2 * value_dim, bias=False)
+        self.in_proj_ba = nn.Linear(H, 2 * self.Hv, bias=False)
+        # Holds the weight [C, K, 1]; ops.causal_conv applies it.
+        self.conv1d = nn.Conv1d(C, C, self.K, groups=C, bias=False)
+        self.A_log = mx.log(mx.random.uniform(0.01, 16, (self.Hv,)))
+        self.dt_bias = mx.ones((self.Hv,))
+        self.norm = RMSNormGated(self.Dv, eps)
+        self.out_proj = nn.Linear(value_dim, H, bias=False)
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """``[q|k|v]`` ``[B, L, C]``, z ``[B, L, Hv, Dv]``, b and a ``[B, L, Hv]``.
+
+        The projections' rows are grouped per key head: q Dk, k Dk, v r Dv, z r Dv; b r, a r.
+        """
+        B, L, _ = x.shape
+        Hk, Dk, Hv, Dv = self.Hk, self.Dk, self.Hv, self.Dv
+        r = Hv // Hk
+        qkvz = self.in_proj_qkvz(x).reshape(B, L, Hk, 2 * Dk + 2 * r * Dv)
+        q, k, v, z = mx.split(qkvz, [Dk, 2 * Dk, 2 * Dk + r * Dv], axis=-1)
+        b, a = mx.split(self.in_proj_ba(x).reshape(B, L, Hk, 2 * r), 2, axis=-1)
+        qkv = mx.concatenate([y.reshape(B, L, -1) for y in (q, k, v)], axis=-1)
+        return qkv, z.reshape(B, L, Hv, Dv), b.reshape(B, L, Hv), a.reshape(B, L, Hv)
+
+    def __call__(
+        self, x: mx.array, mask: mx.array | None = None, cache: GatedDeltaCache | None = None
+    ) -> mx.array:
+        """``x`` ``[B, L, H]``; ``mask`` ``[B, L]``, False at padding, which changes nothing."""
+        B, L, _ = x.shape
+        Hk, Dk, Hv, Dv = self.Hk, self.Dk, self.Hv, self.Dv
+        qkv, z, b, a = self.project(x)
+        beta = mx.sigmoid(b.astype(mx.float32))
+        g = ops.decay(a, self.A_log, self.dt_bias)
+        if mask is not None:
+            qkv = mx.where(mask[..., None], qkv, 0)
+            beta = mx.where(mask[..., None], beta, 0)
+            g = mx.where(mask[..., None], g, 0)
+
+        before, state = (None, None) if cache is None else cache.read()
+        if before is None:
+            before = mx.zeros((B, self.K - 1, qkv.shape[-1]), qkv.dtype)
+        if state is None:
+            state = mx.zeros((B, Hv, Dv, Dk))
+        rows = mx.concatenate([before, qkv], axis=1)  # [B, K-1 + L, C]
+        q, k, v = mx.split(
+            ops.causal_conv(rows, self.conv1d.weight), [Hk * Dk, 2 * Hk * Dk], axis=-1
+        )
+        q = ops.l2norm(q.reshape(B, L, Hk, Dk), scale=Dk**-0.5)
+        k = ops.l2norm(k.reshape(B, L, Hk, Dk))
+        v = v.reshape(B, L, Hv, Dv)
+
+        if cache is not None and cache.recording:
+            o, _, delta = ops.gated_delta_steps(q, k, v, g, beta, state)
+            cache.record(Tape(rows, g, k, delta))
+        else:
+            o, state = ops.gated_delta(q, k, v, g, beta, state)
+            if cache is not None:
+                cache.store(self._last_rows(rows, cache.lengths), state, L)
+        return self.out_proj(self.norm(o, z).reshape(B, L, Hv * Dv))
+
+    def _last_rows(self, rows: mx.array, lengths: mx.array | None) -> mx.array:
+        """The K-1 rows before each sequence's next token; ``lengths`` if padded on the right."""
+        if lengths is None:
+            return mx.contiguous(rows[:, -(self.K - 1) :])
+        ends = mx.clip(lengths, 0, rows.shape[1] - (self.K - 1))
+        at = ends[:, None] + mx.arange(self.K - 1)
+        return mx.take_along_axis(rows, at[..., None], axis=1)
+
+
+class GatedAttention(nn.Module):
+    """Grouped-query attention with q/k norms, partial RoPE and a sigmoid gate on its output."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        H, eps = config.hidden_size, config.rms_norm_eps
+        self.nh, self.nkv = config.num_attention_heads, config.num_key_value_heads
+        self.hd = config.head_dim
+        self.q_proj = nn.Linear(H, 2 * self.nh * self.hd, bias=False)
+        self.k_proj = nn.Linear(H, self.nkv * self.hd, bias=False)
+        self.v_proj = nn.Linear(H, self.nkv * self.hd, bias=False)
+        self.o_proj = nn.Linear(self.nh * self.hd, H, bias=False)
+        self.q_norm = RMSNorm(self.hd, eps)
+        self.k_norm = RMSNorm(self.hd, eps)
+        self.rope = nn.RoPE(config.rotary_dims, traditional=False, base=config.rope_theta)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
+        """``x`` ``[B, L, H]``; the mask is mlx-lm's (None, "causal" or an array)."""
+        B, L, _ = x.shape
+        nh, nkv, hd = self.nh, self.nkv, self.hd
+        q, gate = mx.split(self.q_proj(x).reshape(B, L, nh, 2 * hd), 2, axis=-1)
+        k = self.k_proj(x).reshape(B, L, nkv, hd)
+        v = self.v_proj(x).reshape(B, L, nkv, hd).transpose(0, 2, 1, 3)
+        q = self.q_norm(q).transpose(0, 2, 1, 3)  # [B, nh, L, hd]
+        k = self.k_norm(k).transpose(0, 2, 1, 3)  # [B, nkv, L, hd]
+        offset = 0 if cache is None else cache.offset
+        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        o = scaled_dot_product_attention(q, k, v, cache=cache, scale=hd**-0.5, mask=mask)
+        o = o.transpose(0, 2, 1, 3).reshape(B, L, nh * hd)
+        return self.o_proj(o * mx.sigmoid(gate.reshape(B, L, nh * hd)))
+
+
+class MLP(nn.Module):
+    """SwiGLU: ``down(silu(gate x) up x)``."""
+
+    def __init__(self, dims: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dims, width, bias=False)
+        self.up_proj = nn.Linear(dims, width, bias=False)
+        self.down_proj = nn.Linear(width, dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SparseMoE(nn.Module):
+    """The top k of E experts by a softmax router, plus one shared expert behind a sigmoid gate."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        H, E, I = config.hidden_size, config.num_experts, config.moe_intermediate_size
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = nn.Linear(H, E, bias=False)
+        self.switch_mlp = SwitchGLU(H, I, E)
+        self.shared_expert = MLP(H, config.shared_expert_intermediate_size)
+        self.shared_expert_gate = nn.Linear(H, 1, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        experts, weights = ops.route(self.gate(x), self.top_k, self.norm_topk_prob)
+        y = self.switch_mlp(x, experts)  # [B, L, top_k, H]
+        y = (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
+        return y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+
+
+class DecoderLayer(nn.Module):
+    """A token mixer (linear or full attention), then an MLP (sparse or dense), each residual."""
+
+    def __init__(self, config: Config, *, linear: bool, sparse: bool):
+        super().__init__()
+        H, eps = config.hidden_size, config.rms_norm_eps
+        self.is_linear = linear
+        if linear:
+            self.linear_attn = GatedDeltaNet(config)
+        else:
+            self.self_attn = GatedAttention(config)
+        self.mlp = SparseMoE(config) if sparse else MLP(H, config.intermediate_size)
+        self.input_layernorm = RMSNorm(H, eps)
+        self.post_attention_layernorm = RMSNorm(H, eps)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
+        mixer = self.linear_attn if self.is_linear else self.self_attn
+        x = x + mixer(self.input_layernorm(x), mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Embedding, the decoder layers and the final norm: tokens to hidden states."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [
+            DecoderLayer(config, linear=config.is_linear(i), sparse=config.is_sparse(i))
+            for i in range(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
+        """Tokens ``[B, L]`` to hidden states ``[B, L, H]`` after the final norm."""
+        x = self.embed_tokens(tokens)
+        caches = [None] * len(self.layers) if cache is None else cache
+        # All layers of a kind share one mask.
+        linear_mask = attention_mask = None
+        for layer, c in zip(self.layers, caches, strict=True):
+            if c is not None and layer.is_linear:
+                linear_mask = c.make_mask(tokens.shape[1])
+                break
+        for layer, c in zip(self.layers, caches, strict=True):
+            if not layer.is_linear:
+                attention_mask = create_attention_mask(x, c)
+                break
+        for layer, c in zip(self.layers, caches, strict=True):
+            x = layer(x, linear_mask if layer.is_linear else attention_mask, c)
+        return self.norm(x)
+
+
+class Model(nn.Module):
+    """A Qwen3-Next causal language model, fit for mlx-lm's tools.
+
+    ``mtp`` is the multi-token-prediction head (:class:`mlx_qwen3next.mtp.MTPHead`) or None.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.args = config
+        self.model_type = MODEL_TYPE
+        self.mtp: Any = None
+        self.model = Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
+        """Tokens ``[B, L]`` int to logits ``[B, L, vocab]``; the cache advances by L."""
+        return self.logits(self.model(tokens, cache))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states ``[..., H]`` (after the final norm) to logits ``[..., vocab]``."""
+        if self.args.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    def make_cache(self, left_padding: list[int] | None = None) -> Cache:
+        """An empty cache, one entry a layer.
+
+        Args:
+            left_padding: for a batch of prompts padded on the left, how many pad tokens each has.
+        """
+        if left_padding is None:
+            return [GatedDeltaCache() if layer.is_linear else KVCache() for layer in self.layers]
+        return [
+            GatedDeltaCache(left_padding=left_padding)
+            if layer.is_linear
+            else BatchKVCache(left_padding)
+            for layer in self.layers
+        ]
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The decoder layers, for mlx-lm's tools."""
+        return self.model.layers
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """A checkpoint's tensors, of any known layout, under this module's parameter names."""
+        return checkpoint.sanitize(weights, self.parameter_shapes(), self.args)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Path -> shape of every parameter, quantized ones in their packed form."""
+        leaves: Any = tree_flatten(self.parameters())
+        return {path: tuple(leaf.shape) for path, leaf in leaves}
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, int]]:
+        """mlx-lm's rule: routers and shared-expert gates keep 8 bits, whatever the rest has."""
+        return lambda path, module: (
+            {"group_size": 64, "bits": 8} if checkpoint.is_router(path) else True
+        )
+
+    @property
+    def cast_predicate(self) -> Callable[[str], bool]:
+        """Which parameters follow the model's dtype; the others stay float32."""
+        return lambda path: not checkpoint.is_float32(path)

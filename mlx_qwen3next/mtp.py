@@ -1,0 +1,68 @@
+"""Qwen3-Next's multi-token-prediction head: from a verified hidden state, the token after next.
+
+With h_i the trunk's hidden state after its final norm and t_{i+1} the next token::
+
+    x_i = fc([norm_e(embed(t_{i+1})) | norm_h(h_i)])     embedding first
+    u_i = decoder layer (attention, sparse)(x_i), position i, its own KV cache
+    m_i = norm(u_i)                                      logits(m_i) predict t_{i+2}
+
+Deeper drafts feed m_i as the next h, the draft as the next token, at position i + 1. Embedding
+and lm_head are the trunk's. Follows vLLM's and SGLang's ``qwen3_next_mtp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
+
+from .config import Config
+from .model import Cache, DecoderLayer, Model, RMSNorm
+
+
+class MTPHead(nn.Module):
+    """The head; parameters are the checkpoint's ``mtp.*``."""
+
+    def __init__(self, config: Config, embed: Callable[[mx.array], mx.array]):
+        super().__init__()
+        H, eps = config.hidden_size, config.rms_norm_eps
+        self.pre_fc_norm_embedding = RMSNorm(H, eps)
+        self.pre_fc_norm_hidden = RMSNorm(H, eps)
+        self.fc = nn.Linear(2 * H, H, bias=False)
+        self.layers = [DecoderLayer(config, linear=False, sparse=config.is_sparse(0))]
+        self.norm = RMSNorm(H, eps)
+        self.embed = embed
+
+    def __call__(
+        self, hidden: mx.array, next_tokens: mx.array, cache: Cache | None = None
+    ) -> mx.array:
+        """Hidden states h_i ``[B, L, H]`` and tokens t_{i+1} ``[B, L]`` to m_i ``[B, L, H]``.
+
+        The cache (:meth:`make_cache`) holds the head's keys and values for positions before i.
+        """
+        x = mx.concatenate(
+            [
+                self.pre_fc_norm_embedding(self.embed(next_tokens)),
+                self.pre_fc_norm_hidden(hidden),
+            ],
+            axis=-1,
+        )
+        x = self.fc(x)
+        entry = None if cache is None else cache[0]
+        x = self.layers[0](x, create_attention_mask(x, entry), entry)
+        return self.norm(x)
+
+    def make_cache(self) -> Cache:
+        """An empty cache for the head's attention layer."""
+        return [KVCache()]
+
+
+def attach(model: Model) -> MTPHead:
+    """Gives the model a head (with unset weights) and returns it."""
+    # A closure, not the module: the embedding's parameters belong to the trunk alone, and
+    # quantization may replace it.
+    model.mtp = MTPHead(model.args, lambda tokens: model.model.embed_tokens(tokens))
+    return model.mtp

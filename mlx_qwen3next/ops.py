@@ -1,0 +1,239 @@
+"""What the model computes, in the fastest right form for this device.
+
+Every function here has its equation in :mod:`mlx_qwen3next.reference`; the tests hold the two
+together. Symbols and argument order are the reference's.
+
+The delta rule has three forms: token by token (:func:`gated_delta_steps`: decoding, and rounds
+that may roll back), MLX's own GPU kernel, and :func:`gated_delta_chunked` in plain MLX ops for
+prefill on other devices and for training. :func:`gated_delta` picks.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+L2_EPS = 1e-6  # fixed in the reference implementation; not rms_norm_eps
+
+# Tokens per chunk of the chunked form, and the length from which it beats the token loop.
+# Both measured on the CPU (NOTES.md, "chunk size").
+CHUNK = 32
+CHUNKED_FROM = 4
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """RMSNorm with the effective float32 weight (1 + w); float32 inside, dtype of ``x`` out."""
+    return mx.fast.rms_norm(x.astype(mx.float32), weight, eps).astype(x.dtype)
+
+
+def gated_rms_norm(x: mx.array, z: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """``weight norm(x) silu(z)``: ``x`` ``[..., Dv]`` float32, result in the dtype of ``z``."""
+    y = mx.fast.rms_norm(x, weight.astype(mx.float32), eps)
+    return (y * nn.silu(z.astype(mx.float32))).astype(z.dtype)
+
+
+def l2norm(x: mx.array, scale: float = 1.0) -> mx.array:
+    """``scale x rsqrt(sum(x^2) + 1e-6)`` over the last axis, float32."""
+    # rms_norm divides by sqrt(mean), which is sqrt(sum) / sqrt(D).
+    D = x.shape[-1]
+    return mx.fast.rms_norm(x.astype(mx.float32), None, L2_EPS / D) * (scale * D**-0.5)
+
+
+def causal_conv(rows: mx.array, weight: mx.array) -> mx.array:
+    """Depthwise causal convolution and SiLU.
+
+    Args:
+        rows: ``[B, K-1 + L, C]``, the K-1 inputs before the segment, then the segment.
+        weight: ``[C, K, 1]``; tap K-1 meets the current token.
+
+    Returns:
+        ``[B, L, C]`` in the dtype of ``rows``.
+    """
+    # K shifted multiply-adds: MLX's grouped conv1d is several times slower on the CPU, and
+    # these fuse on a GPU.
+    K = weight.shape[1]
+    L = rows.shape[1] - K + 1
+    y = rows[:, :L] * weight[:, 0, 0]
+    for j in range(1, K):
+        y = y + rows[:, j : j + L] * weight[:, j, 0]
+    return nn.silu(y)
+
+
+def decay(a: mx.array, A_log: mx.array, dt_bias: mx.array) -> mx.array:
+    """The log decay ``g = -exp(A_log) softplus(a + dt_bias)``, float32, shape of ``a``."""
+    return -mx.exp(A_log.astype(mx.float32)) * nn.softplus(
+        a.astype(mx.float32) + dt_bias.astype(mx.float32)
+    )
+
+
+def route(logits: mx.array, top_k: int, normalise: bool) -> tuple[mx.array, mx.array]:
+    """The top k experts of each token and their weights, in no particular order.
+
+    Args:
+        logits: ``[..., E]``.
+
+    Returns:
+        ``(experts, weights)``, each ``[..., top_k]``; weights float32, softmax over all experts,
+        summing to one if ``normalise``.
+    """
+    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
+    experts = mx.argpartition(-probabilities, kth=top_k - 1, axis=-1)[..., :top_k]
+    experts = mx.stop_gradient(experts)
+    weights = mx.take_along_axis(probabilities, experts, axis=-1)
+    if normalise:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    return experts, weights
+
+
+def gated_delta(
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The gated delta rule over a segment, in the form that is fastest here.
+
+    Args:
+        q, k: ``[B, L, Hk, Dk]``, l2-normalised, q scaled by Dk^-0.5.
+        v: ``[B, L, Hv, Dv]``; g (log decay), beta: ``[B, L, Hv]``. A token with ``g = beta = 0``
+            leaves the state as it is: that is how padding is masked.
+        state: ``[B, Hv, Dv, Dk]`` float32.
+
+    Returns:
+        ``o`` ``[B, L, Hv, Dv]`` float32 and the state after the segment.
+    """
+    L, Dk = k.shape[1], k.shape[3]
+    if mx.metal.is_available() and mx.default_device() == mx.gpu and Dk % 32 == 0:
+        o, state = mx.fast.gated_delta_update(q, k, v, mx.exp(g), beta, state)
+        return o.astype(mx.float32), state
+    if L < CHUNKED_FROM:
+        o, state, _ = gated_delta_steps(q, k, v, g, beta, state)
+        return o, state
+    return gated_delta_chunked(q, k, v, g, beta, state)
+
+
+def gated_delta_steps(
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The rule token by token, for few tokens. Arguments as :func:`gated_delta`.
+
+    Returns:
+        ``o``, the state after the last token, and ``delta`` ``[B, L, Hv, Dv]``: with g and k it
+        is all that is needed to advance the state again by any prefix (:func:`replay`).
+    """
+    q, k, v = (x.astype(mx.float32) for x in (q, k, v))
+    B, L, Hk, Dk = k.shape
+    Hv, Dv = v.shape[2:]
+    # Value heads in their key head's group: a broadcast axis r instead of repeated keys.
+    S = state.reshape(B, Hk, Hv // Hk, Dv, Dk)
+    v = v.reshape(B, L, Hk, Hv // Hk, Dv)
+    gamma = mx.exp(g).reshape(B, L, Hk, Hv // Hk, 1, 1)
+    beta = beta.astype(mx.float32).reshape(B, L, Hk, Hv // Hk, 1)
+    outputs, deltas = [], []
+    for t in range(L):
+        k_t, q_t = k[:, t, :, None, None, :], q[:, t, :, None, None, :]  # [B, Hk, 1, 1, Dk]
+        S = S * gamma[:, t]
+        delta = beta[:, t] * (v[:, t] - (S * k_t).sum(axis=-1))  # [B, Hk, r, Dv]
+        S = S + delta[..., None] * k_t
+        outputs.append((S * q_t).sum(axis=-1))
+        deltas.append(delta)
+    o = mx.stack(outputs, axis=1).reshape(B, L, Hv, Dv)
+    return o, S.reshape(B, Hv, Dv, Dk), mx.stack(deltas, axis=1).reshape(B, L, Hv, Dv)
+
+
+def replay(state: mx.array, g: mx.array, k: mx.array, delta: mx.array, keep: int) -> mx.array:
+    """Advances the state by the first ``keep`` tokens of a tape, exactly as the steps did.
+
+    Args:
+        state: ``[B, Hv, Dv, Dk]`` before the round.
+        g: ``[B, L, Hv]``; k: ``[B, L, Hk, Dk]``; delta: ``[B, L, Hv, Dv]``.
+    """
+    Hv, Hk = g.shape[2], k.shape[2]
+    k = mx.repeat(k[:, :keep].astype(mx.float32), Hv // Hk, axis=2)
+    for t in range(keep):
+        state = state * mx.exp(g[:, t])[..., None, None]
+        state = state + delta[:, t, :, :, None] * k[:, t, :, None, :]
+    return state
+
+
+def gated_delta_chunked(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    chunk: int = CHUNK,
+) -> tuple[mx.array, mx.array]:
+    """The rule chunk by chunk in matrix products (WY form), differentiable.
+
+    Within a chunk, with G the running sum of g, the written errors solve the unit triangular
+    system ``(I + A) delta = beta (v - exp(G) S0 k)``, ``A_ij = beta_i exp(G_i - G_j) k_i.k_j`` for
+    j < i; the rest is two products with the state and one with ``delta``. Arguments and results
+    as :func:`gated_delta`; any length, the last chunk padded with tokens that change nothing.
+
+    Follows Yang et al. 2024, "Gated Delta Networks", section 3.3, and "Parallelizing Linear
+    Transformers with the Delta Rule over Sequence Length", section 3.2.
+    """
+    B, L, Hk, Dk = k.shape
+    Hv, Dv = v.shape[2:]
+    r = Hv // Hk
+    N = -(-L // chunk)
+
+    def chunks(x: mx.array, *heads: int) -> mx.array:  # [B, L, H, ...] -> [B, *heads, N, C, ...]
+        x = x.astype(mx.float32)
+        pad = [(0, 0), (0, N * chunk - L)] + [(0, 0)] * (x.ndim - 2)
+        x = mx.pad(x, pad).reshape(B, N, chunk, *heads, *x.shape[3:])
+        order = [0, *range(3, 3 + len(heads)), 1, 2, *range(3 + len(heads), x.ndim)]
+        return x.transpose(order)
+
+    q, k = chunks(q, Hk, 1), chunks(k, Hk, 1)  # [B, Hk, 1, N, C, Dk]
+    v = chunks(v, Hk, r)  # [B, Hk, r, N, C, Dv]
+    g, beta = chunks(g, Hk, r), chunks(beta, Hk, r)  # [B, Hk, r, N, C]
+
+    G = mx.cumsum(g, axis=-1)
+    lower = mx.tril(mx.ones((chunk, chunk), dtype=mx.bool_))
+    # The mask comes before exp: above the diagonal G_i - G_j is positive and may overflow.
+    D = mx.exp(mx.where(lower, G[..., :, None] - G[..., None, :], -mx.inf))  # [..., C, C]
+    kT = k.swapaxes(-1, -2)
+    A = mx.tril((k @ kT) * D, -1) * beta[..., None]
+    T = _unit_lower_inverse(A)
+    from_values = T @ (v * beta[..., None])  # [..., C, Dv]
+    from_state = T @ (k * (beta * mx.exp(G))[..., None])  # [..., C, Dk]
+    scores = (q @ kT) * D
+    q = q * mx.exp(G)[..., None]
+    total = G[..., -1:]
+    k = k * mx.exp(total - G)[..., None]
+    total = mx.exp(total)[..., None]
+
+    S = state.reshape(B, Hk, r, Dv, Dk)
+    outputs = []
+    for n in range(N):
+        ST = S.swapaxes(-1, -2)
+        delta = from_values[..., n, :, :] - from_state[..., n, :, :] @ ST
+        outputs.append(q[..., n, :, :] @ ST + scores[..., n, :, :] @ delta)
+        S = S * total[..., n, :, :] + delta.swapaxes(-1, -2) @ k[..., n, :, :]
+    o = mx.stack(outputs, axis=3)  # [B, Hk, r, N, C, Dv]
+    o = o.transpose(0, 3, 4, 1, 2, 5).reshape(B, N * chunk, Hv, Dv)[:, :L]
+    return o, S.reshape(B, Hv, Dv, Dk)
+
+
+def _unit_lower_inverse(A: mx.array) -> mx.array:
+    """``(I + A)^-1`` for strictly lower triangular ``A`` ``[..., C, C]``, C a power of two.
+
+    By halves: ``[[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]``, from 1x1 blocks up. As
+    stable as substitution; the product ``(I - A)(I + A^2)(I + A^4)…`` is not, its powers grow
+    like binomials when keys repeat.
+    """
+    C = A.shape[-1]
+    batch = A.shape[:-2]
+    T = mx.ones((*batch, C, 1, 1))  # the inverses of the diagonal blocks, [..., C / m, m, m]
+    m = 1
+    while m < C:
+        pairs = C // (2 * m)
+        P, Q = T[..., 0::2, :, :], T[..., 1::2, :, :]
+        blocks = A.reshape(*batch, pairs, 2, m, pairs, 2, m)[..., :, 1, :, :, 0, :]
+        R = mx.diagonal(blocks, axis1=-4, axis2=-2)  # [..., m, m, pairs]
+        R = mx.moveaxis(R, -1, -3)
+        top = mx.concatenate([P, mx.zeros_like(P)], axis=-1)
+        bottom = mx.concatenate([-(Q @ R @ P), Q], axis=-1)
+        T = mx.concatenate([top, bottom], axis=-2)
+        m *= 2
+    return T.reshape(*batch, C, C)
