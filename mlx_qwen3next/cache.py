@@ -26,6 +26,8 @@ from mlx_lm.models.cache import ArraysCache
 
 from . import ops
 
+Cache = list[Any]
+
 
 class Tape(NamedTuple):
     """What a linear layer remembers of a round of n tokens."""
@@ -159,7 +161,7 @@ class Round:
     Every way out of the ``with`` block, exceptions included, commits or keeps nothing.
     """
 
-    def __init__(self, cache: list[Any], n: int):
+    def __init__(self, cache: Cache, n: int):
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
         self._cache, self._n = cache, n
@@ -200,7 +202,7 @@ class Round:
             self.commit(0)
 
 
-def settle(cache: list[Any]) -> None:
+def settle(cache: Cache) -> None:
     """Replays what committed rounds left on their tapes, before handing the cache to others."""
     for c in cache:
         if isinstance(c, GatedDeltaCache):
@@ -211,3 +213,8 @@ def length(entry: Any) -> int:
     """How many positions an attention layer's cache entry holds (padding included)."""
     offset = getattr(entry, "offset", None)
     return offset if isinstance(offset, int) else entry.size()
+
+
+def tokens_held(cache: Cache) -> int:
+    """How many positions the cache's attention layers hold, 0 if there are none."""
+    return max((length(c) for c in cache if not isinstance(c, ArraysCache)), default=0)

@@ -32,10 +32,8 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from . import checkpoint, ops
-from .cache import GatedDeltaCache, Tape
+from .cache import Cache, GatedDeltaCache, Tape
 from .config import MODEL_TYPE, Config
-
-Cache = list[Any]
 
 
 class RMSNorm(nn.Module):

@@ -19,8 +19,9 @@ import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
+from .cache import Cache
 from .config import Config
-from .model import Cache, DecoderLayer, Model, RMSNorm
+from .model import DecoderLayer, Model, RMSNorm
 
 
 class MTPHead(nn.Module):
