@@ -27,6 +27,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_lm.models.switch_layers import SwitchGLU
@@ -113,9 +114,8 @@ class GatedDeltaNet(nn.Module):
         if state is None:
             state = mx.zeros((B, Hv, Dv, Dk))
         rows = mx.concatenate([before, qkv], axis=1)  # [B, K-1 + L, C]
-        q, k, v = mx.split(
-            ops.causal_conv(rows, self.conv1d.weight), [Hk * Dk, 2 * Hk * Dk], axis=-1
-        )
+        qkv = ops.causal_conv(rows, self.conv1d.weight)
+        q, k, v = mx.split(qkv, [Hk * Dk, 2 * Hk * Dk], axis=-1)
         q = ops.l2norm(q.reshape(B, L, Hk, Dk), scale=Dk**-0.5)
         k = ops.l2norm(k.reshape(B, L, Hk, Dk))
         v = v.reshape(B, L, Hv, Dv)
@@ -182,7 +182,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class SparseMoE(nn.Module):

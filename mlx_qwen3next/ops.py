@@ -10,8 +10,11 @@ prefill on other devices and for training. :func:`gated_delta` picks.
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.activations import precise_swiglu
 
 L2_EPS = 1e-6  # fixed in the reference implementation; not rms_norm_eps
 
@@ -29,7 +32,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 def gated_rms_norm(x: mx.array, z: mx.array, weight: mx.array, eps: float) -> mx.array:
     """``weight norm(x) silu(z)``: ``x`` ``[..., Dv]`` float32, result in the dtype of ``z``."""
     y = mx.fast.rms_norm(x, weight.astype(mx.float32), eps)
-    return (y * nn.silu(z.astype(mx.float32))).astype(z.dtype)
+    return precise_swiglu(z, z, y)
 
 
 def l2norm(x: mx.array, scale: float = 1.0) -> mx.array:
@@ -49,16 +52,18 @@ def causal_conv(rows: mx.array, weight: mx.array) -> mx.array:
     Returns:
         ``[B, L, C]`` in the dtype of ``rows``.
     """
-    # K shifted multiply-adds: MLX's grouped conv1d is several times slower on the CPU, and
-    # these fuse on a GPU.
     K = weight.shape[1]
+    taps = weight.squeeze(-1).T  # [K, C]
     L = rows.shape[1] - K + 1
-    y = rows[:, :L] * weight[:, 0, 0]
+    if L == 1:
+        return nn.silu((rows * taps).sum(axis=1, keepdims=True))
+    y = rows[:, :L] * taps[0]
     for j in range(1, K):
-        y = y + rows[:, j : j + L] * weight[:, j, 0]
+        y = y + rows[:, j : j + L] * taps[j]
     return nn.silu(y)
 
 
+@partial(mx.compile, shapeless=True)
 def decay(a: mx.array, A_log: mx.array, dt_bias: mx.array) -> mx.array:
     """The log decay ``g = -exp(A_log) softplus(a + dt_bias)``, float32, shape of ``a``."""
     return -mx.exp(A_log.astype(mx.float32)) * nn.softplus(
@@ -77,7 +82,7 @@ def route(logits: mx.array, top_k: int, normalise: bool) -> tuple[mx.array, mx.a
         summing to one if ``normalise``.
     """
     probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
-    experts = mx.argpartition(-probabilities, kth=top_k - 1, axis=-1)[..., :top_k]
+    experts = mx.argpartition(probabilities, kth=-top_k, axis=-1)[..., -top_k:]
     experts = mx.stop_gradient(experts)
     weights = mx.take_along_axis(probabilities, experts, axis=-1)
     if normalise:
@@ -118,24 +123,33 @@ def gated_delta_steps(
         ``o``, the state after the last token, and ``delta`` ``[B, L, Hv, Dv]``: with g and k it
         is all that is needed to advance the state again by any prefix (:func:`replay`).
     """
-    q, k, v = (x.astype(mx.float32) for x in (q, k, v))
     B, L, Hk, Dk = k.shape
     Hv, Dv = v.shape[2:]
-    # Value heads in their key head's group: a broadcast axis r instead of repeated keys.
-    S = state.reshape(B, Hk, Hv // Hk, Dv, Dk)
-    v = v.reshape(B, L, Hk, Hv // Hk, Dv)
-    gamma = mx.exp(g).reshape(B, L, Hk, Hv // Hk, 1, 1)
-    beta = beta.astype(mx.float32).reshape(B, L, Hk, Hv // Hk, 1)
+    r = Hv // Hk
+
+    def steps(x: mx.array, *shape: int) -> list[mx.array]:
+        return mx.split(x.astype(mx.float32).reshape(B, L, *shape), L, axis=1)
+
+    # Value heads in their key head's group: a broadcast axis r instead of repeated keys. The time
+    # axis stays, of length 1.
+    S = state.reshape(B, 1, Hk, r, Dv, Dk)
     outputs, deltas = [], []
-    for t in range(L):
-        k_t, q_t = k[:, t, :, None, None, :], q[:, t, :, None, None, :]  # [B, Hk, 1, 1, Dk]
-        S = S * gamma[:, t]
-        delta = beta[:, t] * (v[:, t] - (S * k_t).sum(axis=-1))  # [B, Hk, r, Dv]
+    for q_t, k_t, v_t, gamma_t, beta_t in zip(
+        steps(q, Hk, 1, 1, Dk),
+        steps(k, Hk, 1, 1, Dk),
+        steps(v, Hk, r, Dv),
+        steps(mx.exp(g), Hk, r, 1, 1),
+        steps(beta, Hk, r, 1),
+        strict=True,
+    ):
+        S = S * gamma_t
+        delta = beta_t * (v_t - (S * k_t).sum(axis=-1))  # [B, 1, Hk, r, Dv]
         S = S + delta[..., None] * k_t
         outputs.append((S * q_t).sum(axis=-1))
         deltas.append(delta)
-    o = mx.stack(outputs, axis=1).reshape(B, L, Hv, Dv)
-    return o, S.reshape(B, Hv, Dv, Dk), mx.stack(deltas, axis=1).reshape(B, L, Hv, Dv)
+    o = mx.concatenate(outputs, axis=1).reshape(B, L, Hv, Dv)
+    delta = mx.concatenate(deltas, axis=1).reshape(B, L, Hv, Dv)
+    return o, S.reshape(B, Hv, Dv, Dk), delta
 
 
 def replay(state: mx.array, g: mx.array, k: mx.array, delta: mx.array, keep: int) -> mx.array:

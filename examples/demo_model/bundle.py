@@ -2,8 +2,8 @@
 
     python examples/demo_model/bundle.py build/demo_model/hf mlx_qwen3next/bundled
 
-Needs only mlx_qwen3next. The result has mlx-lm's layout (the trunk in ``model.safetensors``, the
-MTP head in ``mtp.safetensors`` beside it), 4 bits in groups of 64, routers at 8 bits, norms float32.
+Needs only mlx_qwen3next. The result has mlx-lm's layout: the trunk in ``model.safetensors``, the
+MTP head in ``mtp.safetensors`` beside it; 4 bits in groups of 64, routers 8 bits, norms float32.
 """
 
 import argparse
