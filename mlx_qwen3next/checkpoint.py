@@ -70,8 +70,11 @@ def is_ignored(name: str, config: Config) -> bool:
     return tied_head or _IGNORED.search(name) is not None
 
 
-def detect_layout(shapes: Mapping[str, Shape]) -> Layout:
-    """The layout of a set of tensors, from their names and the convolutions' shapes."""
+def detect_layout(shapes: Mapping[str, Shape], undecided: Layout = "hub") -> Layout:
+    """The layout of a set of tensors, from their names and the convolutions' shapes.
+
+    An MTP head without experts shows neither; it is taken to be ``undecided``.
+    """
     for name, shape in shapes.items():
         if ".switch_mlp." in name:
             return "converted"
@@ -80,8 +83,8 @@ def detect_layout(shapes: Mapping[str, Shape]) -> Layout:
         if ".mlp.experts.0." in name:
             return "hub"
         if name.endswith("conv1d.weight"):
-            return "converted" if shape[-1] == 1 else _experts_layout(shapes)
-    return "hub"
+            return "converted" if shape[-1:] == (1,) else _experts_layout(shapes)
+    return undecided
 
 
 def _experts_layout(names: Iterable[str]) -> Layout:
@@ -133,17 +136,23 @@ def sanitize(
     Missing and surplus tensors are for the caller to find (``load_weights(strict=True)``).
     """
     merged: dict[str, mx.array] = {}
-    for mtp in {is_mtp(path) for path in parameters}:
+    layout: Layout = "hub"
+    for mtp in sorted({is_mtp(path) for path in parameters}):  # the trunk first
         tensors = {
             name: tensor
             for name, tensor in weights.items()
             if is_mtp(name) == mtp and not is_ignored(name, config)
         }
-        layout = detect_layout({name: tuple(t.shape) for name, t in tensors.items()})
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        layout = detect_layout(shapes, undecided=layout)
         if layout == "converted":  # perhaps quantized, so the parameters are not the model's yet
             merged |= tensors
             continue
+        surplus = dict(tensors)
         for path, source in plan(parameters, layout).items():
             if is_mtp(path) == mtp and all(name in tensors for name in source.names):
                 merged[path] = source.build([tensors[name] for name in source.names])
+                for name in source.names:
+                    surplus.pop(name, None)
+        merged |= surplus
     return merged

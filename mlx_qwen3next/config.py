@@ -8,6 +8,7 @@ is what both mean. Everything that cannot be run is refused here, by name.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _REQUIRED = (
     "linear_key_head_dim",
     "linear_value_head_dim",
     "linear_conv_kernel_dim",
+    "num_experts",
     "rms_norm_eps",
 )
 _MOE_REQUIRED = (
@@ -35,6 +37,10 @@ _MOE_REQUIRED = (
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
 )
+# Where another bound than "at least 1" holds: a convolution of one tap mixes no tokens.
+_LEAST = {"linear_conv_kernel_dim": 2, "num_experts": 0, "intermediate_size": 0}
+_MOST = {"num_hidden_layers": 10_000}
+_LARGEST = 2**31 - 1  # of MLX's dimensions
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,7 @@ class Config:
                 f"model_type is {model_type!r}; this package runs {MODEL_TYPE!r} only. "
                 "Use mlx_lm for other models."
             )
-        num_experts = _integer(raw, "num_experts", default=0, least=0)
-        required = _REQUIRED + (_MOE_REQUIRED if num_experts else ())
+        required = _REQUIRED + (_MOE_REQUIRED if raw.get("num_experts") else ())
         if missing := [key for key in required if raw.get(key) is None]:
             raise ValueError(f"the config lacks {', '.join(missing)}")
         if raw.get("attention_bias"):
@@ -97,10 +102,8 @@ class Config:
 
         layers = _integer(raw, "num_hidden_layers")
         theta, rotary = _rope(raw)
-        counts: dict[str, Any] = {
-            **{key: _integer(raw, key) for key in _REQUIRED if key != "rms_norm_eps"},
-            **{key: _integer(raw, key, default=0, least=0) for key in _MOE_REQUIRED},
-        }
+        counts: dict[str, Any] = dict.fromkeys(_MOE_REQUIRED, 0)
+        counts |= {key: _integer(raw, key) for key in required if key != "rms_norm_eps"}
         return cls(
             **counts,
             rms_norm_eps=_number(raw, "rms_norm_eps"),
@@ -108,8 +111,7 @@ class Config:
             rope_theta=theta,
             partial_rotary_factor=rotary,
             max_position_embeddings=_integer(raw, "max_position_embeddings", default=32768),
-            intermediate_size=_integer(raw, "intermediate_size", default=0, least=0),
-            num_experts=num_experts,
+            intermediate_size=_integer(raw, "intermediate_size", default=0),
             decoder_sparse_step=_integer(raw, "decoder_sparse_step", default=1),
             mlp_only_layers=_layer_list(raw, "mlp_only_layers", layers),
             norm_topk_prob=_flag(raw, "norm_topk_prob", default=True),
@@ -122,7 +124,9 @@ class Config:
         """Reads ``config.json``. Errors name the file."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{path} holds {type(raw).__name__}, not a JSON object")
@@ -198,13 +202,15 @@ class Config:
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, float]:
     """(theta, rotary factor) of either dialect; only the default rope type exists."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_parameters is {rope!r}, not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope_type is {kind!r}; Qwen3-Next checkpoints use 'default'")
-    merged = {**raw, **{key: value for key, value in rope.items() if value is not None}}
+    merged = dict(raw)
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(key) or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"{key} is {rope!r}, not an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"rope_type of {key} is {kind!r}; Qwen3-Next uses 'default'")
+        merged |= {name: value for name, value in rope.items() if value is not None}
     if merged.get("rope_theta") is None:
         raise ValueError("the config lacks rope_theta")
     return _number(merged, "rope_theta"), _number(merged, "partial_rotary_factor", default=0.25)
@@ -225,9 +231,10 @@ def _layer_types(raw: Mapping[str, Any], layers: int) -> tuple[str, ...]:
 
 
 def _layer_list(raw: Mapping[str, Any], key: str, layers: int) -> tuple[int, ...]:
-    value = raw.get(key) or []
+    value = raw.get(key)
+    value = [] if value is None else value
     if not isinstance(value, (list, tuple)) or not all(
-        isinstance(i, int) and 0 <= i < layers for i in value
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers for i in value
     ):
         raise ValueError(f"{key} must list layer indices below {layers}, got {value!r}")
     return tuple(value)
@@ -236,8 +243,8 @@ def _layer_list(raw: Mapping[str, Any], key: str, layers: int) -> tuple[int, ...
 def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     value = raw.get("quantization")
     if value is None:
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method")
+        if foreign := raw.get("quantization_config"):
+            method = foreign.get("quant_method") if isinstance(foreign, Mapping) else foreign
             raise ValueError(
                 f"quantization_config.quant_method is {method!r}, which is not loaded directly; "
                 "convert the checkpoint to MLX's format first"
@@ -248,15 +255,14 @@ def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return value
 
 
-def _integer(
-    raw: Mapping[str, Any], key: str, *, default: int | None = None, least: int = 1
-) -> int:
+def _integer(raw: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
     value = raw.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{key} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{key} must be at least {least}, got {value}")
+    least, most = _LEAST.get(key, 1), _MOST.get(key, _LARGEST)
+    if not least <= value <= most:
+        raise ValueError(f"{key} must be within {least} and {most}, got {value}")
     return value
 
 
@@ -265,7 +271,7 @@ def _number(raw: Mapping[str, Any], key: str, *, default: float | None = None) -
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{key} must be a number, got {value!r}")
-    if not 0 < value < float("inf"):
+    if not 0 < value <= sys.float_info.max:
         raise ValueError(f"{key} must be positive and finite, got {value}")
     return float(value)
 

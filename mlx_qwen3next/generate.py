@@ -4,74 +4,115 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn
 
 import mlx.core as mx
 from mlx_lm.generate import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT, setup_arg_parser
-from mlx_lm.models.cache import ArraysCache, load_prompt_cache
+from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters
+from tqdm import tqdm
 
-from .cache import Cache, GatedDeltaCache
-from .generation import GenerationResponse, check_depth, statistics, stream_generate
+from .cache import Cache
+from .generation import (
+    GenerationResponse,
+    check_depth,
+    check_max_tokens,
+    generate,
+    statistics,
+    stream_generate,
+)
 from .load import DEFAULT_CONTEXT, load
+from .model import Model
+from .sampling import Sampling
 
 DEMO_PROMPT = "What does os.path.join do?"
 
 EPILOG = """examples:
-  %(prog)s                                       the bundled demo model answers
+  %(prog)s
+      the bundled demo model answers
   %(prog)s --model Qwen/Qwen3-Next-80B-A3B-Instruct-MLX-4bit -p "Why is the sky blue?" -m 500
+      a published model, downloaded at first use
   git diff | %(prog)s --model DIR --system-prompt "Review this change." -p -
+      the message comes from another command
   %(prog)s --ignore-chat-template -p "def fibonacci(n):" -m 60
+      the text is continued, not answered
 """
 
 # mlx_lm.generate's flags that have no meaning here, and why.
 UNSUPPORTED = {
     "image": "Qwen3-Next takes no images",
     "draft_model": "the model drafts with its own MTP head: use --mtp",
+    "num_draft_tokens": "use --mtp",
     "quantize_activations": "activations stay in floating point here",
     "max_kv_size": "keys and values are kept whole, so that long prompts stay exact",
 }
+
+# The options of Sampling that are flags.
+SAMPLING = (
+    "temp",
+    "top_p",
+    "min_p",
+    "min_tokens_to_keep",
+    "top_k",
+    "xtc_probability",
+    "xtc_threshold",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """mlx_lm.generate's parser with our additions; every stock flag keeps its default."""
     stock = setup_arg_parser()
-    stock.prog = "python -m mlx_qwen3next.generate"
-    stock.description = "Generate text with Qwen3-Next (Instruct, Thinking, Coder-Next)."
-    stock.epilog = EPILOG
-    stock.formatter_class = argparse.RawDescriptionHelpFormatter
-    stock.conflict_handler = "resolve"  # the flags below replace stock ones of the same name
-    stock.add_argument(
+    for action in stock._actions:
+        if action.dest in UNSUPPORTED:
+            action.help = f"Not supported: {UNSUPPORTED[action.dest]}."
+    result = _Parser(
+        prog="python -m mlx_qwen3next.generate",
+        usage="%(prog)s [--model DIR_OR_REPO] [--prompt TEXT] [--max-tokens N] [--mtp DEPTH] "
+        "[other options]",
+        description="Generate text with Qwen3-Next (Instruct, Thinking, Coder-Next).",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[stock],
+        conflict_handler="resolve",  # the flags below replace stock ones of the same name
+    )
+    essential = result.add_argument_group("essential options")
+    essential.add_argument(
         "--model",
+        metavar="DIR_OR_REPO",
         help="A local directory or a Hugging Face repository, as published or converted to MLX. "
         "Without it, the small demo model that ships with this package runs.",
     )
-    stock.add_argument(
+    essential.add_argument(
         "--prompt",
         "-p",
-        help="The message ('-' reads it from stdin). Default: 'hello', or for the demo model "
-        f"{DEMO_PROMPT!r}.",
+        metavar="TEXT",
+        help="The message; \\n and \\t stand for line break and tab, '-' reads it from stdin. "
+        f"Default: {DEFAULT_PROMPT!r}, or for the demo model {DEMO_PROMPT!r}.",
     )
-    stock.add_argument(
+    essential.add_argument(
         "--max-tokens",
         "-m",
         type=int,
+        metavar="N",
         default=DEFAULT_MAX_TOKENS,
         help="Tokens to generate at most; -1 for as many as the context takes (default: "
         "%(default)s).",
     )
-    for flag, reason in UNSUPPORTED.items():
-        option = "--" + flag.replace("_", "-")
-        nargs: dict[str, Any] = {"nargs": "*"}
-        if flag == "quantize_activations":
-            stock.add_argument(option, "-qa", action="store_true", help=argparse.SUPPRESS)
-        else:
-            stock.add_argument(option, help=f"Not supported: {reason}.", **nargs)
-    stock.add_argument("--num-draft-tokens", type=int, help=argparse.SUPPRESS)
-    stock.add_argument(
+    essential.add_argument(
         "--mtp",
         type=_depth,
         default="auto",
@@ -79,28 +120,30 @@ def parser() -> argparse.ArgumentParser:
         help="Tokens the model's own MTP head drafts ahead: a depth, 'off', or 'auto' to choose "
         "by measurement (default: %(default)s). Answers have the same distribution either way.",
     )
-    return stock
+    # argparse shows groups in the order they were added, its own before all others.
+    result._action_groups.insert(0, result._action_groups.pop())
+    return result
 
 
 def _depth(text: str) -> Any:
     try:
-        return check_depth(int(text) if text.lstrip("-").isdigit() else text)  # type: ignore[arg-type]
+        return check_depth(int(text) if text.isdecimal() else text)  # type: ignore[arg-type]
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status (2 for bad input, 130 for Ctrl-C)."""
-    args = parser().parse_args(argv)
     # Whatever the terminal's encoding, text must not end in a traceback.
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure:
             reconfigure(errors="replace")
+    args = parser().parse_args(argv)
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -113,11 +156,18 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: an argument, the model or the prompt is not usable.
     """
+    # A large model takes a while to load: what can be refused before it, is.
+    stock = setup_arg_parser()
     for flag, reason in UNSUPPORTED.items():
-        if getattr(args, flag, None):
+        if getattr(args, flag) != stock.get_default(flag):
             raise ValueError(f"--{flag.replace('_', '-')} is not supported: {reason}")
+    check_max_tokens(args.max_tokens)
+    sampling = {name: getattr(args, name) for name in SAMPLING}
+    Sampling(**sampling)
     template_options = _json_object("--chat-template-config", args.chat_template_config)
     if args.seed is not None:
+        if not 0 <= args.seed < 2**64:
+            raise ValueError(f"--seed must be within 0 and 2^64 - 1, got {args.seed}")
         mx.random.seed(args.seed)
 
     cache, tokenizer_config = None, {}
@@ -127,13 +177,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer_config = json.loads(metadata.get("tokenizer_config", "{}"))
     if args.trust_remote_code:
         tokenizer_config["trust_remote_code"] = True
-    if args.model is None:
-        print(
-            "No --model given: running the bundled demo model, which knows a little Python.",
-            file=sys.stderr,
-        )
-    if args.prompt is None:
-        args.prompt = DEMO_PROMPT if args.model is None else DEFAULT_PROMPT
+    message = _message(args)
 
     model, tokenizer = load(
         args.model,
@@ -141,34 +185,39 @@ def run(args: argparse.Namespace) -> int:
         tokenizer_config=tokenizer_config,
     )
     if args.adapter_path is not None:
-        load_adapters(model, args.adapter_path)
+        _load_adapter(model, args.adapter_path)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
 
     responses = stream_generate(
         model,
         tokenizer,
-        _prompt_tokens(args, tokenizer, template_options, continued=cache is not None),
+        _prompt_tokens(message, args, tokenizer, template_options, continued=cache is not None),
         args.max_tokens,
         mtp=args.mtp,
         prompt_cache=cache,
+        prompt_progress_callback=_PromptProgress(),
         prefill_step_size=args.prefill_step_size,
         kv_bits=args.kv_bits,
         kv_group_size=args.kv_group_size,
         quantized_kv_start=args.quantized_kv_start,
-        temp=args.temp,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        min_tokens_to_keep=args.min_tokens_to_keep,
-        top_k=args.top_k,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=(*tokenizer.encode("\n"), *tokenizer.eos_token_ids),
+        **sampling,
     )
-    return _print(responses, verbose=args.verbose)
+    if args.model is None:
+        print(
+            "No --model given: running the bundled demo model, which knows a little Python.",
+            file=sys.stderr,
+        )
+    try:
+        return _print(responses, verbose=args.verbose)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        # Nothing is left for Python to flush, and to complain about, at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
-def _print(responses: Any, *, verbose: bool) -> int:
+def _print(responses: Iterator[GenerationResponse], *, verbose: bool) -> int:
     """Streams the text; with ``verbose`` between rules, the statistics after it."""
     last: GenerationResponse | None = None
     status = 0
@@ -179,16 +228,43 @@ def _print(responses: Any, *, verbose: bool) -> int:
             print(last.text, end="", flush=True)
     except KeyboardInterrupt:
         status = 130
-    print()
+    print(flush=True)
     if verbose:
         print("=" * 10)
-        print(statistics(last))
+        print(statistics(last), flush=True)
     if status:
         print("interrupted", file=sys.stderr)
     return status
 
 
+class _PromptProgress:
+    """A bar on stderr while a long prompt is processed; a short one ends before it appears."""
+
+    _bar: tqdm | None = None
+
+    def __call__(self, processed: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(desc="prompt", total=total, unit="token", leave=False, delay=2)
+        self._bar.update(processed - self._bar.n)
+        if processed >= total:
+            self._bar.close()
+
+
+def _message(args: argparse.Namespace) -> str:
+    """The user's message, as given."""
+    if args.prompt is None:
+        return DEMO_PROMPT if args.model is None else DEFAULT_PROMPT
+    if args.prompt == "-":
+        text = sys.stdin.read()
+    else:
+        text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    return text
+
+
 def _prompt_tokens(
+    message: str,
     args: argparse.Namespace,
     tokenizer: TokenizerWrapper,
     template_options: dict[str, Any],
@@ -200,33 +276,44 @@ def _prompt_tokens(
     Args:
         continued: the prompt follows a cached prefix, so the template's opening is left out.
     """
-    if args.prompt == "-":
-        text = sys.stdin.read()
-    else:
-        text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    if not text.strip():
-        raise ValueError("the prompt is empty")
-    if args.ignore_chat_template or not tokenizer.has_chat_template:
-        return tokenizer.encode(text)
+    through_template = tokenizer.has_chat_template and not args.ignore_chat_template
 
     def render(content: str) -> str:
+        if not through_template:
+            return content
         messages = [{"role": "user", "content": content}]
         if args.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": args.system_prompt})
         if args.prefill_response is not None:
             messages.append({"role": "assistant", "content": args.prefill_response})
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=args.prefill_response is not None,
-            add_generation_prompt=args.prefill_response is None,
-            **template_options,
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                continue_final_message=args.prefill_response is not None,
+                add_generation_prompt=args.prefill_response is None,
+                **template_options,
+            )
+        except Exception as error:  # a template is a program, and not ours
+            raise ValueError(f"the chat template fails: {error}") from error
 
-    rendered = render(text)
-    if continued:
-        rendered = rendered[render("<query>").index("<query>") :]
-    return tokenizer.encode(rendered, add_special_tokens=False)
+    text = render(message)
+    if continued and through_template:
+        text = text[render("<query>").index("<query>") :]
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not valid UTF-8") from None
+    return tokenizer.encode(text, add_special_tokens=not through_template)
+
+
+def _load_adapter(model: Model, path: str) -> None:
+    """Puts a LoRA, DoRA or full fine-tune made by ``mlx_lm.lora`` into the model."""
+    try:
+        load_adapters(model, path)
+    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"--adapter-path {path} holds no usable adapter: {error}") from error
+    model.eval()  # no dropout in the adapter's new layers
 
 
 def _json_object(flag: str, text: str | None) -> dict[str, Any]:
@@ -249,11 +336,9 @@ def _load_cache(file: Path) -> tuple[Cache, dict[str, str]]:
             f"cache_prompt --model MODEL --prompt TEXT --prompt-cache-file {file}"
         )
     try:
-        cache, metadata = load_prompt_cache(str(file), return_metadata=True)
+        return load_prompt_cache(str(file), return_metadata=True)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{file} is no prompt cache: {error}") from None
-    own = [GatedDeltaCache.from_state(c.state) if type(c) is ArraysCache else c for c in cache]
-    return own, metadata
 
 
 def _cached_model(model: str | None, metadata: dict[str, str]) -> str | None:
@@ -264,5 +349,13 @@ def _cached_model(model: str | None, metadata: dict[str, str]) -> str | None:
     raise ValueError(f"the prompt cache was made with {made_with}, not with {model}")
 
 
+class _CallableModule(ModuleType):
+    """Importing this module puts it in the place of the function ``mlx_qwen3next.generate``, so it
+    can be called as that."""
+
+    __call__ = staticmethod(generate)
+
+
 if __name__ == "__main__":
     sys.exit(main())
+sys.modules[__name__].__class__ = _CallableModule

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, wired_limit
 from mlx_lm.generate import GenerationResponse as MLXGenerationResponse
 from mlx_lm.generate import generate_step as mlx_generate_step
+from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .cache import Cache, settle, tokens_held
+from .cache import Cache, GatedDeltaCache, settle, tokens_held
+from .config import Config
 from .model import Model
-from .sampling import Sampling
+from .sampling import Sampling, check_integer
 
 MAX_DEPTH = 8  # drafts a round, at most
+KV_BITS = (2, 3, 4, 5, 6, 8)  # what mx.quantize takes
+KV_GROUP_SIZES = (32, 64, 128)
 
 Depth = Literal["auto", "off"] | int
 
@@ -68,11 +73,14 @@ def generate_step(
             the model's max_position_embeddings in any case.
         mtp: how deep the MTP head drafts: "auto", "off" or 1…8.
         prompt_cache: what ``model.make_cache()`` made, with the tokens before the prompt; advanced
-            in place.
+            in place. Whenever the caller stops, it holds the prompt and every token yielded, the
+            last one included: go on with the token that comes after it.
         prefill_step_size: prompt tokens processed at a time.
-        kv_bits, kv_group_size, quantized_kv_start: quantize keys and values from that position on.
+        kv_bits, kv_group_size, quantized_kv_start: quantize keys and values, to 2, 3, 4, 5, 6 or 8
+            bits in groups of 32, 64 or 128, once the cache holds that many tokens.
         prompt_progress_callback: called with (processed, total) prompt tokens.
-        sampler, logits_processors: mlx-lm callables, instead of the options below.
+        sampler: an mlx-lm callable, instead of the options that choose a token.
+        logits_processors: mlx-lm callables, before the penalties.
         sampling: the options of :class:`mlx_qwen3next.sampling.Sampling` (``temp``, ``top_p``, …).
 
     Raises:
@@ -80,14 +88,22 @@ def generate_step(
     """
     prompt = _check_prompt(prompt, model)
     check_depth(mtp, model)
-    if prefill_step_size < 1:
-        raise ValueError(f"prefill_step_size must be at least 1, got {prefill_step_size}")
+    check_integer("prefill_step_size", prefill_step_size, least=1)
+    if kv_bits is not None:
+        check_integer("quantized_kv_start", quantized_kv_start, least=0)
+        if kv_bits not in KV_BITS:
+            raise ValueError(f"kv_bits must be one of {KV_BITS}, got {kv_bits!r}")
+        if kv_group_size not in KV_GROUP_SIZES or model.args.head_dim % kv_group_size:
+            raise ValueError(
+                f"kv_group_size must be one of {KV_GROUP_SIZES} and divide this model's head_dim "
+                f"({model.args.head_dim}), got {kv_group_size!r}"
+            )
+    if unknown := sorted(sampling.keys() - {field.name for field in fields(Sampling)}):
+        raise ValueError(f"unknown option: {', '.join(unknown)}")
+    options = Sampling(**sampling)
+    options.check_vocabulary(model.args.vocab_size)
     cache = model.make_cache() if prompt_cache is None else _check_cache(prompt_cache, model)
     budget = _budget(model, tokens_held(cache) + prompt.size, max_tokens)
-    try:
-        options = Sampling(**sampling)
-    except TypeError as error:
-        raise ValueError(f"unknown option: {error}") from None
     steps = mlx_generate_step(
         prompt,
         model,
@@ -114,6 +130,9 @@ def stream_generate(
 ) -> Iterator[GenerationResponse]:
     """Generates text after a prompt, a response a token; ends at the tokenizer's stop tokens.
 
+    The responses' texts, one after the other, are ``tokenizer.decode`` of their tokens (a stop
+    token has no text); none ends within a character.
+
     Args:
         tokenizer: what :func:`mlx_qwen3next.load` gave, or a transformers tokenizer.
         prompt: text or token ids.
@@ -130,7 +149,8 @@ def stream_generate(
         tokens = _check_prompt(tokenizer.encode(prompt, add_special_tokens=special), model)
     else:
         tokens = _check_prompt(prompt, model)
-    held = tokens_held(options.get("prompt_cache") or [])
+    cache = options.get("prompt_cache")
+    held = 0 if cache is None else tokens_held(_check_cache(cache, model))
     budget = _budget(model, held + tokens.size, max_tokens)
     steps = generate_step(tokens, model, max_tokens=budget, **options)
     return _stream(model, tokenizer, tokens.size, budget, steps)
@@ -143,7 +163,7 @@ def _stream(
     budget: int,
     steps: Iterator[Token],
 ) -> Iterator[GenerationResponse]:
-    detokenizer = tokenizer.detokenizer
+    pending: list[int] = []  # tokens that end within a character
     prompt_seconds, start = 0.0, time.perf_counter()
     with wired_limit(model):
         for count, step in enumerate(steps, start=1):
@@ -154,13 +174,17 @@ def _stream(
             if step.token in tokenizer.eos_token_ids:
                 finish_reason = "stop"
             else:
-                detokenizer.add_token(step.token)
+                pending.append(step.token)
                 if count == budget:
                     finish_reason = "length"
-            if finish_reason:
-                detokenizer.finalize()
+            # Not mlx-lm's detokenizer, which drops a leading space and garbles NUL bytes.
+            text = tokenizer.decode(pending)
+            if finish_reason is None and text.endswith("\ufffd"):
+                text = ""
+            else:
+                pending.clear()
             yield GenerationResponse(
-                text=detokenizer.last_segment,
+                text=text,
                 token=step.token,
                 logprobs=step.logprobs,
                 from_draft=step.from_draft,
@@ -232,36 +256,81 @@ def check_depth(mtp: Depth, model: Model | None = None) -> Depth:
     return mtp
 
 
+def check_max_tokens(max_tokens: int) -> int:
+    """Returns ``max_tokens`` if it is a positive integer or -1.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if max_tokens != -1:
+        check_integer("max_tokens (-1 for no limit)", max_tokens, least=1)
+    return max_tokens
+
+
 def _check_prompt(prompt: mx.array | Sequence[int], model: Model) -> mx.array:
-    tokens = prompt if isinstance(prompt, mx.array) else mx.array(list(prompt), dtype=mx.int32)
-    if tokens.ndim != 1 or tokens.size == 0:
-        raise ValueError(
-            "the prompt is empty"
-            if tokens.size == 0
-            else f"the prompt must be one sequence of token ids, got shape {list(tokens.shape)}"
-        )
     vocab = model.args.vocab_size
-    if not mx.issubdtype(tokens.dtype, mx.integer):
+    try:
+        tokens = np.asarray(prompt)
+    except ValueError:  # ragged, or bfloat16
+        raise ValueError("the prompt must be one sequence of token ids") from None
+    if tokens.size == 0:
+        raise ValueError("the prompt is empty")
+    if tokens.ndim != 1:
+        raise ValueError(
+            f"the prompt must be one sequence of token ids, got shape {list(tokens.shape)}"
+        )
+    if not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"the prompt must be token ids (integers), got {tokens.dtype}")
-    if not ((tokens >= 0) & (tokens < vocab)).all().item():
+    if tokens.min() < 0 or tokens.max() >= vocab:
         raise ValueError(f"the prompt holds a token id outside 0…{vocab - 1}")
-    return tokens
+    return mx.array(tokens.astype(np.int32))
 
 
 def _check_cache(cache: Cache, model: Model) -> Cache:
-    if len(cache) != len(model.layers):
+    """Returns ``cache``, with entries that mlx-lm's own model made replaced by ours in place."""
+    layers = model.layers
+    if not isinstance(cache, list) or len(cache) != len(layers):
+        got = f"{len(cache)} entries" if isinstance(cache, list) else repr(cache)
         raise ValueError(
-            f"prompt_cache has {len(cache)} entries, this model {len(model.layers)} layers"
+            f"prompt_cache must be a list with an entry for each of the model's {len(layers)} "
+            f"layers, as model.make_cache() makes it, got {got}"
         )
-    settle(cache)
+    own = [GatedDeltaCache.from_state(c.state) if type(c) is ArraysCache else c for c in cache]
+    settle(own)
+    for i, (entry, layer) in enumerate(zip(own, layers, strict=True)):
+        if not (_fits_linear if layer.is_linear else _fits_attention)(entry, model.args):
+            raise ValueError(
+                f"prompt_cache[{i}] ({type(entry).__name__}) does not fit layer {i} of this model; "
+                "use what its make_cache() made"
+            )
+    cache[:] = own
     return cache
+
+
+def _fits_linear(entry: Any, c: Config) -> bool:
+    rows = (1, c.linear_conv_kernel_dim - 1, c.linear_conv_dim)
+    state = (1, c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim)
+    return isinstance(entry, GatedDeltaCache) and (
+        entry.empty() or [x.shape for x in entry.cache if x is not None] == [rows, state]
+    )
+
+
+def _fits_attention(entry: Any, c: Config) -> bool:
+    quantized = isinstance(entry, QuantizedKVCache)
+    if not quantized and not isinstance(entry, KVCache):
+        return False
+    if entry.empty():
+        return True
+    keys = entry.keys[1] if quantized else entry.keys  # [1]: the scales, one a group
+    B, nkv, _, columns = keys.shape
+    hd = columns * entry.group_size if quantized else columns
+    return (B, nkv, hd) == (1, c.num_key_value_heads, c.head_dim)
 
 
 def _budget(model: Model, positions: int, max_tokens: int) -> int:
     """How many tokens to generate after ``positions`` of prompt and cache."""
     limit = model.args.max_position_embeddings
-    if max_tokens < -1 or max_tokens == 0:
-        raise ValueError(f"max_tokens must be positive, or -1 for no limit, got {max_tokens}")
+    check_max_tokens(max_tokens)
     if positions > limit:
         raise ValueError(
             f"the prompt is {positions} tokens long (cached ones included), but this model's "

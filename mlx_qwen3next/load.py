@@ -1,25 +1,28 @@
 """From a checkpoint, in any layout it is published in, to a model ready to run.
 
 Strict: what the headers hold must be exactly what the model needs, and every refusal names the
-file and the tensor. Weights are read a layer at a time, so that peak memory stays near the
+file and the tensor. Weights are read one parameter at a time, so that peak memory stays near the
 model's own size.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import os
+from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
+from tqdm import tqdm
 
 from . import checkpoint, memory, mtp, shards
 from .config import Config
@@ -29,6 +32,9 @@ from .model import Model
 DEFAULT_CONTEXT = 8192
 
 BUNDLED = Path(__file__).parent / "bundled"
+
+# (bits, group size) -> mode, where scales are bytes; each mode has one pair.
+_SCALED_BY_BYTES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 _DOWNLOAD = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
 
@@ -53,14 +59,9 @@ def load(
         ValueError: the checkpoint cannot be loaded; the message says what is wrong where.
     """
     directory = resolve(path_or_repo, revision)
-    model = load_model(directory, dtype=dtype, context=context)
-    try:
-        tokenizer = load_tokenizer(
-            directory, tokenizer_config, eos_token_ids=_eos_token_ids(directory)
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{directory}: the tokenizer cannot be loaded: {error}") from error
-    return model, tokenizer
+    Config.from_file(directory / "config.json")  # what is wrong there is to be said first
+    tokenizer = _load_tokenizer(directory, tokenizer_config)
+    return load_model(directory, dtype=dtype, context=context), tokenizer
 
 
 def load_model(
@@ -84,20 +85,29 @@ def load_model(
     """
     directory = resolve(path_or_repo, revision)
     config = Config.from_file(directory / "config.json")
+    context = min(context, config.max_position_embeddings)
     tensors = shards.read_headers(shards.find_files(directory))
     dtype = dtype or default_dtype()
+    if dtype not in (mx.float32, mx.bfloat16, mx.float16):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
 
-    model = Model(config)
-    if any(checkpoint.is_mtp(name) for name in tensors):
-        mtp.attach(model)
+    try:
+        model = Model(config)
+        if any(checkpoint.is_mtp(name) for name in tensors):
+            mtp.attach(model)
+    except OverflowError:
+        raise ValueError(f"{directory}: the config's sizes are beyond MLX's arrays") from None
     if config.quantization is not None:
-        _quantize(model, config.quantization, tensors)
-    sources = _match(model, tensors, config)
-    _check_memory(model, sources, tensors, dtype, context)
+        _quantize(model, tensors, dtype)
+    sources = _match(model, tensors, directory)
+    _check_memory(model, dtype, context)
 
     model.eval()
-    for weights in _read(sources, tensors, dtype):
-        model.load_weights(weights, strict=False)
+    read = _read(sources, tensors, dtype)
+    # Only a large model takes long enough for the bar to appear.
+    bar = tqdm(read, "loading", total=len(sources), unit="tensor", leave=False, delay=2)
+    for path, value in bar:
+        model.load_weights([(path, value)], strict=False)
     return model
 
 
@@ -114,38 +124,73 @@ def resolve(path_or_repo: str | Path | None, revision: str | None = None) -> Pat
     """
     if path_or_repo is None:
         return BUNDLED
-    path = Path(path_or_repo).expanduser()
+    repo, path = str(path_or_repo), Path(path_or_repo)
     try:
-        if (path / "config.json").is_file():
-            next(path.iterdir())  # readable at all?
-            return path
-        if path.exists():
+        path = path.expanduser()
+        names = os.listdir(path)
+    except FileNotFoundError:
+        names = None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from None
+    if names is not None:
+        if "config.json" not in names:
             raise ValueError(f"{path} is no model directory: it has no config.json")
-    except PermissionError as error:
-        raise ValueError(f"no permission to read {error.filename or path}") from None
-    repo = str(path_or_repo)
+        return path
     if path.is_absolute() or repo.startswith((".", "~")) or repo.count("/") != 1:
         raise ValueError(f"{repo} does not exist, and is no repository id (owner/name)")
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD)))
     except HFValidationError as error:
-        raise ValueError(f"{repo} is neither a directory nor a repository id: {error}") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{repo} is no local directory and cannot be fetched: {reason}") from None
+        reason = _first_line(error)
+        raise ValueError(f"{repo} is neither a directory nor a repository id: {reason}") from None
+    except Exception as error:  # the hub's client has a dozen unrelated kinds
+        reason = _first_line(error)
+        raise ValueError(f"{repo} is no local directory and cannot be fetched: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _load_tokenizer(directory: Path, tokenizer_config: dict[str, Any] | None) -> TokenizerWrapper:
+    # Without any of its files transformers makes an empty tokenizer.
+    if not any((directory / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        raise ValueError(f"{directory} has no tokenizer.json")
+    eos_token_ids = _eos_token_ids(directory)
+    try:
+        return load_tokenizer(directory, tokenizer_config, eos_token_ids=eos_token_ids)
+    except Exception as error:  # the tokenizer libraries raise what they like
+        reason = _first_line(error)
+        raise ValueError(f"{directory}: the tokenizer cannot be loaded: {reason}") from error
 
 
 def _eos_token_ids(directory: Path) -> list[int] | None:
     """The stop tokens: generation_config.json's, else config.json's."""
     for name in ("generation_config.json", "config.json"):
         file = directory / name
-        if file.exists() and (eos := json.loads(file.read_text()).get("eos_token_id")) is not None:
+        if not file.exists():
+            continue
+        try:
+            eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            raise ValueError(f"{file} cannot be read as a JSON object") from None
+        if eos is not None:
             return eos if isinstance(eos, list) else [eos]
     return None
 
 
-def _quantize(model: Model, quantization: Any, tensors: dict[str, shards.Tensor]) -> None:
-    """Gives every module whose weights come with scales its quantized form, bits as stored."""
+class _ByteScaledEmbedding(nn.QuantizedEmbedding):
+    """MLX's gives bfloat16 where scales are bytes, and all activations would follow it."""
+
+    dtype = mx.bfloat16
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return super().__call__(tokens).astype(self.dtype)
+
+
+def _quantize(model: Model, tensors: dict[str, shards.Tensor], dtype: mx.Dtype) -> None:
+    """Gives every module whose weights come with scales its quantized form."""
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         scales = tensors.get(f"{path}.scales")
@@ -154,105 +199,119 @@ def _quantize(model: Model, quantization: Any, tensors: dict[str, shards.Tensor]
         weight = tensors.get(f"{path}.weight")
         if weight is None:
             raise ValueError(f"{scales.file}: {path}.scales has no {path}.weight beside it")
-        columns = module.weight.shape[-1]
-        entry = quantization.get(path)
-        mode = (entry if isinstance(entry, dict) else quantization).get("mode", "affine")
-        # Shapes settle bits and group size for every mode, also where the config names neither.
-        return {
-            "group_size": columns // scales.shape[-1],
-            "bits": weight.shape[-1] * 32 // columns,
-            "mode": mode,
-        }
+        params = _quantization(path, weight, scales, columns=module.weight.shape[-1])
+        if isinstance(module, SwitchLinear) and f"{path}.global_scale" in tensors:
+            params["global_scale"] = True
+        return params
 
+    nn.quantize(model, class_predicate=predicate)
+    table: Any = model.model.embed_tokens
+    if getattr(table, "mode", "affine") != "affine":
+        embedding = _ByteScaledEmbedding(
+            table.num_embeddings, table.dims, table.group_size, table.bits, table.mode
+        )
+        embedding.dtype = dtype
+        model.model.update_modules({"embed_tokens": embedding})
+
+
+def _quantization(
+    path: str, weight: shards.Tensor, scales: shards.Tensor, columns: int
+) -> dict[str, Any]:
+    """How a module is quantized: shapes and dtype settle it, whatever the config says of it."""
     try:
-        nn.quantize(model, class_predicate=predicate)
-    except (ValueError, RuntimeError) as error:
+        group_size, bits = columns // scales.shape[-1], weight.shape[-1] * 32 // columns
+        mode = "affine" if scales.dtype != "U8" else _SCALED_BY_BYTES[bits, group_size]
+        mx.quantize(mx.zeros((1, columns)), group_size, bits, mode)
+    except (ValueError, LookupError, ZeroDivisionError):
         raise ValueError(
-            f"the quantization {dict(quantization)} cannot be applied: {error}"
+            f"{scales.file}: {path} is quantized in no way MLX knows: {columns} columns, "
+            f"weight {weight.dtype} {list(weight.shape)}, scales {scales.dtype} "
+            f"{list(scales.shape)}"
         ) from None
+    return {"group_size": group_size, "bits": bits, "mode": mode}
 
 
 def _match(
-    model: Model, tensors: dict[str, shards.Tensor], config: Config
+    model: Model, tensors: dict[str, shards.Tensor], directory: Path
 ) -> dict[str, checkpoint.Source]:
     """Parameter path -> source, after checking that tensors and parameters agree exactly."""
-    parameters = model.parameter_shapes()
+    parameters = _parameters(model)
     sources: dict[str, checkpoint.Source] = {}
+    layout: checkpoint.Layout = "hub"
     for of_mtp in (False, True):
-        part = {
-            path: shape for path, shape in parameters.items() if checkpoint.is_mtp(path) == of_mtp
-        }
+        part = {p: tuple(a.shape) for p, a in parameters if checkpoint.is_mtp(p) == of_mtp}
         shapes = {n: t.shape for n, t in tensors.items() if checkpoint.is_mtp(n) == of_mtp}
-        sources |= checkpoint.plan(part, checkpoint.detect_layout(shapes))
+        layout = checkpoint.detect_layout(shapes, undecided=layout)
+        sources |= checkpoint.plan(part, layout)
 
     used: set[str] = set()
-    home = next(iter(tensors.values())).file.parent
-    for source in sources.values():
-        for name in source.names:
+    for path, array in parameters:
+        for name in sources[path].names:
             used.add(name)
             tensor = tensors.get(name)
             if tensor is None:
-                raise ValueError(f"{home}: the tensor {name} is missing from every file")
-            if tensor.shape != source.shape:
+                raise ValueError(f"{directory}: the tensor {name} is missing from every file")
+            if tensor.shape != sources[path].shape:
                 raise ValueError(
                     f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
-                    f"but the config asks for {list(source.shape)}"
+                    f"but the config asks for {list(sources[path].shape)}"
+                )
+            if tensor.dtype not in (allowed := _stored_dtypes(array)):
+                raise ValueError(
+                    f"{tensor.file}: {name} is {tensor.dtype}, not {' or '.join(allowed)}"
                 )
     for name, tensor in tensors.items():
-        if name not in used and not checkpoint.is_ignored(name, config):
+        if name not in used and not checkpoint.is_ignored(name, model.args):
             raise ValueError(f"{tensor.file}: the tensor {name} has no place in this model")
     return sources
 
 
-def _check_memory(
-    model: Model,
-    sources: dict[str, checkpoint.Source],
-    tensors: dict[str, shards.Tensor],
-    dtype: mx.Dtype,
-    context: int,
-) -> None:
-    weights = 0
-    for path, shape in model.parameter_shapes().items():
-        stored = tensors[sources[path].names[0]].dtype
-        weights += math.prod(shape) * _cast(path, stored, dtype).size
+def _parameters(model: Model) -> list[tuple[str, mx.array]]:
+    """Path and array of every parameter."""
+    leaves: Any = tree_flatten(model.parameters())
+    return leaves
+
+
+def _stored_dtypes(array: mx.array) -> tuple[str, ...]:
+    """What a checkpoint may store a parameter as."""
+    if mx.issubdtype(array.dtype, mx.floating):
+        return "BF16", "F16", "F32"
+    return ("U8",) if array.dtype == mx.uint8 else ("U32",)
+
+
+def _held_dtype(path: str, array: mx.array, dtype: mx.Dtype) -> mx.Dtype:
+    """What a parameter is held as in a model of ``dtype``."""
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return array.dtype
+    return mx.float32 if checkpoint.is_float32(path) else dtype
+
+
+def _check_memory(model: Model, dtype: mx.Dtype, context: int) -> None:
+    weights = sum(a.size * _held_dtype(p, a, dtype).size for p, a in _parameters(model))
     cache = memory.cache_bytes(model.args, context, mtp=model.mtp is not None, itemsize=dtype.size)
     memory.check(weights, cache, context)
 
 
-def _cast(path: str, stored: str, dtype: mx.Dtype) -> mx.Dtype:
-    """The dtype a parameter is held in."""
-    if not stored.startswith(("F", "BF")):
-        return {"U32": mx.uint32, "U8": mx.uint8}.get(stored, mx.uint32)
-    return mx.float32 if checkpoint.is_float32(path) else dtype
-
-
 def _read(
     sources: dict[str, checkpoint.Source], tensors: dict[str, shards.Tensor], dtype: mx.Dtype
-) -> Iterator[list[tuple[str, mx.array]]]:
-    """Evaluated parameters, a layer at a time."""
+) -> Iterator[tuple[str, mx.array]]:
+    """Evaluated parameters, one at a time."""
     lazy: dict[str, mx.array] = {}
     for file in {tensor.file: None for tensor in tensors.values()}:
         lazy |= _open(file)
-    for _, paths in groupby(sources, key=lambda path: path.split(".")[:3]):
-        weights: list[tuple[str, mx.array]] = []
-        finite: dict[str, mx.array] = {}
-        layer = list(paths)
-        for path in layer:
-            names = sources[path].names
-            value = sources[path].build([lazy[name] for name in names])
-            if mx.issubdtype(value.dtype, mx.floating):
-                value = value.astype(_cast(path, tensors[names[0]].dtype, dtype))
-                finite[path] = mx.isfinite(value).all()
-            weights.append((path, value))
-        mx.eval([value for _, value in weights], finite)
-        for path, ok in finite.items():
-            if not ok.item():
-                raise ValueError(_not_finite(path, sources[path], tensors))
-        yield weights
+    uses = Counter(name for source in sources.values() for name in source.names)
+    for path, source in sources.items():
+        value = source.build([lazy[name] for name in source.names])
+        value = value.astype(_held_dtype(path, value, dtype))
+        mx.eval(value)
         # What was stored in another form than it is held in must not stay in memory as well.
-        for path in layer:
-            for name in sources[path].names:
-                lazy.pop(name, None)
+        uses.subtract(source.names)
+        for name in source.names:
+            if not uses[name]:
+                del lazy[name]
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+            raise ValueError(_not_finite(path, source, tensors))
+        yield path, value
 
 
 def _open(file: Path) -> dict[str, mx.array]:
@@ -270,4 +329,5 @@ def _not_finite(path: str, source: checkpoint.Source, tensors: dict[str, shards.
     for name in source.names:
         if not mx.isfinite(_open(tensors[name].file)[name]).all().item():
             return f"{tensors[name].file}: {name} holds NaN or infinite values"
-    return f"{path} overflows in the dtype asked for"
+    file = tensors[source.names[0]].file
+    return f"{file}: {path} overflows in the dtype asked for"

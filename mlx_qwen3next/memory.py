@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache
 
 from .config import Config
 
@@ -27,7 +28,8 @@ def cache_bytes(config: Config, context: int, *, mtp: bool, itemsize: int) -> in
     state = config.linear_value_dim * config.linear_key_head_dim * 4
     rows = (config.linear_conv_kernel_dim - 1) * config.linear_conv_dim * itemsize
     kv = 2 * config.num_key_value_heads * config.head_dim * itemsize
-    return linear * (state + rows) + attention * context * kv
+    slots = -(-context // KVCache.step) * KVCache.step  # grows by steps
+    return linear * (state + rows) + attention * slots * kv
 
 
 def check(weights: int, cache: int, context: int) -> None:
@@ -52,7 +54,7 @@ def check(weights: int, cache: int, context: int) -> None:
             "Use a smaller quantization (--q-bits of the converter) or a shorter context."
         )
     if need > comfortable:
-        megabytes = int(need * 1.1 / 2**20)
+        megabytes = int(min(need * 1.1, total) / 2**20)
         warnings.warn(
             f"{sizes}, more than the {comfortable / GB:.1f} GB macOS lets the GPU keep resident, "
             "so it may be slow or fail. To raise the limit: "

@@ -128,7 +128,7 @@ def gated_delta_steps(
     r = Hv // Hk
 
     def steps(x: mx.array, *shape: int) -> list[mx.array]:
-        return mx.split(x.astype(mx.float32).reshape(B, L, *shape), L, axis=1)
+        return list(mx.split(x.astype(mx.float32).reshape(B, L, *shape), L, axis=1))
 
     # Value heads in their key head's group: a broadcast axis r instead of repeated keys. The time
     # axis stays, of length 1.

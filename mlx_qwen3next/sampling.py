@@ -8,6 +8,26 @@ from dataclasses import dataclass
 
 from mlx_lm.sample_utils import LogitsProcessor, Sampler, make_logits_processors, make_sampler
 
+# The least and largest value of each option that is a number; penalties may also be None.
+_RANGES = {
+    "temp": (0, 1e6),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 0.5),
+    "repetition_penalty": (0, 1e6),
+    "presence_penalty": (-1e6, 1e6),
+    "frequency_penalty": (-1e6, 1e6),
+}
+# The least value of each option that counts tokens. A context size of 0 is the whole sequence.
+_LEAST = {
+    "top_k": 0,
+    "min_tokens_to_keep": 1,
+    "repetition_context_size": 0,
+    "presence_context_size": 0,
+    "frequency_context_size": 0,
+}
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,25 +54,36 @@ class Sampling:
     frequency_context_size: int = 20
 
     def __post_init__(self) -> None:
-        def within(name: str, low: float, high: float) -> None:
+        for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
+            if value is None and name.endswith("_penalty"):
+                continue
             if not (isinstance(value, (int, float)) and low <= value <= high):
                 raise ValueError(f"{name} must be within {low:g} and {high:g}, got {value!r}")
+        for name, least in _LEAST.items():
+            check_integer(name, getattr(self, name), least)
+        bias = self.logit_bias
+        if bias is not None and not (
+            isinstance(bias, Mapping)
+            and all(isinstance(x, (int, float)) and x < math.inf for x in bias.values())
+        ):
+            raise ValueError(f"logit_bias must map token ids to numbers, got {bias!r}")
 
-        within("temp", 0, 1e6)
-        for name in ("top_p", "min_p", "xtc_probability"):
-            within(name, 0, 1)
-        within("xtc_threshold", 0, 0.5)
-        for name, least in (("top_k", 0), ("min_tokens_to_keep", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value!r}")
-        if self.repetition_penalty is not None and self.repetition_penalty < 0:
-            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
+    def check_vocabulary(self, size: int) -> None:
+        """Checks the options against the vocabulary's size: MLX indexes without bounds.
+
+        Raises:
+            ValueError: an option names a token that does not exist, or keeps more than there are.
+        """
+        for name in ("logit_bias", "xtc_special_tokens"):
+            for token in getattr(self, name) or ():
+                if not isinstance(token, int) or not 0 <= token < size:
+                    raise ValueError(f"{name} holds {token!r}, no token id within 0…{size - 1}")
+        for name in ("top_k", "min_tokens_to_keep"):
+            if (value := getattr(self, name)) >= size:
+                raise ValueError(
+                    f"{name} must be less than the {size} tokens there are, got {value}"
+                )
 
     def sampler(self) -> Sampler:
         """mlx-lm's sampler: log-probabilities ``[B, vocab]`` to tokens ``[B]``."""
@@ -78,3 +109,13 @@ class Sampling:
             self.frequency_penalty,
             self.frequency_context_size,
         )
+
+
+def check_integer(name: str, value: int, least: int) -> None:
+    """Checks an argument that counts something.
+
+    Raises:
+        ValueError: ``value`` is no integer, or below ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -1,0 +1,164 @@
+"""Checkpoints for the tests: the published configs, the goldens, and these in other layouts."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import float64
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import numpy as np
+from mlx.utils import tree_flatten
+
+GOLDENS = Path(__file__).parent / "goldens"
+CASES = ["base", "eps", "dense", "permutation"]
+INDEX = "model.safetensors.index.json"
+
+# config.json of Qwen/Qwen3-Next-80B-A3B-Instruct and -Thinking
+INSTRUCT = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_next",
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "output_router_logits": False,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.57.0.dev0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+CODER = INSTRUCT | {"rope_theta": 5000000}
+
+
+def config(case):
+    """The golden's config.json as a dict."""
+    return json.loads((GOLDENS / case / "config.json").read_text())
+
+
+def tensors(case):
+    """The golden's tensors by name."""
+    return mx.load(str(GOLDENS / case / "model.safetensors"))
+
+
+def expected(case):
+    """What transformers computes with the golden, as numpy arrays."""
+    return float64.read_safetensors(GOLDENS / case / "expected.safetensors")
+
+
+def split(weights):
+    """(trunk, MTP head) of a dict of tensors."""
+    head = {name: w for name, w in weights.items() if name.startswith("mtp.")}
+    return {name: w for name, w in weights.items() if name not in head}, head
+
+
+def transformers5(config):
+    """A hub config as transformers 5 writes it."""
+    config = dict(config)
+    interval = config.pop("full_attention_interval")
+    kinds = ["full_attention", *["linear_attention"] * (interval - 1)]
+    count = config["num_hidden_layers"]
+    config["layer_types"] = [kinds[(i + 1) % interval] for i in range(count)]
+    config["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": config.pop("rope_theta"),
+        "partial_rotary_factor": config.pop("partial_rotary_factor"),
+    }
+    del config["rope_scaling"]
+    config["dtype"] = config.pop("torch_dtype")
+    return config
+
+
+def fuse(weights):
+    """Hub tensors with each layer's experts in two, as transformers 5 writes them."""
+    fused = {name: w for name, w in weights.items() if ".experts." not in name}
+    for router in [name for name in fused if name.endswith(".mlp.gate.weight")]:
+        experts = router.replace("gate.weight", "experts")
+        gate, up, down = (
+            mx.stack(
+                [weights[f"{experts}.{e}.{part}_proj.weight"] for e in range(len(fused[router]))]
+            )
+            for part in ("gate", "up", "down")
+        )
+        fused |= {
+            f"{experts}.gate_up_proj": mx.concatenate([gate, up], axis=1),
+            f"{experts}.down_proj": down,
+        }
+    return fused
+
+
+def write(directory, config, files, *, index=False):
+    """Writes a model directory and returns it; `files` maps file names to dicts of tensors."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    for name, weights in files.items():
+        mx.save_safetensors(str(directory / name), weights, {"format": "pt"})
+    if index:
+        weight_map = {tensor: name for name, weights in files.items() for tensor in weights}
+        (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+def parameters(model):
+    """The model's parameters by path."""
+    return dict(tree_flatten(model.parameters()))
+
+
+def convert(directory, **quantization):
+    """Writes `base` as mlx-lm converts it, quantized by `quantize_model(**quantization)`."""
+    model, config = mlx_lm.utils.load_model(GOLDENS / "base")
+    if quantization:
+        with contextlib.redirect_stdout(io.StringIO()):
+            model, config = mlx_lm.utils.quantize_model(model, config, **quantization)
+    mlx_lm.utils.save_model(directory, model)
+    mlx_lm.utils.save_config(config, directory / "config.json")
+    return directory
+
+
+def in_float32(model):
+    """mlx-lm's own model, computing in float32."""
+    model.set_dtype(mx.float32)
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, nn.QuantizedEmbedding):
+        # where scales are bytes its rows would be bfloat16, whatever the model's dtype
+        table = nn.Embedding(embedding.num_embeddings, embedding.dims)
+        table.weight = embedding(mx.arange(embedding.num_embeddings)).astype(mx.float32)
+        model.model.embed_tokens = table
+    return model
+
+
+def relative_error(result, expected):
+    """Relative L2 distance; MLX or numpy arrays, a batch of one or none."""
+    result, expected = np.array(result), np.array(expected)
+    return float64.relative_error(result.reshape(expected.shape), expected)

@@ -1,0 +1,16 @@
+"""Fixtures that several test files use."""
+
+import shutil
+
+import checkpoints
+import pytest
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A copy of the golden `base`, without its expected results, for a test to spoil."""
+    directory = tmp_path / "base"
+    directory.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(checkpoints.GOLDENS / "base" / name, directory / name)
+    return directory

@@ -1,0 +1,500 @@
+"""The command ``python -m mlx_qwen3next.generate``: in processes of its own, and through main()."""
+
+import io
+import json
+import re
+import signal
+import sys
+
+import mlx.core as mx
+import pytest
+from helpers_generate import (
+    GOLDENS,
+    bundled,
+    endless,
+    float32,
+    forward_cache,
+    golden,
+    process,
+    tokens_of,
+)
+from mlx.utils import tree_flatten
+from mlx_lm import cache_prompt
+from mlx_lm.generate import setup_arg_parser
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_adapters
+
+import mlx_qwen3next
+from mlx_qwen3next import load, stream_generate
+from mlx_qwen3next.generate import main, parser
+from mlx_qwen3next.load import BUNDLED
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """The bundled model in float32, without stop tokens and with a context of 64."""
+    directory = endless(tmp_path_factory.mktemp("model") / "short", max_position_embeddings=64)
+    return str(float32(directory))
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs main() with arguments; returns its exit status, stdout and stderr."""
+
+    def run(*args):
+        capsys.readouterr()
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def answer(run):
+    """Runs main() with --verbose F; returns the response, having checked that nothing else came."""
+
+    def answer(*args):
+        status, out, err = run(*args, "--verbose", "F")
+        assert (status, err) == (0, "")
+        assert out.endswith("\n")
+        return out[:-1]
+
+    return answer
+
+
+@pytest.fixture
+def request_of(run, monkeypatch):
+    """Runs main() without generating; returns the prompt as text and the options."""
+
+    def request_of(*args):
+        calls = []
+
+        def record(model, tokenizer, prompt, max_tokens, **options):
+            calls.append((tokenizer.decode(prompt), {"max_tokens": max_tokens} | options))
+            return iter(())
+
+        monkeypatch.setattr("mlx_qwen3next.generate.stream_generate", record)
+        assert run(*args)[0] == 0
+        return calls[0]
+
+    return request_of
+
+
+def library_answer(directory, prompt, n, **options):
+    """What the library says, for a prompt as text (of the raw format, not a message)."""
+    model, tokenizer = load(directory)
+    tokens = tokenizer.encode(prompt, add_special_tokens=False)
+    return "".join(r.text for r in stream_generate(model, tokenizer, tokens, n, **options))
+
+
+# --- in a process of its own --------------------------------------------------------------------
+
+
+COMMAND = ("-m", "mlx_qwen3next.generate")
+
+
+def test_without_a_model_the_bundled_one_answers():
+    with process(*COMMAND, "--max-tokens", "3") as child:
+        out, err = (stream.decode() for stream in child.communicate())
+    assert child.returncode == 0
+    assert err.startswith("No --model given: running the bundled") and err.count("\n") == 1
+    assert out.startswith("=" * 10 + "\n")
+    assert re.search(r"^Prompt: \d+ tokens, [\d.]+ tokens-per-sec$", out, re.M)
+
+
+def test_bad_input_is_one_line_and_status_2():
+    with process(*COMMAND, "--model", "/no/such/model") as child:
+        out, err = (stream.decode() for stream in child.communicate())
+    assert child.returncode == 2
+    assert err.startswith("error: /no/such/model does not exist") and err.count("\n") == 1
+    assert out == ""
+
+
+@pytest.fixture(scope="module")
+def endless_dir(tmp_path_factory):
+    return str(endless(tmp_path_factory.mktemp("model") / "endless"))
+
+
+def test_a_closed_pipe_ends_it_quietly(endless_dir):
+    with process(*COMMAND, "--model", endless_dir, "--max-tokens", "-1") as child:
+        assert child.stdout.read(12)
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        assert child.wait() == 128 + signal.SIGPIPE
+
+
+def test_interrupting_an_answer_prints_its_statistics(endless_dir):
+    with process(*COMMAND, "--model", endless_dir, "--max-tokens", "-1") as child:
+        assert child.stdout.read(12)  # the rule, then some of the answer
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err == b"interrupted\n"
+    generated = re.search(rb"=\nPrompt: .*\nGeneration: (\d+) tokens, .*\nPeak memory: ", out)
+    assert 0 < int(generated[1]) < 8000
+
+
+def test_interrupting_the_loading_of_a_model():
+    slow = (
+        "import sys, time, mlx_qwen3next.generate as command\n"
+        "def load(*args, **options):\n"
+        "    print('loading', flush=True)\n"
+        "    time.sleep(600)\n"
+        "command.load = load\n"
+        "sys.exit(command.main([]))\n"
+    )
+    with process("-c", slow) as child:
+        assert child.stdout.readline() == b"loading\n"
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (130, b"", b"interrupted\n")
+
+
+# --- flags --------------------------------------------------------------------------------------
+
+STOCK = {a.dest: a for a in setup_arg_parser()._actions if a.dest != "help"}
+
+
+def test_help_names_every_flag(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    status, out, err = run("--help")
+    assert (status, err) == (0, "")
+    for action in STOCK.values():
+        for option in action.option_strings:
+            assert re.search(rf"(^|[ ,]){option}[ ,\n]", out, re.M), option
+    essential = out[: out.index("\noptions:")]
+    assert all(f"  {option} " in essential for option in ("--model", "--prompt", "--mtp"))
+    assert "--temp" not in essential
+
+
+@pytest.mark.parametrize("dest", STOCK)
+def test_stock_flags_are_understood_as_in_mlx_lm(dest):
+    action = STOCK[dest]
+    for option in action.option_strings:
+        args = [option] if action.nargs == 0 else [option, "7"]
+        expected = getattr(setup_arg_parser().parse_args(args), dest)
+        assert getattr(parser().parse_args(args), dest) == expected
+
+
+def test_defaults_are_mlx_lms():
+    ours, stock = vars(parser().parse_args([])), vars(setup_arg_parser().parse_args([]))
+    assert ours.pop("mtp") == "auto"
+    assert ours.pop("prompt") is None  # mlx-lm's, or the demo model's own question
+    del stock["prompt"]
+    assert ours == stock
+
+
+def test_default_prompts(request_of, model_dir):
+    assert "\nhello<" in request_of("--model", model_dir)[0]
+    assert "What does os.path.join do?" in request_of()[0]
+
+
+def test_flags_reach_the_library(request_of, model_dir):
+    given = {
+        "max_tokens": 3,
+        "mtp": 2,
+        "prefill_step_size": 5,
+        "kv_bits": 4,
+        "kv_group_size": 32,
+        "quantized_kv_start": 6,
+        "temp": 0.7,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "min_tokens_to_keep": 2,
+        "top_k": 8,
+        "xtc_probability": 0.3,
+        "xtc_threshold": 0.2,
+    }
+    flags = [x for name, v in given.items() for x in ("--" + name.replace("_", "-"), v)]
+    _, options = request_of("--model", model_dir, *flags)
+    _, tokenizer = load(model_dir)
+    special = {*tokenizer.encode("\n"), *tokenizer.eos_token_ids}
+    assert set(options.pop("xtc_special_tokens")) == special
+    assert options == given | {"prompt_cache": None}
+    assert request_of("--mtp", "off")[1]["mtp"] == "off"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", " \\n"], "the prompt is empty"),
+        (["--prompt", "a\udcff"], "not valid UTF-8"),
+        (["--prompt", "word " * 70], "max_position_embeddings is 64"),
+        (["--max-tokens", "0"], "max_tokens"),
+        (["--max-tokens", "-5"], "max_tokens"),
+        (["--max-tokens", "many"], "--max-tokens"),
+        (["--temp", "-1"], "temp"),
+        (["--top-p", "2"], "top_p"),
+        (["--top-k", "5000"], "top_k"),
+        (["--kv-bits", "7"], "kv_bits"),
+        (["--prefill-step-size", "0"], "prefill_step_size"),
+        (["--mtp", "0"], "--mtp: mtp must be 'auto', 'off' or 1 to 8, got 0"),
+        (["--mtp", "9"], "--mtp: mtp must be 'auto', 'off' or 1 to 8, got 9"),
+        (["--mtp", "-1"], "--mtp"),
+        (["--mtp", "x"], "--mtp: mtp must be 'auto', 'off' or 1 to 8, got 'x'"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--chat-template-config", "{"], "--chat-template-config is not valid JSON"),
+        (["--chat-template-config", "[]"], "--chat-template-config must be a JSON object"),
+        (["--chat-template-config", '{"tokenize": true}'], "the chat template fails"),
+        (["--extra-eos-token", "no such token"], "no such token"),
+        (["--extra-eos-token", "5000"], "5000"),
+        (["--adapter-path", "/no/such/adapter"], "/no/such/adapter"),
+        (["--prompt-cache-file", "/no/such/cache.safetensors"], "does not exist"),
+        (["--image", "cat.png"], "--image is not supported"),
+        (["--draft-model", "x"], "--draft-model is not supported"),
+        (["--num-draft-tokens", "5"], "--num-draft-tokens is not supported"),
+        (["--quantize-activations"], "--quantize-activations is not supported"),
+        (["--max-kv-size", "9"], "--max-kv-size is not supported"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+    ids=lambda x: (
+        " ".join(x)[:40].encode("ascii", "replace").decode() if isinstance(x, list) else ""
+    ),
+)
+def test_bad_input(run, model_dir, args, said):
+    status, out, err = run("--model", model_dir, *args)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and said in err
+    assert err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_bad_input_without_a_model_is_one_line_too(run):
+    status, out, err = run("--prompt", "word " * 9000)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "max_position_embeddings" in err
+
+
+def test_depth_for_a_model_without_a_head_is_refused(run, tmp_path):
+    directory = endless(tmp_path / "model")
+    (directory / "mtp.safetensors").unlink()
+    status, out, err = run("--model", directory, "--mtp", "2")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "no MTP head" in err
+
+
+# --- prompts ------------------------------------------------------------------------------------
+
+
+def message(content):
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("args", "messages", "options"),
+    [
+        (["-p", "hi"], [message("hi")], {"add_generation_prompt": True}),
+        (["-p", r"a\n\tb"], [message("a\n\tb")], {"add_generation_prompt": True}),
+        (
+            ["-p", "hi", "--system-prompt", "Be brief."],
+            [{"role": "system", "content": "Be brief."}, message("hi")],
+            {"add_generation_prompt": True},
+        ),
+        (
+            ["-p", "hi", "--prefill-response", "Well,"],
+            [message("hi"), {"role": "assistant", "content": "Well,"}],
+            {"continue_final_message": True},
+        ),
+        (
+            ["-p", "hi", "--chat-template-config", '{"tools": [{"name": "f"}]}'],
+            [message("hi")],
+            {"add_generation_prompt": True, "tools": [{"name": "f"}]},
+        ),
+    ],
+    ids=["message", "escapes", "system", "prefill", "template-config"],
+)
+def test_prompt_goes_through_the_chat_template(request_of, model_dir, args, messages, options):
+    _, tokenizer = bundled()
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    assert request_of("--model", model_dir, *args)[0] == expected
+
+
+def test_ignore_chat_template(request_of, model_dir):
+    prompt, _ = request_of("--model", model_dir, "--ignore-chat-template", "-p", "a\\nb")
+    assert prompt == "a\nb"
+
+
+def test_prompt_from_stdin(request_of, model_dir, monkeypatch):
+    text = "first line\nsecond \\n line\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    prompt, _ = request_of("--model", model_dir, "--ignore-chat-template", "-p", "-")
+    assert prompt == text
+
+
+def test_empty_stdin_is_refused(run, model_dir, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    status, out, err = run("--model", model_dir, "-p", "-")
+    assert (status, out, err) == (2, "", "error: the prompt is empty\n")
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+RAW = ("--ignore-chat-template", "-p", "import os\n")
+
+
+def test_answer_is_the_librarys(answer, model_dir):
+    expected = library_answer(model_dir, "import os\n", 20)
+    assert answer("--model", model_dir, *RAW, "-m", 20) == expected
+
+
+def test_verbose_frames_the_answer_and_adds_statistics(run, model_dir):
+    status, out, err = run("--model", model_dir, *RAW, "-m", 20)
+    rule = "=" * 10
+    text = re.escape(library_answer(model_dir, "import os\n", 20))
+    prompt = len(bundled()[1].encode("import os\n"))
+    assert (status, err) == (0, "")
+    assert re.fullmatch(
+        rf"{rule}\n{text}\n{rule}\n"
+        rf"Prompt: {prompt} tokens, [\d.]+ tokens-per-sec\n"
+        r"Generation: 20 tokens, [\d.]+ tokens-per-sec\n"
+        r"Peak memory: [\d.]+ GB\n",
+        out,
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [-1, 10**12])
+def test_answer_ends_with_the_context(run, model_dir, max_tokens):
+    _, out, _ = run("--model", model_dir, *RAW, "-m", max_tokens)
+    generated = 64 - len(bundled()[1].encode("import os\n"))
+    assert f"\nGeneration: {generated} tokens," in out
+
+
+def test_seed_fixes_the_answer(answer, model_dir):
+    def sample(seed):
+        return answer("--model", model_dir, *RAW, "-m", 30, "--temp", 1, "--seed", seed)
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+@pytest.mark.parametrize("form", [str, lambda token: bundled()[1].convert_ids_to_tokens(token)])
+def test_extra_eos_token_stops(answer, model_dir, form):
+    model, tokenizer = load(model_dir)
+    tokens = tokens_of(stream_generate(model, tokenizer, tokenizer.encode("import os\n"), 20))
+    stop = next(t for i, t in enumerate(tokens) if i >= 3 and t not in tokens[:i])
+    text = answer("--model", model_dir, *RAW, "-m", 20, "--extra-eos-token", form(stop))
+    assert text == tokenizer.decode(tokens[: tokens.index(stop)])
+
+
+def test_terminal_that_cannot_show_the_text(monkeypatch, model_dir):
+    class Response:
+        text = "né 漢"
+
+    monkeypatch.setattr(
+        "mlx_qwen3next.generate.stream_generate", lambda *args, **options: iter([Response])
+    )
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(["--model", model_dir, "--verbose", "F"]) == 0
+    terminal.seek(0)
+    assert terminal.read() == "n? ?\n"
+
+
+# --- adapters and prompt caches -----------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path, model_dir):
+    """A LoRA adapter with noise in place of training, and dropout, in mlx_lm.lora's layout."""
+    parameters = {"rank": 2, "scale": 5.0, "dropout": 0.5}
+    model, _ = load(model_dir)
+    model.freeze()
+    linear_to_lora_layers(model, 4, parameters)
+    weights = {
+        name: mx.random.normal(w.shape, key=mx.random.key(i)) * 0.1
+        for i, (name, w) in enumerate(tree_flatten(model.trainable_parameters()))
+    }
+    config = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": parameters}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    return tmp_path
+
+
+def test_adapter(answer, model_dir, adapter):
+    model, tokenizer = load(model_dir)
+    load_adapters(model, str(adapter))
+    model.eval()
+    tokens = tokenizer.encode("import os\n")
+    expected = "".join(r.text for r in stream_generate(model, tokenizer, tokens, 20))
+    assert expected != library_answer(model_dir, "import os\n", 20)
+    assert answer("--model", model_dir, *RAW, "-m", 20, "--adapter-path", adapter) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["{}", "[", '{"num_layers": 1, "lora_parameters": {}}'],
+    ids=["empty", "broken", "bad"],
+)
+def test_bad_adapter_is_refused(run, model_dir, adapter, config):
+    (adapter / "adapter_config.json").write_text(config)
+    status, out, err = run("--model", model_dir, "--adapter-path", adapter)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_adapter_of_another_model_is_refused(run, model_dir, adapter):
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), {"x.lora_a": mx.ones(3)})
+    status, out, err = run("--model", model_dir, "--adapter-path", adapter)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "x.lora_a" in err
+
+
+def test_prompt_cache_made_by_mlx_lm(run, answer, model_dir, tmp_path, monkeypatch):
+    file = tmp_path / "cache.safetensors"
+    made = ("--model", model_dir, "--prompt", "import os, sys", "--prompt-cache-file", str(file))
+    monkeypatch.setattr("sys.argv", ["cache_prompt", *made])
+    cache_prompt.main()
+    # What follows the cached text; the template's opening is in the cache.
+    _, tokenizer = bundled()
+    template = tokenizer.apply_chat_template(
+        [message("QUERY")], tokenize=False, add_generation_prompt=True
+    )
+    rest = "\nimport re" + template.partition("QUERY")[2]
+    expected = library_answer(model_dir, rest, 20, prompt_cache=load_prompt_cache(str(file)))
+    # The model is the one that the file names.
+    args = ("--prompt-cache-file", file, "-p", "\\nimport re", "-m", 20)
+    assert answer(*args) == expected
+    assert f"Prompt: {len(tokenizer.encode(rest))} tokens" in run(*args)[1]
+
+
+def test_prompt_cache_of_ours(answer, model_dir, tmp_path):
+    file = tmp_path / "cache.safetensors"
+    model, tokenizer = load(model_dir)
+    save_prompt_cache(str(file), forward_cache(model, tokenizer.encode("import os\n")))
+    expected = library_answer(
+        model_dir, "import re\n", 20, prompt_cache=load_prompt_cache(str(file))
+    )
+    assert expected != library_answer(model_dir, "import re\n", 20)
+    args = ("--model", model_dir, "--prompt-cache-file", file, "--ignore-chat-template")
+    assert answer(*args, "-p", "import re\\n", "-m", 20) == expected
+
+
+def test_wrong_prompt_cache_files_are_refused(run, model_dir, tmp_path):
+    text = tmp_path / "text.safetensors"
+    text.write_text("not a cache")
+    other = tmp_path / "other.safetensors"
+    save_prompt_cache(str(other), forward_cache(golden("base")[0], [1, 2, 3]))
+    foreign = tmp_path / "foreign.safetensors"
+    save_prompt_cache(str(foreign), forward_cache(bundled()[0], [1, 2]), {"model": "someone/else"})
+    for file, said in [
+        (text, "is no prompt cache"),
+        (tmp_path, "is no prompt cache"),
+        (BUNDLED / "model.safetensors", "is no prompt cache"),
+        (GOLDENS / "base" / "config.json", "is no prompt cache"),
+        (other, "prompt_cache[0]"),
+        (foreign, "made with someone/else"),
+    ]:
+        status, out, err = run("--model", model_dir, "--prompt-cache-file", file)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert said in err
+
+
+def test_importing_the_command_leaves_the_function_callable(model_dir):
+    assert "mlx_qwen3next.generate" in sys.modules
+    model, tokenizer = load(model_dir)
+    text = mlx_qwen3next.generate(model, tokenizer, "import os\n", max_tokens=20)
+    assert text == library_answer(model_dir, "import os\n", 20)
