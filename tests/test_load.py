@@ -145,13 +145,18 @@ def test_what_transformers_saved(tmp_path):
     assert_same_parameters(model, reference)
 
 
-def test_tied_embeddings_may_come_with_a_head(tmp_path):
+def with_needless_tensors(directory):
+    """`dense`, whose embeddings are tied, with a head of its own all the same."""
     weights = checkpoints.tensors("dense")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    directory = checkpoints.write(
-        tmp_path, checkpoints.config("dense"), {"model.safetensors": weights}
-    )
-    assert_same_parameters(load32(directory), load32(GOLDENS / "dense"))
+    weights["model.layers.3.self_attn.rotary_emb.inv_freq"] = mx.ones((2,))
+    config = checkpoints.config("dense")
+    return checkpoints.write(directory, config, {"model.safetensors": weights})
+
+
+def test_tensors_no_model_needs(tmp_path):
+    model = load32(with_needless_tensors(tmp_path))
+    assert_same_parameters(model, load32(GOLDENS / "dense"))
 
 
 @pytest.mark.parametrize(
@@ -306,21 +311,28 @@ def raw_head():
     return trunk_and_head("base")[1]
 
 
+def fused_head():
+    return checkpoints.fuse(raw_head())
+
+
 def own_head():
     return checkpoints.split(checkpoints.parameters(load32(GOLDENS / "base")))[1]
 
 
-@pytest.mark.parametrize("name", ["unquantized", "4 bits"])
-@pytest.mark.parametrize("head", [raw_head, own_head], ids=["as on the hub", "as the model's"])
-def test_sidecar_beside_a_converted_trunk(tmp_path, conversions, name, head):
-    shutil.copytree(conversions(name), tmp_path, dirs_exist_ok=True)
+@pytest.mark.parametrize("trunk", ["hub", "unquantized", "4 bits"])
+@pytest.mark.parametrize("head", [raw_head, fused_head, own_head], ids=lambda f: f.__name__)
+def test_sidecar_in_any_layout_beside_any_trunk(tmp_path, conversions, trunk, head):
+    if trunk == "hub":
+        weights = {"model.safetensors": trunk_and_head("base")[0]}
+        checkpoints.write(tmp_path, checkpoints.config("base"), weights)
+    else:
+        shutil.copytree(conversions(trunk), tmp_path, dirs_exist_ok=True)
     without = load32(tmp_path)(tokens("base"))
     mx.save_safetensors(str(tmp_path / "mtp.safetensors"), head())
     model = load32(tmp_path)
-    reference = load32(GOLDENS / "base")
-    assert_same_parameters(model.mtp, reference.mtp)
+    assert_same_parameters(model.mtp, load32(GOLDENS / "base").mtp)
     assert mx.array_equal(model(tokens("base")), without)
-    if name == "unquantized":
+    if trunk != "4 bits":  # the head shares the trunk's embedding and lm_head
         assert_golden_head(model, "base")
 
 
@@ -349,6 +361,11 @@ def test_mlx_lm_loads_into_this_model(case):
     reference = load32(GOLDENS / case)
     reference.mtp = None
     assert_same_parameters(model, reference)
+
+
+def test_mlx_lm_leaves_out_tensors_no_model_needs(tmp_path):
+    model = load_by_mlx_lm(with_needless_tensors(tmp_path))
+    assert_same_parameters(model, load_by_mlx_lm(GOLDENS / "dense"))
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)

@@ -138,6 +138,24 @@ def test_batch_generate_continues_its_caches(case):
         assert second.token_ids[i] == greedy(model, whole, n)
 
 
+@pytest.mark.parametrize("chunk", [13, 5, 1])
+@pytest.mark.parametrize("case", CASES)
+def test_left_padded_batch(case, chunk):
+    model, tokens = golden(case)[0], golden(case)[1]["tokens"]
+    padding, length = [0, 12, 7], 13
+    rows = [tokens[10 * i : 10 * i + length - n] for i, n in enumerate(padding)]
+    # What stands in the padding must not matter: another row's tokens.
+    batch = mx.stack(
+        [mx.concatenate([tokens[100 : 100 + n], row]) for n, row in zip(padding, rows, strict=True)]
+    )
+    cache = model.make_cache(left_padding=padding)
+    logits = mx.concatenate(
+        [model(batch[:, i : i + chunk], cache) for i in range(0, length, chunk)], axis=1
+    )
+    for i, n in enumerate(padding):
+        assert relative_error(logits[i, n:], model(rows[i][None])[0]) < NOISE
+
+
 # --- saved caches -------------------------------------------------------------------------------
 
 
@@ -368,4 +386,5 @@ def test_gradients_are_finite_differences(path):
 
     step = 3e-4  # small enough that no token changes its experts
     slope = (loss(step) - loss(-step)) / (2 * step)
-    assert slope == pytest.approx(mx.linalg.norm(gradient).item(), rel=1e-2)
+    # The absolute part is float32's noise in the losses, divided by the step.
+    assert slope == pytest.approx(mx.linalg.norm(gradient).item(), rel=1e-2, abs=2e-3)

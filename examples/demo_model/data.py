@@ -3,6 +3,7 @@
 ``build(out, seed)`` writes, from nothing but the running interpreter:
 
     tokenizer/     tokenizer.json, tokenizer_config.json, chat_template.jinja
+    finish.npz     the same for a last phase of mostly chats (``build_finish``)
     train.npz      tokens (uint16) and the offsets of each document
     heldout.npz    the same of the held-out files, with their UTF-8 sizes
     heldout.txt    the held-out files, one a line
@@ -45,7 +46,7 @@ SKIPPED = {
     "lib2to3",
     "encodings",
 }
-CHAT_SHARE = 0.3  # of the training bytes
+CHAT_SHARE, FINISH_SHARE = 0.3, 0.75  # of the training bytes, and of those of the last phase
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 SYSTEMS = [
@@ -231,8 +232,10 @@ def entries_for(root: Path, files: list[Path], heldout: list[Path]) -> list[Entr
     return list({e.name: e for e in reversed(found)}.values())[::-1]
 
 
-def documents(seed: int) -> tuple[list[str], list[str], list[str], list[Path]]:
-    """Training sources, training chats, held-out sources and the held-out paths."""
+def documents(
+    seed: int, share: float = CHAT_SHARE
+) -> tuple[list[str], list[str], list[str], list[Path]]:
+    """Training sources, training chats (``share`` of the text), held-out sources and paths."""
     root, files, heldout = source_files()
     sources = []
     for path in files:
@@ -243,7 +246,7 @@ def documents(seed: int) -> tuple[list[str], list[str], list[str], list[Path]]:
     rng = random.Random(seed)
     maker = ChatMaker(entries_for(root, files, heldout), rng)
     render = chat_renderer()
-    wanted = int(sum(map(len, sources)) * CHAT_SHARE / (1 - CHAT_SHARE))
+    wanted = int(sum(map(len, sources)) * share / (1 - share))
     chats, size = [], 0
     with tqdm(total=wanted, desc="chats", unit="B", unit_scale=True) as bar:
         while size < wanted:
@@ -325,3 +328,14 @@ def build(out: Path, seed: int) -> None:
         partial = out / f"{name}.partial.npz"
         np.savez(partial, **encode(tokenizer, part, name))
         partial.rename(out / f"{name}.npz")
+
+
+def build_finish(out: Path, seed: int) -> None:
+    """Write ``out/finish.npz``: mostly fresh chats, in the tokenizer that ``build`` made."""
+    sources, chats, _, _ = documents(seed + 1, FINISH_SHARE)
+    texts = sources + chats
+    random.Random(seed).shuffle(texts)
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer" / "tokenizer.json"))
+    partial = out / "finish.partial.npz"
+    np.savez(partial, **encode(tokenizer, texts[: len(texts) // 2], "finish"))
+    partial.rename(out / "finish.npz")

@@ -227,12 +227,11 @@ class Training:
     def report(self, windows: int | None = None) -> None:
         self.log(str(evaluate(self.model, self.out / "heldout.npz", windows)))
 
-    def run(self, minutes: float, processes: int) -> None:
-        """Train until the budget of ``minutes``, earlier runs counted in, is spent or a signal."""
+    def run(self, minutes: float, processes: int, path: Path) -> None:
+        """Train on ``path`` until ``minutes``, earlier runs counted in, are spent, or a signal."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
         budget = minutes * 60
-        path = self.out / "train.npz"
         bar = tqdm(total=round(budget), initial=round(self.seconds), unit="s", disable=None)
         with bar, Team(self.model, self.optimizer, path, self.seed, processes) as team:
             per_epoch = team.windows.per_epoch
@@ -284,6 +283,11 @@ def main() -> None:
         default=True,
         help="go on from the checkpoint; --no-resume starts anew",
     )
+    parser.add_argument(
+        "--finish",
+        action="store_true",
+        help="the last phase: mostly chats; give more --minutes than before",
+    )
     parser.add_argument("--export", action="store_true", help="only write hf/ from the checkpoint")
     parser.add_argument("--evaluate", action="store_true", help="only score the held-out files")
     args = parser.parse_args()
@@ -305,9 +309,12 @@ def main() -> None:
         return
     if not (args.out / "train.npz").exists():
         data.build(args.out, args.seed)
+    path = args.out / ("finish.npz" if args.finish else "train.npz")
+    if not path.exists():
+        data.build_finish(args.out, args.seed)
     if args.resume:
         training.resume()
-    training.run(args.minutes, processes)
+    training.run(args.minutes, processes, path)
     if training.stopped:
         sys.exit(f"stopped; run again to go on from {args.out / 'checkpoint.pt'}")
     training.log(f"exported to {export(training.model, args.out)}")
