@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _print(responses, verbose=args.verbose)
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        # Nothing is left for Python to flush, and to complain about, at its end.
+        # As Python's documentation advises: what it flushes at its end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
@@ -238,13 +238,15 @@ def _print(responses: Iterator[GenerationResponse], *, verbose: bool) -> int:
 
 
 class _PromptProgress:
-    """A bar on stderr while a long prompt is processed; a short one ends before it appears."""
+    """A bar on a terminal's stderr while a long prompt is processed; a short one ends before."""
 
     _bar: tqdm | None = None
 
     def __call__(self, processed: int, total: int) -> None:
         if self._bar is None:
-            self._bar = tqdm(desc="prompt", total=total, unit="token", leave=False, delay=2)
+            self._bar = tqdm(
+                desc="prompt", total=total, unit="token", leave=False, delay=2, disable=None
+            )
         self._bar.update(processed - self._bar.n)
         if processed >= total:
             self._bar.close()
