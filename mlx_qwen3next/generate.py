@@ -189,6 +189,7 @@ def run(args: argparse.Namespace) -> int:
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
 
+    progress = _PromptProgress()
     responses = stream_generate(
         model,
         tokenizer,
@@ -196,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
         args.max_tokens,
         mtp=args.mtp,
         prompt_cache=cache,
-        prompt_progress_callback=_PromptProgress(),
+        prompt_progress_callback=progress,
         prefill_step_size=args.prefill_step_size,
         kv_bits=args.kv_bits,
         kv_group_size=args.kv_group_size,
@@ -210,14 +211,16 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     try:
-        return _print(responses, verbose=args.verbose)
+        return _print(responses, progress, verbose=args.verbose)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         # As Python's documentation advises: what it flushes at its end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 
-def _print(responses: Iterator[GenerationResponse], *, verbose: bool) -> int:
+def _print(
+    responses: Iterator[GenerationResponse], progress: _PromptProgress, *, verbose: bool
+) -> int:
     """Streams the text; with ``verbose`` between rules, the statistics after it."""
     last: GenerationResponse | None = None
     status = 0
@@ -227,6 +230,7 @@ def _print(responses: Iterator[GenerationResponse], *, verbose: bool) -> int:
         for last in responses:
             print(last.text, end="", flush=True)
     except KeyboardInterrupt:
+        progress.close()
         status = 130
     print(flush=True)
     if verbose:
@@ -249,6 +253,11 @@ class _PromptProgress:
             )
         self._bar.update(processed - self._bar.n)
         if processed >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Clears the bar, also in the middle of a prompt."""
+        if self._bar is not None:
             self._bar.close()
 
 
