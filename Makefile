@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/python -m mlx_qwen3next.generate --prompt "What does os.path.join do?"
+	$(BIN)/python -m mlx_qwen3next.generate --prompt "How do I use itertools.chain?"
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
@@ -19,7 +19,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 $(VENV)/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("mlx_qwen3next needs Python 3.10 or newer; this is %s. Name another: make PYTHON=python3.12 …" % sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mlx_qwen3next needs Python 3.11 or newer, as mlx-lm does; this is %s. Name another: make PYTHON=python3.12 …" % sys.version.split()[0])'
 	@$(PYTHON) -m venv $(VENV) || { echo "python3's venv module is missing (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@

@@ -32,7 +32,7 @@ from .load import DEFAULT_CONTEXT, load
 from .model import Model
 from .sampling import Sampling
 
-DEMO_PROMPT = "What does os.path.join do?"
+DEMO_PROMPT = "How do I use itertools.chain?"
 
 EPILOG = """examples:
   %(prog)s

@@ -27,7 +27,7 @@ from mlx_lm.utils import load_adapters
 
 import mlx_qwen3next
 from mlx_qwen3next import load, stream_generate
-from mlx_qwen3next.generate import main, parser
+from mlx_qwen3next.generate import DEMO_PROMPT, main, parser
 from mlx_qwen3next.load import BUNDLED
 
 
@@ -190,7 +190,7 @@ def test_defaults_are_mlx_lms():
 
 def test_default_prompts(request_of, model_dir):
     assert "\nhello<" in request_of("--model", model_dir)[0]
-    assert "What does os.path.join do?" in request_of()[0]
+    assert DEMO_PROMPT in request_of()[0]
 
 
 def test_flags_reach_the_library(request_of, model_dir):
@@ -464,13 +464,15 @@ def test_prompt_cache_made_by_mlx_lm(run, answer, model_dir, tmp_path, monkeypat
 def test_prompt_cache_of_ours(answer, model_dir, tmp_path):
     file = tmp_path / "cache.safetensors"
     model, tokenizer = load(model_dir)
-    save_prompt_cache(str(file), forward_cache(model, tokenizer.encode("import os\n")))
-    expected = library_answer(
-        model_dir, "import re\n", 20, prompt_cache=load_prompt_cache(str(file))
+    save_prompt_cache(
+        str(file), forward_cache(model, tokenizer.encode("def add(first, second):\n"))
     )
-    assert expected != library_answer(model_dir, "import re\n", 20)
+    expected = library_answer(
+        model_dir, "    return ", 20, prompt_cache=load_prompt_cache(str(file))
+    )
+    assert expected != library_answer(model_dir, "    return ", 20)
     args = ("--model", model_dir, "--prompt-cache-file", file, "--ignore-chat-template")
-    assert answer(*args, "-p", "import re\\n", "-m", 20) == expected
+    assert answer(*args, "-p", "    return ", "-m", 20) == expected
 
 
 def test_wrong_prompt_cache_files_are_refused(run, model_dir, tmp_path):
