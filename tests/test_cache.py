@@ -76,7 +76,7 @@ def test_a_round_keeps_its_prefix_and_nothing_else(case, start, keep):
     assert relative_error(model(case)(following, cache), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("order", itertools.permutations([0, 1, 2, 3]), ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
 def test_rounds_in_every_order_leave_the_state_of_a_plain_run(order):
     """Lazy commits follow each other without a settle in between."""
     start, cache = 10, filled(10)
