@@ -167,7 +167,7 @@ def test_help_names_every_flag(run, monkeypatch):
         for option in action.option_strings:
             assert re.search(rf"(^|[ ,]){option}[ ,\n]", out, re.M), option
     essential = out[: out.index("\noptions:")]
-    assert all(f"  {option} " in essential for option in ("--model", "--prompt", "--mtp"))
+    assert all(f"  {option}" in essential for option in ("--model", "--prompt", "--mtp"))
     assert "--temp" not in essential
 
 
