@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         metavar="{auto,off,1..8}",
         help="Tokens the model's own MTP head drafts ahead: a depth, 'off', or 'auto' to choose "
-        "by measurement (default: %(default)s). Answers have the same distribution either way.",
+        "by measurement (default: %(default)s). Checked, but not used yet: decoding is plain.",
     )
     # argparse shows groups in the order they were added, its own before all others.
     result._action_groups.insert(0, result._action_groups.pop())

@@ -71,7 +71,7 @@ def generate_step(
         prompt: token ids ``[L]``, not empty.
         max_tokens: how many to generate, -1 for as many as the context takes. Generation ends at
             the model's max_position_embeddings in any case.
-        mtp: how deep the MTP head drafts: "auto", "off" or 1…8.
+        mtp: how deep the MTP head drafts: "auto", "off" or 1…8. Checked, but not used yet.
         prompt_cache: what ``model.make_cache()`` made, with the tokens before the prompt; advanced
             in place. Whenever the caller stops, it holds the prompt and every token yielded, the
             last one included: go on with the token that comes after it.

@@ -241,17 +241,13 @@ class Trunk(nn.Module):
         """Tokens ``[B, L]`` to hidden states ``[B, L, H]`` after the final norm."""
         x = self.embed_tokens(tokens)
         caches = [None] * len(self.layers) if cache is None else cache
-        # All layers of a kind share one mask.
-        linear_mask = attention_mask = None
-        for layer, c in zip(self.layers, caches, strict=True):
-            if c is not None and layer.is_linear:
-                linear_mask = c.make_mask(tokens.shape[1])
-                break
-        for layer, c in zip(self.layers, caches, strict=True):
-            if not layer.is_linear:
-                attention_mask = create_attention_mask(x, c)
-                break
-        for layer, c in zip(self.layers, caches, strict=True):
+        pairs = list(zip(self.layers, caches, strict=True))
+        # All layers of a kind share one mask, the first one's.
+        linear = (c for layer, c in pairs if layer.is_linear and c is not None)
+        linear_mask = next((c.make_mask(tokens.shape[1]) for c in linear), None)
+        attention = (c for layer, c in pairs if not layer.is_linear)
+        attention_mask = next((create_attention_mask(x, c) for c in attention), None)
+        for layer, c in pairs:
             x = layer(x, linear_mask if layer.is_linear else attention_mask, c)
         return self.norm(x)
 
