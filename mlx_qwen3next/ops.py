@@ -104,14 +104,19 @@ def gated_delta(
     Returns:
         ``o`` ``[B, L, Hv, Dv]`` float32 and the state after the segment.
     """
-    L, Dk = k.shape[1], k.shape[3]
-    if mx.metal.is_available() and mx.default_device() == mx.gpu and Dk % 32 == 0:
+    if _has_kernel(head_dim=k.shape[3]):
+        v = v.astype(mx.float32)
         o, state = mx.fast.gated_delta_update(q, k, v, mx.exp(g), beta, state)
-        return o.astype(mx.float32), state
-    if L < CHUNKED_FROM:
+        return o, state
+    if k.shape[1] < CHUNKED_FROM:
         o, state, _ = _fused_steps(q, k, v, g, beta, state)
         return o, state
     return gated_delta_chunked(q, k, v, g, beta, state)
+
+
+def _has_kernel(head_dim: int) -> bool:
+    """Whether MLX runs the delta rule as a GPU kernel of its own here."""
+    return mx.metal.is_available() and mx.default_device() == mx.gpu and head_dim % 32 == 0
 
 
 def gated_delta_steps(

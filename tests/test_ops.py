@@ -44,6 +44,17 @@ def test_gated_delta(form, shape, L):
     assert_close("state", result[1], state)
 
 
+@pytest.mark.parametrize("L", [1, 40])
+def test_mlx_own_kernel_gets_its_arguments_right(monkeypatch, L):
+    """Where there is no GPU, MLX computes the same function in plain ops."""
+    monkeypatch.setattr(ops, "_has_kernel", lambda head_dim: True)
+    inputs = segment((2, 2, 6, 32, 16), L)
+    o, state = reference.gated_delta_rule(*inputs)
+    result = ops.gated_delta(*inputs)
+    assert_close("o", result[0], o)
+    assert_close("state", result[1], state)
+
+
 @pytest.mark.parametrize("chunk", [16, 64, 128])
 def test_chunk_size_does_not_matter(chunk):
     inputs = segment((1, 2, 6, 32, 16), 100)
