@@ -13,7 +13,7 @@ loading, checking and error messages all follow from it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,20 +75,14 @@ def detect_layout(shapes: Mapping[str, Shape], undecided: Layout = "hub") -> Lay
 
     An MTP head without experts shows neither; it is taken to be ``undecided``.
     """
-    for name, shape in shapes.items():
-        if ".switch_mlp." in name:
-            return "converted"
-        if ".mlp.experts.gate_up_proj" in name:
-            return "fused"
-        if ".mlp.experts.0." in name:
-            return "hub"
-        if name.endswith("conv1d.weight"):
-            return "converted" if shape[-1:] == (1,) else _experts_layout(shapes)
+    convolutions = [shape for name, shape in shapes.items() if name.endswith("conv1d.weight")]
+    if any(".switch_mlp." in name for name in shapes) or (1,) in [c[-1:] for c in convolutions]:
+        return "converted"
+    if any(".mlp.experts.gate_up_proj" in name for name in shapes):
+        return "fused"
+    if convolutions or any(".mlp.experts.0." in name for name in shapes):
+        return "hub"
     return undecided
-
-
-def _experts_layout(names: Iterable[str]) -> Layout:
-    return "fused" if any(".mlp.experts.gate_up_proj" in name for name in names) else "hub"
 
 
 def plan(parameters: Mapping[str, Shape], layout: Layout) -> dict[str, Source]:

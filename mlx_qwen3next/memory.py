@@ -51,7 +51,7 @@ def check(weights: int, cache: int, context: int) -> None:
     if need > total:
         raise ValueError(
             f"{sizes}, but this machine has {total / GB:.1f} GB for it. "
-            "Use a smaller quantization (--q-bits of the converter) or a shorter context."
+            "Use a smaller quantization (an mlx-lm conversion at fewer bits) or a shorter context."
         )
     if need > comfortable:
         megabytes = int(min(need * 1.1, total) / 2**20)
