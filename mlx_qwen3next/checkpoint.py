@@ -24,6 +24,10 @@ from .config import Config
 Layout = Literal["hub", "fused", "converted"]
 Shape = tuple[int, ...]
 
+# Key in the metadata of a safetensors file that this project's converter wrote: a JSON object that
+# says from what and how. Such a file is in the layout "converted", whatever its names look like.
+MARK = "mlx_qwen3next"
+
 _ZERO_CENTRED = re.compile(
     r"(^|\.)(input_layernorm|post_attention_layernorm|q_norm|k_norm|pre_fc_norm_embedding"
     r"|pre_fc_norm_hidden|model\.norm|mtp\.norm)\.weight$"
@@ -42,6 +46,16 @@ class Source:
     names: tuple[str, ...]
     shape: Shape
     build: Callable[[list[mx.array]], mx.array]
+    stacked: bool = False  # whether each tensor is one row of the parameter
+
+    def rows(self, read: Callable[[str, int, int], mx.array], first: int, last: int) -> mx.array:
+        """Rows ``first:last`` of the parameter; ``read(name, first, last)`` reads a tensor's.
+
+        Every ``build`` works row by row, so that a parameter can be made in parts.
+        """
+        if self.stacked:
+            return self.build([read(name, 0, self.shape[0]) for name in self.names[first:last]])
+        return self.build([read(name, first, last) for name in self.names])
 
 
 def is_zero_centred(path: str) -> bool:
@@ -109,7 +123,7 @@ def _source(path: str, shape: Shape, layout: Layout) -> Source:
         moe, part = match["moe"], match["part"]
         if layout == "hub":
             names = tuple(f"{moe}.experts.{e}.{part}_proj.weight" for e in range(E))
-            return Source(names, (rows, columns), mx.stack)
+            return Source(names, (rows, columns), mx.stack, stacked=True)
         if part == "down":
             return Source((f"{moe}.experts.down_proj",), shape, lambda tensors: tensors[0])
         half = slice(0, rows) if part == "gate" else slice(rows, 2 * rows)

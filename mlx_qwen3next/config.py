@@ -122,14 +122,7 @@ class Config:
     @classmethod
     def from_file(cls, path: str | Path) -> Config:
         """Reads ``config.json``. Errors name the file."""
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path} holds {type(raw).__name__}, not a JSON object")
+        raw = read_json(path)
         try:
             return cls.from_dict(raw)
         except ValueError as error:
@@ -200,6 +193,23 @@ class Config:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in raw.items()}
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object a JSON file holds.
+
+    Raises:
+        ValueError: the file cannot be read or holds none; the message names it.
+    """
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds {type(raw).__name__}, not a JSON object")
+    return raw
+
+
 def _rope(raw: Mapping[str, Any]) -> tuple[float, float]:
     """(theta, rotary factor) of either dialect; only the default rope type exists."""
     merged = dict(raw)
@@ -247,7 +257,7 @@ def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
             method = foreign.get("quant_method") if isinstance(foreign, Mapping) else foreign
             raise ValueError(
                 f"quantization_config.quant_method is {method!r}, which is not loaded directly; "
-                "convert the checkpoint to MLX's format first"
+                "convert it first: python -m mlx_qwen3next.convert --hf-path …"
             )
         return None
     if not isinstance(value, Mapping) or not {"group_size", "bits"} <= set(value):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,7 @@ def load_model(
             mtp.attach(model)
     except OverflowError:
         raise ValueError(f"{directory}: the config's sizes are beyond MLX's arrays") from None
-    if config.quantization is not None:
-        _quantize(model, tensors, dtype)
+    _quantize(model, tensors, dtype)
     sources = _match(model, tensors, directory)
     _check_memory(model, dtype, context)
 
@@ -138,8 +138,19 @@ def resolve(path_or_repo: str | Path | None, revision: str | None = None) -> Pat
         return path
     if path.is_absolute() or repo.startswith((".", "~")) or repo.count("/") != 1:
         raise ValueError(f"{repo} does not exist, and is no repository id (owner/name)")
-    try:
+    with hub_errors(repo):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD)))
+
+
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Turns whatever the hub's client raises into a ValueError of one line.
+
+    Raises:
+        ValueError: as it says.
+    """
+    try:
+        yield
     except HFValidationError as error:
         reason = _first_line(error)
         raise ValueError(f"{repo} is neither a directory nor a repository id: {reason}") from None
@@ -199,7 +210,7 @@ def _quantize(model: Model, tensors: dict[str, shards.Tensor], dtype: mx.Dtype) 
         weight = tensors.get(f"{path}.weight")
         if weight is None:
             raise ValueError(f"{scales.file}: {path}.scales has no {path}.weight beside it")
-        params = _quantization(path, weight, scales, columns=module.weight.shape[-1])
+        params = quantization(path, weight, scales, columns=module.weight.shape[-1])
         if isinstance(module, SwitchLinear) and f"{path}.global_scale" in tensors:
             params["global_scale"] = True
         return params
@@ -214,10 +225,14 @@ def _quantize(model: Model, tensors: dict[str, shards.Tensor], dtype: mx.Dtype) 
         model.model.update_modules({"embed_tokens": embedding})
 
 
-def _quantization(
+def quantization(
     path: str, weight: shards.Tensor, scales: shards.Tensor, columns: int
 ) -> dict[str, Any]:
-    """How a module is quantized: shapes and dtype settle it, whatever the config says of it."""
+    """How a module is quantized: shapes and dtype settle it, whatever the config says of it.
+
+    Raises:
+        ValueError: in no way that MLX knows.
+    """
     try:
         group_size, bits = columns // scales.shape[-1], weight.shape[-1] * 32 // columns
         mode = "affine" if scales.dtype != "U8" else _SCALED_BY_BYTES[bits, group_size]
@@ -240,8 +255,8 @@ def _match(
     layout: checkpoint.Layout = "hub"
     for of_mtp in (False, True):
         part = {p: tuple(a.shape) for p, a in parameters if checkpoint.is_mtp(p) == of_mtp}
-        shapes = {n: t.shape for n, t in tensors.items() if checkpoint.is_mtp(n) == of_mtp}
-        layout = checkpoint.detect_layout(shapes, undecided=layout)
+        stored = {n: t for n, t in tensors.items() if checkpoint.is_mtp(n) == of_mtp}
+        layout = detect_layout(stored, undecided=layout)
         sources |= checkpoint.plan(part, layout)
 
     used: set[str] = set()
@@ -264,6 +279,22 @@ def _match(
         if name not in used and not checkpoint.is_ignored(name, model.args):
             raise ValueError(f"{tensor.file}: the tensor {name} has no place in this model")
     return sources
+
+
+def detect_layout(
+    tensors: Mapping[str, shards.Tensor], undecided: checkpoint.Layout
+) -> checkpoint.Layout:
+    """The layout of a checkpoint's trunk or head: what its first file is marked as, else by names.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    for tensor in tensors.values():
+        if checkpoint.MARK in shards.read_metadata(tensor.file):
+            return "converted"
+        break
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return checkpoint.detect_layout(shapes, undecided=undecided)
 
 
 def _parameters(model: Model) -> list[tuple[str, mx.array]]:

@@ -7,6 +7,7 @@ import shutil
 import checkpoints
 import float64
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
 import pytest
@@ -334,6 +335,17 @@ def test_sidecar_in_any_layout_beside_any_trunk(tmp_path, conversions, trunk, he
     assert mx.array_equal(model(tokens("base")), without)
     if trunk != "4 bits":  # the head shares the trunk's embedding and lm_head
         assert_golden_head(model, "base")
+
+
+def test_a_quantized_head_beside_an_unquantized_trunk(tmp_path):
+    """The config says nothing of it then: the tensors do."""
+    model = load32(GOLDENS / "base")
+    nn.quantize(model.mtp, 32, 4)
+    trunk, head = checkpoints.split(checkpoints.parameters(model))
+    files = {"model.safetensors": trunk, "mtp.safetensors": head}
+    result = load32(checkpoints.write(tmp_path, checkpoints.config("base"), files))
+    assert_same_parameters(result, model)
+    assert result.mtp.fc.bits == 4
 
 
 def test_sidecar_of_quantized_parameters(tmp_path):
