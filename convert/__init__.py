@@ -1,1 +1,5 @@
-"""Checkpoint conversion: Hugging Face weights to MLX's layout."""
+"""From a published checkpoint to the files that mlx_qwen3next and mlx-lm run."""
+
+from .conversion import convert
+
+__all__ = ["convert"]

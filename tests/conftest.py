@@ -4,6 +4,7 @@ import shutil
 
 import checkpoints
 import pytest
+from hub import hub  # noqa: F401
 
 
 @pytest.fixture

@@ -1,0 +1,124 @@
+"""The command ``python -m mlx_qwen3next.convert``: mlx_lm.convert, for Qwen3-Next."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NoReturn
+
+from mlx_lm.convert import configure_parser
+
+from .conversion import convert
+from .quantize import MTP_BITS, UNQUANTIZED
+
+EPILOG = """examples:
+  %(prog)s --hf-path Qwen/Qwen3-Next-80B-A3B-Instruct --mlx-path qwen3-next-4bit -q
+      a 4-bit model with its MTP head, which mlx-lm and LM Studio can load as well
+  %(prog)s --hf-path Qwen/Qwen3-Next-80B-A3B-Instruct --mlx-path qwen3-next-4bit -q --stream
+      the same, without ever having all of the 163 GB source on disk
+  %(prog)s --hf-path Qwen/Qwen3-Next-80B-A3B-Instruct --attach-mtp --mlx-path DIR
+      the head alone (3.3 GB are fetched) beside a model that was converted without it
+  %(prog)s --hf-path Qwen/Qwen3-Coder-Next-FP8 -q --dry-run
+      sizes, disk and memory needed, and which Macs it will run on
+
+A conversion that was stopped, by Ctrl-C or otherwise, goes on with the same command.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """mlx_lm.convert's parser with our additions; every stock flag keeps its default."""
+    stock = configure_parser()
+    for action in stock._actions:
+        if action.dest == "trust_remote_code":
+            action.help = "Accepted for mlx_lm.convert's sake; no code is ever run."
+    result = _Parser(
+        prog="python -m mlx_qwen3next.convert",
+        usage="%(prog)s --hf-path DIR_OR_REPO [--mlx-path DIR] [-q] [other options]",
+        description="Convert Qwen3-Next (Instruct, Thinking, Coder-Next) to MLX, MTP head too.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[stock],
+        conflict_handler="resolve",  # the flags below replace stock ones of the same name
+    )
+    essential = result.add_argument_group("essential options")
+    essential.add_argument(
+        "--hf-path",
+        "--model",
+        required=True,
+        metavar="DIR_OR_REPO",
+        help="The checkpoint: a local directory or a Hugging Face repository, with float32, "
+        "float16, bfloat16 or FP8 weights.",
+    )
+    essential.add_argument(
+        "--mlx-path",
+        default=stock.get_default("mlx_path"),
+        metavar="DIR",
+        help="The folder to make (default: %(default)s). With --attach-mtp, the converted model, "
+        "or its repository in the hub's cache.",
+    )
+    extra = result.add_argument_group("beyond mlx_lm.convert")
+    extra.add_argument("--revision", metavar="REV", help="Branch, tag or commit of a repository.")
+    extra.add_argument(
+        "--mtp",
+        choices=["keep", "drop"],
+        default="keep",
+        help="Whether the MTP head is converted, into mtp.safetensors (default: %(default)s).",
+    )
+    extra.add_argument(
+        "--mtp-bits",
+        type=int,
+        choices=[2, 3, 4, 5, 6, 8, UNQUANTIZED],
+        metavar="N",
+        help=f"Bits of the MTP head's weights; {UNQUANTIZED} leaves them unquantized (default: "
+        f"{MTP_BITS} with a quantized model, else {UNQUANTIZED}).",
+    )
+    extra.add_argument(
+        "--attach-mtp",
+        action="store_true",
+        help="Fetch and convert only the MTP head, and put it beside the converted model at "
+        "--mlx-path, after checking that they belong together.",
+    )
+    extra.add_argument(
+        "--stream",
+        action="store_true",
+        help="Keep each of a repository's weight files only until it is converted.",
+    )
+    extra.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Print sizes, bits per weight, disk and memory needed, and do nothing.",
+    )
+    extra.add_argument(
+        "--verify",
+        action="store_true",
+        help="Read the result again and print how far weights and logits are from the source.",
+    )
+    # argparse shows groups in the order they were added, its own before all others.
+    result._action_groups.insert(0, result._action_groups.pop(-2))
+    result._action_groups.insert(1, result._action_groups.pop())
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status (2 for bad input, 130 for Ctrl-C)."""
+    args = parser().parse_args(argv)
+    try:
+        convert(**vars(args))
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

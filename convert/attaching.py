@@ -1,0 +1,99 @@
+"""``--attach-mtp``: the MTP head of a source beside a model that was converted without it.
+
+Only the weight files that hold ``mtp.*`` are fetched. Head and trunk of different checkpoints fit
+each other's shapes, and a wrong pair drafts badly without failing; so the configs must agree, and
+some small tensors of the source's trunk (read by range requests) must be those of the model's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+from huggingface_hub import snapshot_download
+
+from mlx_qwen3next import checkpoint, shards
+from mlx_qwen3next.config import Config
+from mlx_qwen3next.load import hub_errors, local_directory
+from mlx_qwen3next.model import Model
+
+from .plan import Plan, make_plan
+from .progress import PARTIAL
+from .quantize import MTP_BITS, UNQUANTIZED
+from .source import Source
+
+# Of the config's fields, those that two checkpoints of one model may differ in.
+_FREE = {"quantization", "max_position_embeddings"}
+# One step of bfloat16: norm weights are rounded after their + 1, by some before it.
+_NORM_TOLERANCE = 2**-7
+
+
+def find_model(path_or_repo: str | Path) -> Path:
+    """The folder of a converted model: a local one, or a repository's in the hub's cache.
+
+    Raises:
+        ValueError: there is none.
+    """
+    directory = local_directory(path_or_repo)
+    if directory is not None:
+        return directory
+    with hub_errors(str(path_or_repo)):
+        return Path(snapshot_download(str(path_or_repo), local_files_only=True))
+
+
+def work_folder(model: Path) -> Path:
+    """Where the head is made."""
+    return model / (shards.HEAD + PARTIAL)
+
+
+def plan(source: Source, model: Path, dtype: mx.Dtype | None, mtp_bits: int | None) -> Plan:
+    """The conversion of the head alone, after checking that it belongs to the model.
+
+    Raises:
+        ValueError: it does not, or there is no head, or the model has one.
+    """
+    if not source.has_head:
+        raise ValueError(f"{source.name} has no MTP head (no tensor named mtp.*)")
+    trunk = Source(model)
+    if any(checkpoint.is_mtp(n) and t.file.name != shards.HEAD for n, t in trunk.tensors.items()):
+        raise ValueError(f"{model} has an MTP head in its own shards")
+    _check_configs(source.config, trunk.config, source.name)
+    _check_trunks(source, trunk)
+    if mtp_bits is None:
+        mtp_bits = MTP_BITS if trunk.is_quantized else UNQUANTIZED
+    return make_plan(source, dtype=dtype, trunk=False, mtp_bits=mtp_bits)
+
+
+def _check_configs(head: Config, trunk: Config, name: str) -> None:
+    theirs, ours = head.to_dict(), trunk.to_dict()
+    for key in sorted({*theirs, *ours} - _FREE):
+        if theirs.get(key) != ours.get(key):
+            raise ValueError(
+                f"the head of {name} does not belong to this model: {key} is {theirs.get(key)!r} "
+                f"there, {ours.get(key)!r} here"
+            )
+
+
+def _check_trunks(source: Source, trunk: Source) -> None:
+    """Compares the final norm and the first and last layers' tensors that are never quantized."""
+    config = trunk.config
+    kinds = [config.is_linear(i) for i in range(config.num_hidden_layers)]
+    layers = {kinds.index(True), len(kinds) - 1} if True in kinds else {0, len(kinds) - 1}
+    prefixes = ("model.norm.", *(f"model.layers.{i}." for i in layers))
+    shapes = {
+        path: shape
+        for path, shape in Model(config).parameter_shapes().items()
+        if path.startswith(prefixes)
+        and (checkpoint.is_float32(path) or path.endswith("conv1d.weight"))
+    }
+    theirs, ours = source.plan(shapes), trunk.plan(shapes)
+    for path in shapes:
+        a = theirs[path].build([source.peek(name) for name in theirs[path].names])
+        b = ours[path].build([trunk.peek(name) for name in ours[path].names])
+        difference = mx.abs(a.astype(b.dtype).astype(mx.float32) - b.astype(mx.float32))
+        tolerance = _NORM_TOLERANCE * mx.abs(b) if checkpoint.is_zero_centred(path) else 0
+        if not (difference <= tolerance).all().item():
+            raise ValueError(
+                f"the head of {source.name} does not belong to this model: {path} differs between "
+                "the two trunks"
+            )

@@ -1,0 +1,144 @@
+"""A conversion, settled from headers and arguments before the first weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_qwen3next import checkpoint, mtp, shards
+from mlx_qwen3next.model import Model
+
+from . import weights
+from .quantize import Predicate, Quantization, recipe
+from .source import Source
+from .weights import File, Parameter
+
+TRUNK = "model.safetensors"
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a source.
+
+    Attributes:
+        model: the model it describes, with random weights, not quantized.
+        dtype: of what stays floating point.
+        base: quantization of what no rule treats otherwise; None for none.
+        recipe: module path -> quantization.
+        parameters: file -> what goes in it, ``TRUNK`` standing for all its shards.
+        mark: what the files will say of themselves.
+    """
+
+    source: Source
+    model: Model
+    dtype: mx.Dtype
+    base: Quantization | None
+    recipe: Mapping[str, Quantization]
+    parameters: Mapping[str, Sequence[Parameter]]
+    mark: Mapping[str, Any]
+
+    def files(self, folder: Path) -> list[File]:
+        """The weight files, as they are to be in ``folder``."""
+        metadata = {"format": "mlx", checkpoint.MARK: json.dumps(self.mark)}
+        return weights.lay_out(self.parameters, folder, metadata)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all parameters, scales included."""
+        parameters = [p for name, ps in self.parameters.items() if name != shards.NORMS for p in ps]
+        return 8 * sum(p.nbytes for p in parameters) / sum(p.size for p in parameters)
+
+
+def make_plan(
+    source: Source,
+    *,
+    dtype: mx.Dtype | None = None,
+    base: Quantization | None = None,
+    predicate: str | Predicate | None = None,
+    trunk: bool = True,
+    head: bool = True,
+    mtp_bits: int | None = None,
+) -> Plan:
+    """Checks everything that headers show.
+
+    Args:
+        dtype: None for what the source's config says.
+        predicate, mtp_bits: see :func:`quantize.recipe`.
+        trunk, head: what to convert.
+
+    Raises:
+        ValueError: the source is not whole, or an argument does not suit it.
+    """
+    head = head and source.has_head
+    if mtp_bits is not None and not head:
+        raise ValueError(f"--mtp-bits: there is no MTP head to convert in {source.name}")
+    if base and source.is_quantized:
+        raise ValueError(f"{source.name} is quantized already; make it whole with -d first")
+    dtype = dtype or _stored_dtype(source)
+    model = Model(source.config)
+    if head:
+        mtp.attach(model)
+    shapes = {
+        path: shape
+        for path, shape in model.parameter_shapes().items()
+        if (head if checkpoint.is_mtp(path) else trunk)
+    }
+    sources = source.plan(shapes)
+    source.refuse_surplus(sources)
+    chosen = {
+        path: quantization
+        for path, quantization in recipe(model, base, predicate, mtp_bits).items()
+        if f"{path}.weight" in shapes
+    }
+
+    parameters: dict[str, list[Parameter]] = {TRUNK: [], shards.HEAD: [], shards.NORMS: []}
+    for path, shape in shapes.items():
+        file = shards.HEAD if checkpoint.is_mtp(path) else TRUNK
+        held = dtype
+        if path.endswith(("A_log", "dt_bias")):
+            held = shards.DTYPES[source.tensors[path].dtype]
+        elif checkpoint.is_float32(path):
+            # The head's norms are exact: only the trunk's are read by mlx-lm, too, which would
+            # compute all activations in their dtype.
+            exact = Parameter(path, shape, sources[path], mx.float32, None)
+            if file == shards.HEAD or dtype == mx.float32:
+                held = mx.float32
+            else:
+                parameters[shards.NORMS].append(exact)
+        quantization = chosen.get(path.removesuffix(".weight"))
+        parameters[file].append(Parameter(path, shape, sources[path], held, quantization))
+    parameters = {name: members for name, members in parameters.items() if members}
+
+    settled = [
+        [p.path, str(p.dtype), p.quantization] for members in parameters.values() for p in members
+    ]
+    mark = {
+        "version": version("mlx-qwen3next"),
+        "source": source.name,
+        "revision": source.revision,
+        "norm_weights": "1 + w",
+        "quantization": base,
+        "recipe": hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:16],
+        "contents": hashlib.sha256(json.dumps(source.contents).encode()).hexdigest()[:16],
+    }
+    return Plan(source, model, dtype, base, chosen, parameters, mark)
+
+
+def _stored_dtype(source: Source) -> mx.Dtype:
+    """The dtype that the config names, else the embedding's."""
+    named = source.raw_config.get("torch_dtype") or source.raw_config.get("dtype")
+    if named in DTYPES:
+        return DTYPES[named]
+    stored = source.tensors.get("model.embed_tokens.weight")
+    dtype = shards.DTYPES.get(stored.dtype) if stored is not None else None
+    if dtype is None or dtype not in DTYPES.values():
+        raise ValueError(f"{source.name} does not say what dtype it has; give --dtype")
+    return dtype

@@ -1,0 +1,100 @@
+"""How far a conversion has come, kept on disk so that the same command can go on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+FILE = "progress.json"
+PARTIAL = ".partial"  # ends the names of what is not whole yet
+STREAMED = "source"  # the folder of weight files that are kept only as long as they are needed
+
+
+class Progress:
+    """A folder in the making.
+
+    Attributes:
+        folder: to write in.
+        done: how many pieces of the task are.
+    """
+
+    def __init__(self, folder: Path, task: Mapping[str, Any]):
+        """Begins the task in a new folder, or takes it up where it was left.
+
+        Args:
+            task: what is being done, as JSON values; another task is not taken up.
+
+        Raises:
+            ValueError: the folder is another task's or nobody's, or another process is at work.
+        """
+        self.folder, self._task = folder, json.loads(json.dumps(task))
+        self._file = folder / FILE
+        self.done = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take_up()
+        except OSError:
+            os.close(self._lock)
+            raise ValueError(f"{folder} is in use by another conversion") from None
+        except ValueError:
+            os.close(self._lock)
+            raise
+
+    def _take_up(self) -> None:
+        contents = {path.name for path in self.folder.iterdir()} - {STREAMED}
+        if not contents - {FILE + PARTIAL}:
+            return self.record(0)
+        try:
+            saved = json.loads(self._file.read_text())
+            task, self.done = saved["task"], int(saved["done"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{self.folder} exists, but is no conversion that could go on. Move it away or "
+                "choose another --mlx-path."
+            ) from None
+        if task != self._task:
+            keys = sorted(k for k in {*task, *self._task} if task.get(k) != self._task.get(k))
+            was = "; ".join(f"{k} was {_short(task.get(k))}" for k in keys)
+            now = "; ".join(f"{k} is {_short(self._task.get(k))}" for k in keys)
+            raise ValueError(
+                f"{self.folder} holds another conversion ({was}; now {now}). Finish that one with "
+                "its own command, delete the folder to give it up, or choose another --mlx-path."
+            )
+
+    def record(self, done: int) -> None:
+        """Says on disk that so many pieces are done."""
+        self.done = done
+        write_whole(self._file, json.dumps({"task": self._task, "done": done}) + "\n")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._lock)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file beside and renames it, so that it is there whole or not at all."""
+    partial = file.with_name(file.name + PARTIAL)
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, file)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,107 @@
+"""How many bits which module gets.
+
+The recipes are mlx_lm.convert's. On top of every one: routers and shared-expert gates have 8 bits,
+norms, convolutions, A_log and dt_bias stay floating point, and the MTP head has bits of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.convert import mixed_quant_predicate_builder
+
+from mlx_qwen3next import checkpoint
+from mlx_qwen3next.model import Model
+
+Quantization = dict[str, Any]  # group_size, bits, mode: mx.quantize's arguments
+Predicate = Callable[[str, nn.Module], bool | Quantization]
+
+# mode -> (group size, bits) where none are asked for, as in mlx_lm.convert.
+DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+ROUTER_BITS = 8
+# Of the MTP head. NOTES.md has the table this was chosen by.
+MTP_BITS = 4
+UNQUANTIZED = 16
+
+
+def base_quantization(mode: str, bits: int | None, group_size: int | None) -> Quantization:
+    """The quantization of everything that no rule treats otherwise.
+
+    Raises:
+        ValueError: MLX has no such combination.
+    """
+    default_group_size, default_bits = DEFAULTS[mode]
+    group_size, bits = group_size or default_group_size, bits or default_bits
+    quantization: Quantization = {"group_size": group_size, "bits": bits, "mode": mode}
+    try:
+        mx.quantize(mx.zeros((1, group_size)), **quantization)
+    except (ValueError, RuntimeError):
+        raise ValueError(
+            f"--q-mode {mode} has no --q-bits {bits} with --q-group-size {group_size}: affine has "
+            "2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128; the other modes need neither flag"
+        ) from None
+    return quantization
+
+
+def recipe(
+    model: Model,
+    base: Quantization | None,
+    predicate: str | Predicate | None = None,
+    mtp_bits: int | None = None,
+) -> dict[str, Quantization]:
+    """Module path -> quantization of all that is to be quantized.
+
+    Args:
+        base: of what no rule treats otherwise; None leaves the trunk unquantized.
+        predicate: a mixed recipe's name, or a function as mlx_lm.convert takes it.
+        mtp_bits: bits of the MTP head, ``UNQUANTIZED`` for none; None means ``MTP_BITS`` with a
+            quantized trunk, else unquantized.
+
+    Raises:
+        ValueError: the head cannot have that many bits.
+    """
+    if mtp_bits is None:
+        mtp_bits = MTP_BITS if base else UNQUANTIZED
+    head = None if mtp_bits == UNQUANTIZED else base_quantization("affine", mtp_bits, None)
+    if head and base and base["mode"] == "affine":
+        head["group_size"] = base["group_size"]
+    choose = _predicate(model, base, predicate)
+
+    chosen: dict[str, Quantization] = {}
+    for path, module in model.named_modules():
+        default = head if checkpoint.is_mtp(path) else base
+        if default is None or not hasattr(module, "to_quantized"):
+            continue
+        answer: bool | Quantization = True
+        if checkpoint.is_router(path):
+            answer = {"group_size": 64, "bits": ROUTER_BITS, "mode": "affine"}
+        elif not checkpoint.is_mtp(path):
+            answer = choose(path, module)
+        quantization = default | answer if isinstance(answer, dict) else default
+        if answer and module.weight.shape[-1] % quantization["group_size"] == 0:
+            chosen[path] = quantization
+    return chosen
+
+
+def _predicate(
+    model: Model, base: Quantization | None, predicate: str | Predicate | None
+) -> Predicate:
+    if predicate is None:
+        return lambda path, module: True
+    if base is None:
+        raise ValueError("--quant-predicate needs -q")
+    if callable(predicate):
+        return predicate
+    if base["mode"] != "affine":
+        raise ValueError(f"--quant-predicate {predicate} needs --q-mode affine, not {base['mode']}")
+    mixed: Any = mixed_quant_predicate_builder(predicate, model, base["group_size"])
+    return mixed
+
+
+def dequantize(parts: Sequence[mx.array], quantization: Quantization) -> mx.array:
+    """The inverse of ``mx.quantize(value, **quantization)``, which gave ``parts``."""
+    weight, scales, *biases = parts
+    return mx.dequantize(weight, scales, biases[0] if biases else None, **quantization)

@@ -1,0 +1,93 @@
+"""What a conversion will do, before it does it: sizes, memory, disk, and which Macs it suits."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_qwen3next import memory, shards
+from mlx_qwen3next.memory import GB
+
+from . import weights
+from .plan import Plan
+from .source import Repository
+from .weights import File, Piece
+
+MACS = (16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory that Macs come with
+# Of a Mac's memory, what macOS lets the GPU keep resident unless told otherwise.
+GPU_SHARE = 0.75
+_CONTEXTS = (8_192, 262_144)
+# Peak of a conversion on the largest layers; NOTES.md has the measurement.
+_WORKING_MEMORY = 1.0 * GB
+
+
+def disk_needed(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> int:
+    """Bytes to be written beside the target: the output, and with it what is streamed."""
+    output = sum(file.size for file in files)
+    if isinstance(plan.source, Repository) and plan.source.streamed:
+        output += weights.most_at_once(work, plan.source.sizes)
+    return output
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Compares what is needed with what is free, counting what ``folder`` holds already.
+
+    Raises:
+        ValueError: there is too little.
+    """
+    there = sum(f.stat().st_blocks * 512 for f in folder.rglob("*") if f.is_file())
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed - there > free:
+        raise ValueError(
+            f"the conversion needs {(needed - there) / GB:.1f} GB more on disk, but {place} has "
+            f"{free / GB:.1f} GB free"
+        )
+
+
+def describe(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> str:
+    """The report of ``--dry-run``."""
+    source, config = plan.source, plan.source.config
+    kinds = Counter(tensor.dtype for tensor in source.tensors.values())
+    bytes_in = sum(tensor.nbytes for tensor in source.tensors.values())
+    lines = [
+        f"source       {source.name}" + (f" @ {source.revision}" if source.revision else ""),
+        f"             {len(source.tensors):,} tensors ("
+        + ", ".join(f"{count:,} {dtype}" for dtype, count in kinds.most_common())
+        + f"), {bytes_in / GB:.2f} GB, MTP head: {'yes' if source.has_head else 'no'}",
+    ]
+    for file in files:
+        lines.append(
+            f"{'output' if file is files[0] else '':12} {file.path.name}: "
+            f"{len(file.places):,} tensors, {file.size / GB:.2f} GB"
+        )
+    by_file = {name: sum(p.nbytes for p in ps) for name, ps in plan.parameters.items()}
+    output = sum(by_file.values())
+    lines += [
+        f"             together {output / GB:.2f} GB, {plan.bits_per_weight:.3f} bits per weight",
+        f"disk         {disk_needed(plan, files, work) / GB:.2f} GB",
+    ]
+    if isinstance(source, Repository) and not source.streamed:
+        lines.append(
+            f"download     {source.missing_bytes() / GB:.2f} GB into the hub's cache "
+            "(--stream keeps one file at a time)"
+        )
+    lines.append(f"memory       about {_WORKING_MEMORY / GB:.0f} GB while converting")
+    held = output - by_file.get(shards.NORMS, 0)
+    for context in _CONTEXTS:
+        context = min(context, config.max_position_embeddings)
+        cache = memory.cache_bytes(
+            config, context, mtp=shards.HEAD in by_file, itemsize=plan.dtype.size
+        )
+        need = held + cache
+        macs = [f"{mac} GB" for mac in MACS if GPU_SHARE * mac * 2**30 >= need]
+        lines.append(
+            f"to run       {need / GB:.1f} GB with {context:,} tokens of context: "
+            + (f"Macs with {macs[0]} or more" if macs else "no Mac")
+        )
+    lines.append(
+        f"             (macOS lets the GPU keep about {GPU_SHARE:.0%} of the memory resident)"
+    )
+    return "\n".join(lines)

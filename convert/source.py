@@ -1,0 +1,348 @@
+"""The checkpoint to convert: its floating-point tensors by name, whatever they are stored as.
+
+FP8 follows DeepSeek-V3's block scaling, as Qwen's FP8 repositories do: ``X.weight`` in e4m3 and
+``X.weight_scale_inv`` with one factor for every 128 x 128 block, ``w * scale``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download
+from tqdm.contrib.concurrent import thread_map
+
+from mlx_qwen3next import checkpoint, shards
+from mlx_qwen3next.config import Config, read_json
+from mlx_qwen3next.load import detect_layout, hub_errors, local_directory, quantization
+from mlx_qwen3next.shards import Tensor
+
+from .quantize import dequantize
+
+# What a repository's copy needs besides the weights.
+SMALL_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*", "tokenizer.model")
+_FLOATS = ("BF16", "F16", "F32")
+_FP8 = "F8_E4M3"
+
+
+class Source:
+    """A local directory.
+
+    Attributes:
+        name: what to call it where others read: the directory's name, or the repository's.
+        revision: a repository's commit.
+        directory: where config, tokenizer and the other small files are.
+        raw_config, config: config.json as it is, and as the model it describes.
+        tensors: name -> where it is stored, from the headers alone.
+    """
+
+    name: str
+    revision: str | None = None
+
+    def __init__(self, directory: Path):
+        self.name = directory.resolve().name
+        self._open(directory, shards.read_headers(shards.find_files(directory)))
+
+    def _open(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+        self.directory, self.tensors = directory, tensors
+        self.raw_config = read_json(directory / "config.json")
+        self._block = _fp8_block(self.raw_config, directory)
+        try:
+            config = {k: v for k, v in self.raw_config.items() if k != "quantization_config"}
+            self.config = Config.from_dict(config)
+        except ValueError as error:
+            raise ValueError(f"{directory / 'config.json'}: {error}") from None
+        self._quantization: dict[str, dict[str, Any]] = {}
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is an MTP head."""
+        return any(checkpoint.is_mtp(name) for name in self.tensors)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether (some of) it is in MLX's quantized form."""
+        return any(name.endswith(".scales") for name in self.tensors)
+
+    @property
+    def contents(self) -> list[Any]:
+        """What changes when the weights change, without reading them; JSON values."""
+        stats = {file: file.stat() for file in self.files()}
+        return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()]
+
+    def files(self) -> list[Path]:
+        """The weight files, in their order."""
+        return list(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
+
+    def plan(self, parameters: Mapping[str, checkpoint.Shape]) -> dict[str, checkpoint.Source]:
+        """Where each of the model's (unquantized) parameters comes from, which is checked.
+
+        Args:
+            parameters: path -> shape.
+
+        Raises:
+            ValueError: a tensor is missing, or of another shape or dtype.
+        """
+        sources: dict[str, checkpoint.Source] = {}
+        layout: checkpoint.Layout = "hub"
+        for of_mtp in (False, True):
+            part = {path: s for path, s in parameters.items() if checkpoint.is_mtp(path) == of_mtp}
+            stored = {n: t for n, t in self.tensors.items() if checkpoint.is_mtp(n) == of_mtp}
+            layout = self._detect_layout(stored, layout)
+            sources |= checkpoint.plan(part, layout)
+        for source in sources.values():
+            for name in source.names:
+                self._expect(name, source.shape)
+        return sources
+
+    def refuse_surplus(self, sources: Mapping[str, checkpoint.Source]) -> None:
+        """Checks that nothing of trunk or head is left over, whichever was planned.
+
+        Raises:
+            ValueError: something is.
+        """
+        names = {name for source in sources.values() for name in source.names}
+        used = {part for name in names for part in self._parts(name)}
+        planned = {checkpoint.is_mtp(path) for path in sources}
+        for name, tensor in self.tensors.items():
+            needless = name not in used and not checkpoint.is_ignored(name, self.config)
+            if needless and checkpoint.is_mtp(name) in planned:
+                raise ValueError(f"{tensor.file}: the tensor {name} has no place in this model")
+
+    def _detect_layout(
+        self, tensors: Mapping[str, Tensor], undecided: checkpoint.Layout
+    ) -> checkpoint.Layout:
+        return detect_layout(tensors, undecided)
+
+    def _expect(self, name: str, shape: checkpoint.Shape) -> None:
+        """Checks that a tensor is there and gives floating-point numbers of that shape."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise ValueError(f"{self.directory}: the tensor {name} is missing from every file")
+        scales = self.tensors.get(name.removesuffix("weight") + "scales")
+        found, wanted = tensor.shape, shape
+        if tensor.dtype == "U32" and scales is not None:
+            params = quantization(name, tensor, scales, columns=shape[-1])
+            self._quantization[name] = params
+            wanted = (*shape[:-1], shape[-1] * params["bits"] // 32)
+        elif tensor.dtype == _FP8:
+            scale = self.tensors.get(name + "_scale_inv")
+            if scale is None:
+                raise ValueError(f"{tensor.file}: {name} is FP8, but has no {name}_scale_inv")
+            blocks = tuple(-(-n // b) for n, b in zip(shape[-2:], self._block, strict=True))
+            if scale.dtype not in _FLOATS or scale.shape != (*shape[:-2], *blocks):
+                raise ValueError(
+                    f"{scale.file}: {name}_scale_inv is {scale.dtype} {list(scale.shape)}, "
+                    f"expected floats {[*shape[:-2], *blocks]}"
+                )
+        elif tensor.dtype not in _FLOATS:
+            raise ValueError(f"{tensor.file}: {name} is {tensor.dtype}, not {' or '.join(_FLOATS)}")
+        if found != wanted:
+            raise ValueError(
+                f"{tensor.file}: {name} has shape {list(found)}, "
+                f"but the config asks for {list(wanted)}"
+            )
+
+    def _parts(self, name: str) -> Iterator[str]:
+        """The stored tensors that a tensor's numbers are made from."""
+        yield name
+        if name in self._quantization:
+            stem = name.removesuffix("weight")
+            yield from (part for part in (stem + "scales", stem + "biases") if part in self.tensors)
+        elif self.tensors[name].dtype == _FP8:
+            yield name + "_scale_inv"
+
+    def files_of(self, name: str) -> set[Path]:
+        """The files that must be there for a tensor to be read."""
+        return {self.tensors[part].file for part in self._parts(name)}
+
+    @property
+    def row_step(self) -> int:
+        """Rows of a matrix are read from multiples of this on."""
+        return self._block[0]
+
+    def read(self, name: str, first: int, last: int) -> mx.array:
+        """Rows ``first:last`` of a tensor that :meth:`plan` has checked, as floating point.
+
+        FP8 gives float32, quantized tensors the dtype of their scales or bfloat16.
+        """
+        rows = slice(first, last)
+        if params := self._quantization.get(name):
+            return dequantize([self._rows(part, rows) for part in self._parts(name)], params)
+        value = self._rows(name, rows)
+        if self.tensors[name].dtype == _FP8:
+            if value.ndim == 2:
+                rows = slice(first // self._block[0], -(-last // self._block[0]))
+            scale = self._rows(name + "_scale_inv", rows).astype(mx.float32)
+            for axis, block in zip((-2, -1), self._block, strict=True):
+                scale = mx.repeat(scale, block, axis)
+            scale = scale[..., : value.shape[-2], : value.shape[-1]]
+            return mx.from_fp8(value, dtype=mx.float32) * scale
+        return value
+
+    def _rows(self, name: str, rows: slice) -> mx.array:
+        return shards.read_rows(self.tensors[name], rows.start, rows.stop)
+
+    def peek(self, name: str) -> mx.array:
+        """A whole (small) tensor as it is stored, without fetching the file that it is in."""
+        return shards.read_rows(self.tensors[name])
+
+    def fetch(self, file: Path) -> None:
+        """Makes sure that a weight file is there."""
+
+    def release(self, file: Path) -> None:
+        """Says that a weight file is not needed any more."""
+
+
+class Repository(Source):
+    """A repository of the hub: headers are read from afar, weight files come when asked for."""
+
+    def __init__(self, repo: str, revision: str | None = None, streamed: Path | None = None):
+        """Args:
+        revision: branch, tag or commit.
+        streamed: a folder to keep a weight file in only as long as it is needed; None keeps all
+            in the hub's cache.
+        """
+        self.streamed = streamed
+        self._api = HfApi()
+        with hub_errors(repo):
+            info = self._api.model_info(repo, revision=revision, files_metadata=True)
+            self.name, self.revision = info.id, info.sha
+            directory = Path(
+                snapshot_download(self.name, revision=info.sha, allow_patterns=list(SMALL_FILES))
+            )
+        self._remote = {sibling.rfilename: sibling for sibling in info.siblings or []}
+        if "config.json" not in self._remote:
+            raise ValueError(f"{repo} is no model repository: it has no config.json")
+        where = streamed or directory
+        headers = thread_map(self._header, self._files(directory), desc="headers", leave=False)
+        tensors: dict[str, Tensor] = {}
+        for file, size, header in headers:
+            data = size - max((e["data_offsets"][1] for e in header.values()), default=0)
+            tensors |= shards.parse(where / file, header, data, size)
+        self._fetched: set[Path] = set()
+        self._open(directory, tensors)
+
+    def _files(self, directory: Path) -> list[str]:
+        if shards.INDEX in self._remote:
+            files = shards.read_index(directory / shards.INDEX)
+        else:
+            files = sorted(
+                name
+                for name in self._remote
+                if name.startswith("model") and name.endswith(".safetensors")
+            )
+        files += [name for name in (shards.HEAD, shards.NORMS) if name in self._remote]
+        if missing := [name for name in files if name not in self._remote]:
+            raise ValueError(f"{self.name} has no {missing[0]}, which its index lists")
+        if not files:
+            raise ValueError(f"{self.name} has no model*.safetensors")
+        return list(dict.fromkeys(files))
+
+    def _header(self, file: str) -> tuple[str, int, dict[str, Any]]:
+        with hub_errors(self.name):
+            metadata = self._api.parse_safetensors_file_metadata(
+                self.name, file, revision=self.revision
+            )
+        return (
+            file,
+            self._remote[file].size or 0,
+            {
+                name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
+                for name, t in metadata.tensors.items()
+            },
+        )
+
+    @property
+    def contents(self) -> list[Any]:
+        return [self.name, self.revision]
+
+    def _detect_layout(
+        self, tensors: Mapping[str, Tensor], undecided: checkpoint.Layout
+    ) -> checkpoint.Layout:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        return checkpoint.detect_layout(shapes, undecided)
+
+    def peek(self, name: str) -> mx.array:
+        tensor = self.tensors[name]
+        if tensor.file.exists():
+            return super().peek(name)
+        with hub_errors(self.name):
+            raw = HfFileSystem(skip_instance_cache=True).cat_file(
+                f"{self.name}@{self.revision}/{tensor.file.name}",
+                start=tensor.start,
+                end=tensor.start + tensor.nbytes,
+                cache_type="none",  # any other reads megabytes ahead
+            )
+        return shards.from_bytes(np.frombuffer(raw, np.uint8), tensor.dtype, tensor.shape)
+
+    @property
+    def sizes(self) -> dict[Path, int]:
+        """Bytes of the weight files."""
+        return {file: self._remote[file.name].size or 0 for file in self.files()}
+
+    def missing_bytes(self) -> int:
+        """What is to be downloaded yet."""
+        return sum(size for file, size in self.sizes.items() if not file.exists())
+
+    def fetch(self, file: Path) -> None:
+        if file in self._fetched:
+            return
+        with hub_errors(self.name):
+            hf_hub_download(self.name, file.name, revision=self.revision, local_dir=self.streamed)
+        lfs = self._remote[file.name].lfs
+        with file.open("rb") as stream:
+            if lfs and hashlib.file_digest(stream, "sha256").hexdigest() != lfs.sha256:
+                for path in {file.resolve(), file}:
+                    path.unlink()
+                raise ValueError(
+                    f"{file.name} arrived altered: it is not what {self.name} announces. It was "
+                    "deleted; the same command fetches it again."
+                )
+        headers = shards.read_headers([file])
+        if headers != {n: t for n, t in self.tensors.items() if t.file == file}:
+            raise ValueError(f"{file} has not the tensors that its header had before")
+        self._fetched.add(file)
+
+    def release(self, file: Path) -> None:
+        if self.streamed is not None:
+            file.unlink(missing_ok=True)
+            self._fetched.discard(file)
+
+
+def _fp8_block(raw: Mapping[str, Any], directory: Path) -> tuple[int, int]:
+    """Rows and columns that share a factor; 1 x 1 for what is no FP8 checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is quantized in a way that is not read here.
+    """
+    fp8 = raw.get("quantization_config")
+    if not fp8 or raw.get("quantization"):
+        return 1, 1
+    method = fp8.get("quant_method") if isinstance(fp8, Mapping) else fp8
+    block = fp8.get("weight_block_size") if method == "fp8" else None
+    if not isinstance(block, list) or [type(n) for n in block] != [int, int] or min(block) < 1:
+        raise ValueError(
+            f"{directory / 'config.json'}: quantization_config has quant_method {method!r} and "
+            f"weight_block_size {block!r}; of quantized checkpoints, FP8 in blocks such as "
+            "[128, 128] and MLX's own can be read"
+        )
+    return block[0], block[1]
+
+
+def open_source(
+    path_or_repo: str | Path, revision: str | None = None, streamed: Path | None = None
+) -> Source:
+    """A local directory or a hub repository, as :func:`mlx_qwen3next.load` tells them apart.
+
+    Raises:
+        ValueError: it cannot be read; see :class:`Repository` for ``streamed``.
+    """
+    directory = local_directory(path_or_repo)
+    if directory is None:
+        return Repository(str(path_or_repo), revision, streamed)
+    return Source(directory)

@@ -1,0 +1,160 @@
+"""``--verify``: reads a conversion again and says how far it is from its source."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.utils import load_tokenizer
+from tqdm import tqdm
+
+from mlx_qwen3next import checkpoint, shards
+from mlx_qwen3next.load import default_dtype
+from mlx_qwen3next.model import DecoderLayer, RMSNorm
+from mlx_qwen3next.mtp import MTPHead
+
+from . import weights
+from .plan import TRUNK, Plan
+from .source import Repository
+from .weights import File, Parameter
+
+PROMPTS = (
+    "How do I use itertools.chain?",
+    "def fibonacci(n: int) -> int:\n    ",
+    "The capital of France is Paris. The capital of Italy is",
+)
+Reader = Callable[[str], mx.array]  # a parameter's path to its value
+
+
+def verify(plan: Plan, folder: Path) -> str:
+    """The relative errors (L2) of all weights by kind, and of the logits on some prompts.
+
+    Args:
+        folder: what the plan has become.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    files = plan.files(folder)
+    lines = ["relative error of the weights, by kind", *_compare_weights(plan, files)]
+    if TRUNK in plan.parameters:
+        if isinstance(plan.source, Repository) and plan.source.streamed:
+            lines.append("logits are not compared with --stream: they need the source as a whole")
+        else:
+            lines += ["logits on demo prompts", *_compare_logits(plan, files, folder)]
+    return "\n".join(lines)
+
+
+def _kind(path: str) -> str:
+    """Without what differs from layer to layer."""
+    return re.sub(r"^(model|mtp)\.(layers\.\d+\.)?", lambda m: f"{m[1]}.", path)
+
+
+def _stored(parameter: Parameter, file: File, first: int, last: int) -> mx.array:
+    """Rows of a parameter as they are in the output, in float32."""
+    parts = [shards.read_rows(file.places[name], first, last) for name in parameter.contents]
+    return parameter.restore(parts)
+
+
+def _compare_weights(plan: Plan, files: list[File]) -> list[str]:
+    source = plan.source
+    owners = {id(parameter): file for file in files for parameter in file.parameters.values()}
+    squares: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    work = weights.pieces(files, source)
+    last_use = {file: i for i, piece in enumerate(work) for file in piece.files}
+    for i, piece in enumerate(tqdm(work, "comparing", unit="piece", leave=False)):
+        for file in piece.files:
+            source.fetch(file)
+        parameter = piece.parameter
+        expected = parameter.source.rows(source.read, piece.first, piece.last).astype(mx.float32)
+        result = _stored(parameter, owners[id(parameter)], piece.first, piece.last)
+        q = parameter.quantization
+        how = f"{q['mode']} {q['bits']} bits" if q else str(parameter.dtype).rpartition(".")[2]
+        sums = squares[_kind(parameter.path), how]
+        sums[0] += float(mx.square(result - expected).sum())
+        sums[1] += float(mx.square(expected).sum())
+        for file in piece.files:
+            if last_use[file] == i:
+                source.release(file)
+    return [
+        f"  {kind:48} {how:16} {math.sqrt(error / max(norm, 1e-45)):.2e}"
+        for (kind, how), (error, norm) in sorted(squares.items())
+    ]
+
+
+def _compare_logits(plan: Plan, files: list[File], folder: Path) -> list[str]:
+    parameters = {p.path: p for name, ps in plan.parameters.items() for p in ps}
+    places = {p.path: (p, file) for file in files for p in file.parameters.values()}
+    dtype = default_dtype()
+
+    def held(path: str, value: mx.array) -> mx.array:
+        return value.astype(mx.float32 if checkpoint.is_float32(path) else dtype)
+
+    def original(path: str) -> mx.array:
+        parameter = parameters[path]
+        return held(path, parameter.source.rows(plan.source.read, 0, parameter.shape[0]))
+
+    def converted(path: str) -> mx.array:
+        parameter, file = places[path]  # of a norm the exact one: its file comes last
+        return held(path, _stored(parameter, file, 0, parameter.shape[0]))
+
+    for file in plan.source.files():
+        plan.source.fetch(file)
+    tokens = mx.array([_tokens(plan, folder)])
+    (a, drafts_a), (b, drafts_b) = _run(plan, tokens, original), _run(plan, tokens, converted)
+    lines = ["  trunk: " + _difference(a, b)]
+    if drafts_a is not None and drafts_b is not None:
+        lines.append("  drafts: " + _difference(drafts_a, drafts_b))
+    return lines
+
+
+def _tokens(plan: Plan, folder: Path) -> list[int]:
+    if (folder / "tokenizer.json").exists():
+        return load_tokenizer(folder).encode("\n".join(PROMPTS))
+    return [7 * i % plan.source.config.vocab_size for i in range(32)]
+
+
+def _run(plan: Plan, tokens: mx.array, read: Reader) -> tuple[mx.array, mx.array | None]:
+    """Logits of trunk and head ``[1, L, vocab]``, a layer in memory at a time."""
+    config = plan.source.config
+    paths = plan.model.parameter_shapes()
+
+    def load(module: nn.Module, prefix: str) -> Any:
+        names = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+        return module.load_weights([(name, read(prefix + name)) for name in names])
+
+    table = read("model.embed_tokens.weight")
+    x = table[tokens]
+    mask = create_attention_mask(x)
+    for i in tqdm(range(config.num_hidden_layers), "running", unit="layer", leave=False):
+        linear = config.is_linear(i)
+        layer = DecoderLayer(config, linear=linear, sparse=config.is_sparse(i))
+        x = load(layer, f"model.layers.{i}.")(x, None if linear else mask)
+        mx.eval(x)
+        del layer
+    x = load(RMSNorm(config.hidden_size, config.rms_norm_eps), "model.norm.")(x)
+    out = table if config.tie_word_embeddings else read("lm_head.weight")
+    logits = x @ out.T
+    if plan.model.mtp is None:
+        return logits, None
+    head = load(MTPHead(config, lambda tokens: table[tokens]), "mtp.")
+    return logits, head(x[:, :-1], tokens[:, 1:]) @ out.T
+
+
+def _difference(reference: mx.array, result: mx.array) -> str:
+    a, b = reference.astype(mx.float32), result.astype(mx.float32)
+    error = (mx.linalg.norm(b - a) / mx.linalg.norm(a)).item()
+    same = (a.argmax(-1) == b.argmax(-1)).astype(mx.float32).mean().item()
+    p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (a, b))
+    divergence = (mx.exp(p) * (p - q)).sum(-1).mean().item()
+    return (
+        f"relative error {error:.2e}, same choice {same:.1%}, "
+        f"Kullback-Leibler divergence {divergence:.4f} nats"
+    )

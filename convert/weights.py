@@ -1,0 +1,297 @@
+"""From a source to the output's weight files, in bounded memory, and able to go on after any stop.
+
+Which bytes go where in which file is settled from headers alone. The work is then a list of pieces,
+some rows of one parameter each: read, built, cast, quantized, written to their place. A piece
+depends on nothing but its own rows, so the list can be left after any piece and taken up there; the
+same bytes come out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from mlx_qwen3next import checkpoint, shards
+from mlx_qwen3next.checkpoint import Shape
+from mlx_qwen3next.shards import Tensor
+
+from .progress import Progress
+from .quantize import Quantization, dequantize
+from .source import Source
+
+LARGEST_FILE = 5_000_000_000  # bytes
+_PIECE = 2**24  # numbers in a piece: 64 MB as float32
+_RECORD_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the model and what becomes of it."""
+
+    path: str
+    shape: Shape
+    source: checkpoint.Source
+    dtype: mx.Dtype  # of itself, or of its scales
+    quantization: Quantization | None
+
+    @property
+    def contents(self) -> dict[str, tuple[mx.Dtype, Shape]]:
+        """The tensors it is stored as: name -> dtype and shape."""
+        if self.quantization is None:
+            return {self.path: (self.dtype, self.shape)}
+        group_size, bits, mode = (self.quantization[k] for k in ("group_size", "bits", "mode"))
+        *rows, columns = self.shape
+        groups = (*rows, columns // group_size)
+        stem = self.path.removesuffix("weight")
+        stored: dict[str, tuple[mx.Dtype, Shape]] = {
+            self.path: (mx.uint32, (*rows, columns * bits // 32))
+        }
+        if mode == "affine":
+            return stored | {stem + kind: (self.dtype, groups) for kind in ("scales", "biases")}
+        return stored | {stem + "scales": (mx.uint8, groups)}
+
+    @property
+    def size(self) -> int:
+        """Its numbers."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it is stored as."""
+        return sum(math.prod(shape) * dtype.size for dtype, shape in self.contents.values())
+
+    def values(self, source: Source, first: int, last: int) -> tuple[list[mx.array], mx.array]:
+        """Rows ``first:last`` of its contents, in their order, and whether they are all finite."""
+        value = self.source.rows(source.read, first, last).astype(self.dtype)
+        finite = mx.isfinite(value).all()
+        if self.quantization is None:
+            return [value], finite
+        return list(mx.quantize(value, **self.quantization)), finite
+
+    def restore(self, contents: Sequence[mx.array]) -> mx.array:
+        """Rows of the parameter in float32, from rows of its contents."""
+        if self.quantization is None:
+            return contents[0].astype(mx.float32)
+        return dequantize(contents, self.quantization).astype(mx.float32)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the output: its beginning, and who goes where behind it."""
+
+    path: Path
+    header: bytes
+    parameters: dict[int, Parameter]
+    places: dict[str, Tensor]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.header) + sum(place.nbytes for place in self.places.values())
+
+
+def lay_out(
+    parameters: Mapping[str, Sequence[Parameter]], folder: Path, metadata: dict[str, str]
+) -> list[File]:
+    """The output's files.
+
+    Args:
+        parameters: those of each file; the trunk's (``model.safetensors``) are spread over as
+            many as it takes.
+        metadata: what every file is to say of itself.
+    """
+    files: dict[str, Sequence[Parameter]] = {}
+    for name, members in parameters.items():
+        parts = _split(members)
+        for i, part in enumerate(parts, 1):
+            stem = name.removesuffix(".safetensors")
+            numbered = f"{stem}-{i:05}-of-{len(parts):05}.safetensors"
+            files[name if len(parts) == 1 else numbered] = part
+    result = []
+    for name, members in files.items():
+        contents = {k: v for parameter in members for k, v in parameter.contents.items()}
+        header, places = shards.lay_out(folder / name, contents, metadata)
+        result.append(File(folder / name, header, dict(enumerate(members)), places))
+    return result
+
+
+def _split(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
+    """In order, in parts below LARGEST_FILE, with a little left for the header."""
+    parts: list[list[Parameter]] = []
+    size = 0
+    for parameter in parameters:
+        if not parts or size + parameter.nbytes > 0.999 * LARGEST_FILE:
+            parts.append([])
+            size = 0
+        parts[-1].append(parameter)
+        size += parameter.nbytes
+    return parts
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a parameter: a unit of work."""
+
+    parameter: Parameter
+    places: tuple[Tensor, ...]
+    first: int
+    last: int
+    files: frozenset[Path]  # of the source
+
+    @property
+    def size(self) -> int:
+        """In numbers."""
+        return (self.last - self.first) * math.prod(self.parameter.shape[1:])
+
+
+def pieces(files: Sequence[File], source: Source) -> list[Piece]:
+    """The work, in the order in which the source's files come."""
+    order = {file: i for i, file in enumerate(source.files())}
+    result = []
+    for file in files:
+        for parameter in file.parameters.values():
+            places = tuple(file.places[name] for name in parameter.contents)
+            rows = parameter.shape[0]
+            step = max(1, _PIECE // math.prod(parameter.shape[1:]))
+            if len(parameter.shape) == 2:
+                step = max(source.row_step, step - step % source.row_step)
+            for first in range(0, rows, step):
+                last = min(first + step, rows)
+                names = parameter.source.names
+                names = names[first:last] if parameter.source.stacked else names
+                needed = frozenset().union(*(source.files_of(name) for name in names))
+                result.append(Piece(parameter, places, first, last, needed))
+    return sorted(result, key=lambda piece: max(order[file] for file in piece.files))
+
+
+def most_at_once(work: Sequence[Piece], sizes: dict[Path, int]) -> int:
+    """Bytes of the source's files that have to be there at the same time, at most."""
+    last = {file: i for i, piece in enumerate(work) for file in piece.files}
+    present: set[Path] = set()
+    most = 0
+    for i, piece in enumerate(work):
+        present |= piece.files
+        most = max(most, sum(sizes[file] for file in present))
+        present -= {file for file in piece.files if last[file] == i}
+    return most
+
+
+def write(files: Sequence[File], work: Sequence[Piece], source: Source, progress: Progress) -> None:
+    """Does what is left of the work.
+
+    Raises:
+        ValueError: the source cannot be read, or holds NaN or infinite values.
+    """
+    if progress.done == 0 or not all(_begun(file) for file in files):
+        progress.record(0)
+        for file in files:
+            with file.path.open("wb") as stream:
+                stream.write(file.header)
+                stream.truncate(file.size)
+    # On the CPU every stream has a thread of its own.
+    on_cpu = mx.default_device() == mx.cpu
+    streams = [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)] if on_cpu else [None]
+    last_use = {file: i for i, piece in enumerate(work) for file in piece.files}
+    bar = tqdm(
+        desc="converting",
+        total=sum(piece.size for piece in work),
+        initial=sum(piece.size for piece in work[: progress.done]),
+        unit="weights",
+        unit_scale=True,
+    )
+    done, recorded = progress.done, time.monotonic()
+    with Outputs(files) as outputs, bar:
+        try:
+            while done < len(work):
+                batch = work[done : done + len(streams)]
+                for needed in sorted({file for piece in batch for file in piece.files}):
+                    source.fetch(needed)
+                _convert(batch, source, outputs, streams)
+                done += len(batch)
+                bar.update(sum(piece.size for piece in batch))
+                finished = {f for piece in batch for f in piece.files if last_use[f] < done}
+                if finished or time.monotonic() - recorded > _RECORD_SECONDS:
+                    outputs.sync()
+                    progress.record(done)
+                    recorded = time.monotonic()
+                for unneeded in finished:
+                    source.release(unneeded)
+        finally:
+            outputs.sync()
+            progress.record(done)
+
+
+def _begun(file: File) -> bool:
+    if not file.path.exists() or file.path.stat().st_size != file.size:
+        return False
+    with file.path.open("rb") as stream:
+        return stream.read(len(file.header)) == file.header
+
+
+def _convert(
+    batch: Sequence[Piece],
+    source: Source,
+    outputs: Outputs,
+    streams: Sequence[mx.Stream | None],
+) -> None:
+    results = []
+    for piece, stream in zip(batch, streams, strict=False):
+        with mx.stream(stream or mx.default_stream(mx.default_device())):
+            results.append(piece.parameter.values(source, piece.first, piece.last))
+    mx.eval(results)
+    for piece, (values, finite) in zip(batch, results, strict=True):
+        if not finite.item():
+            raise ValueError(_not_finite(piece, source))
+        for place, value in zip(piece.places, values, strict=True):
+            outputs.write(place, piece.first, value)
+
+
+def _not_finite(piece: Piece, source: Source) -> str:
+    """Names the tensor that holds a NaN or an infinity."""
+    origin = piece.parameter.source
+    if origin.stacked:
+        spans = {name: (0, origin.shape[0]) for name in origin.names[piece.first : piece.last]}
+    else:
+        spans = dict.fromkeys(origin.names, (piece.first, piece.last))
+    for name, rows in spans.items():
+        if not mx.isfinite(source.read(name, *rows)).all().item():
+            return f"{source.tensors[name].file}: {name} holds NaN or infinite values"
+    file = source.tensors[origin.names[0]].file
+    return f"{file}: {piece.parameter.path} overflows in --dtype {piece.parameter.dtype}"
+
+
+class Outputs:
+    """The open files of the output."""
+
+    def __init__(self, files: Sequence[File]):
+        self._descriptors = {file.path: os.open(file.path, os.O_RDWR) for file in files}
+        self._changed: set[Path] = set()
+
+    def write(self, place: Tensor, first: int, value: mx.array) -> None:
+        """Puts rows from ``first`` on into their place."""
+        offset = place.start + first * (place.nbytes // place.shape[0])
+        data = memoryview(mx.contiguous(value).view(mx.uint8)).cast("B")  # type: ignore[arg-type]
+        while data:
+            written = os.pwrite(self._descriptors[place.file], data, offset)
+            data, offset = data[written:], offset + written
+        self._changed.add(place.file)
+
+    def sync(self) -> None:
+        """Waits until all that was written is on disk."""
+        for file in self._changed:
+            os.fsync(self._descriptors[file])
+        self._changed.clear()
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
