@@ -25,6 +25,21 @@ A conversion that was stopped, by Ctrl-C or otherwise, goes on with the same com
 """
 
 
+# Said otherwise than by mlx_lm.convert.
+HELP = {
+    "quantize": "Quantize; without it weights keep their precision. Routers always get 8 bits, "
+    "norms, convolutions and decays stay as they are.",
+    "q_bits": "Bits per weight (default: 4; 8 with mxfp8).",
+    "q_group_size": "Weights that share a scale (default: 64; 32 with mxfp4 and mxfp8, 16 with "
+    "nvfp4).",
+    "quant_predicate": "Mixed-bit recipe: low bits, and high bits where it matters most.",
+    "dtype": "Of what stays floating point (default: what config.json says).",
+    "upload_repo": "Hugging Face repository to upload the result to.",
+    "dequantize": "Dequantize a model in MLX's quantized form.",
+    "trust_remote_code": "Accepted for mlx_lm.convert's sake; no code is ever run.",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
@@ -36,8 +51,7 @@ def parser() -> argparse.ArgumentParser:
     """mlx_lm.convert's parser with our additions; every stock flag keeps its default."""
     stock = configure_parser()
     for action in stock._actions:
-        if action.dest == "trust_remote_code":
-            action.help = "Accepted for mlx_lm.convert's sake; no code is ever run."
+        action.help = HELP.get(action.dest, action.help)
     result = _Parser(
         prog="python -m mlx_qwen3next.convert",
         usage="%(prog)s --hf-path DIR_OR_REPO [--mlx-path DIR] [-q] [other options]",

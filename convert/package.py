@@ -48,7 +48,7 @@ def _write_config(folder: Path, plan: Plan) -> None:
         del raw["layer_types"]
         raw["full_attention_interval"] = interval
     if plan.base is not None:
-        exceptions = {path: q for path, q in plan.recipe.items() if q != plan.base}
+        exceptions = {path: q for path, q in sorted(plan.recipe.items()) if q != plan.base}
         raw["quantization"] = raw["quantization_config"] = {**plan.base, **exceptions}
     write_whole(folder / "config.json", json.dumps(dict(sorted(raw.items())), indent=2) + "\n")
 

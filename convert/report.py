@@ -20,7 +20,11 @@ MACS = (16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory that Mac
 GPU_SHARE = 0.75
 _CONTEXTS = (8_192, 262_144)
 # Peak of a conversion on the largest layers; NOTES.md has the measurement.
-_WORKING_MEMORY = 1.0 * GB
+_WORKING_MEMORY = 0.5 * GB
+
+
+def _size(count: float) -> str:
+    return f"{count / GB:.2f} GB" if count >= 0.1 * GB else f"{count / 1e6:.1f} MB"
 
 
 def disk_needed(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> int:
@@ -42,8 +46,8 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed - there > free:
         raise ValueError(
-            f"the conversion needs {(needed - there) / GB:.1f} GB more on disk, but {place} has "
-            f"{free / GB:.1f} GB free"
+            f"the conversion needs {_size(needed - there)} more on disk, but {place} has "
+            f"{_size(free)} free"
         )
 
 
@@ -56,35 +60,34 @@ def describe(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> str:
         f"source       {source.name}" + (f" @ {source.revision}" if source.revision else ""),
         f"             {len(source.tensors):,} tensors ("
         + ", ".join(f"{count:,} {dtype}" for dtype, count in kinds.most_common())
-        + f"), {bytes_in / GB:.2f} GB, MTP head: {'yes' if source.has_head else 'no'}",
+        + f"), {_size(bytes_in)}, MTP head: {'yes' if source.has_head else 'no'}",
     ]
     for file in files:
         lines.append(
             f"{'output' if file is files[0] else '':12} {file.path.name}: "
-            f"{len(file.places):,} tensors, {file.size / GB:.2f} GB"
+            f"{len(file.places):,} tensors, {_size(file.size)}"
         )
     by_file = {name: sum(p.nbytes for p in ps) for name, ps in plan.parameters.items()}
     output = sum(by_file.values())
     lines += [
-        f"             together {output / GB:.2f} GB, {plan.bits_per_weight:.3f} bits per weight",
-        f"disk         {disk_needed(plan, files, work) / GB:.2f} GB",
+        f"             together {_size(output)}, {plan.bits_per_weight:.3f} bits per weight",
+        f"disk         {_size(disk_needed(plan, files, work))}",
     ]
     if isinstance(source, Repository) and not source.streamed:
         lines.append(
-            f"download     {source.missing_bytes() / GB:.2f} GB into the hub's cache "
+            f"download     {_size(source.missing_bytes())} into the hub's cache "
             "(--stream keeps one file at a time)"
         )
-    lines.append(f"memory       about {_WORKING_MEMORY / GB:.0f} GB while converting")
+    lines.append(f"memory       less than {_WORKING_MEMORY / GB:.1f} GB while converting")
     held = output - by_file.get(shards.NORMS, 0)
-    for context in _CONTEXTS:
-        context = min(context, config.max_position_embeddings)
+    for context in sorted({min(c, config.max_position_embeddings) for c in _CONTEXTS}):
         cache = memory.cache_bytes(
             config, context, mtp=shards.HEAD in by_file, itemsize=plan.dtype.size
         )
         need = held + cache
         macs = [f"{mac} GB" for mac in MACS if GPU_SHARE * mac * 2**30 >= need]
         lines.append(
-            f"to run       {need / GB:.1f} GB with {context:,} tokens of context: "
+            f"to run       {_size(need)} with {context:,} tokens of context: "
             + (f"Macs with {macs[0]} or more" if macs else "no Mac")
         )
     lines.append(

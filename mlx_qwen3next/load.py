@@ -124,6 +124,19 @@ def resolve(path_or_repo: str | Path | None, revision: str | None = None) -> Pat
     """
     if path_or_repo is None:
         return BUNDLED
+    directory, repo = local_directory(path_or_repo), str(path_or_repo)
+    if directory is not None:
+        return directory
+    with hub_errors(repo):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD)))
+
+
+def local_directory(path_or_repo: str | Path) -> Path | None:
+    """The model directory of that path; None if there is none and it reads as a repository id.
+
+    Raises:
+        ValueError: it is neither.
+    """
     repo, path = str(path_or_repo), Path(path_or_repo)
     try:
         path = path.expanduser()
@@ -138,8 +151,7 @@ def resolve(path_or_repo: str | Path | None, revision: str | None = None) -> Pat
         return path
     if path.is_absolute() or repo.startswith((".", "~")) or repo.count("/") != 1:
         raise ValueError(f"{repo} does not exist, and is no repository id (owner/name)")
-    with hub_errors(repo):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD)))
+    return None
 
 
 @contextmanager

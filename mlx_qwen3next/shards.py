@@ -68,7 +68,7 @@ def find_files(directory: Path) -> list[Path]:
     """
     index = directory / INDEX
     if index.exists():
-        files = [directory / name for name in _indexed(index)]
+        files = [directory / name for name in read_index(index)]
         for file in files:
             if not file.is_file():
                 raise ValueError(f"{file} is missing; {INDEX} lists it. Download it again.")
@@ -80,8 +80,12 @@ def find_files(directory: Path) -> list[Path]:
     return files + [file for file in beside if file.exists() and file not in files]
 
 
-def _indexed(index: Path) -> list[str]:
-    """The files an index lists."""
+def read_index(index: Path) -> list[str]:
+    """The files an index lists.
+
+    Raises:
+        ValueError: it cannot be read or lists none.
+    """
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except OSError as error:
@@ -192,21 +196,25 @@ def read_rows(tensor: Tensor, first: int = 0, last: int | None = None) -> mx.arr
     Raises:
         ValueError: the file cannot be read or ends too early.
     """
-    rows = range(*slice(first, last).indices(tensor.shape[0])) if tensor.shape else range(1)
-    shape = (len(rows), *tensor.shape[1:]) if tensor.shape else ()
-    row_bytes = tensor.nbytes // max(1, tensor.shape[0]) if tensor.shape else tensor.nbytes
-    raw = np.empty(len(rows) * row_bytes, np.uint8)
+    first, last, _ = slice(first, last).indices(tensor.shape[0])
+    row_bytes = tensor.nbytes // tensor.shape[0]
+    raw = np.empty((last - first) * row_bytes, np.uint8)
+    view, filled = raw.data, 0
     try:
         with tensor.file.open("rb", buffering=0) as stream:
-            stream.seek(tensor.start + rows.start * row_bytes)
-            view, filled = raw.data, 0
+            stream.seek(tensor.start + first * row_bytes)
             while filled < raw.nbytes and (count := stream.readinto(view[filled:])):
                 filled += count
     except OSError as error:
         raise ValueError(f"{tensor.file} cannot be read: {error.strerror}") from None
     if filled < raw.nbytes:
         raise ValueError(f"{tensor.file} has been truncated since its header was read")
-    return mx.array(raw).view(DTYPES[tensor.dtype]).reshape(shape)
+    return from_bytes(raw, tensor.dtype, (last - first, *tensor.shape[1:]))
+
+
+def from_bytes(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
+    """The array that ``raw`` (bytes) holds (FP8 as bytes)."""
+    return mx.array(raw).view(DTYPES[dtype]).reshape(shape)
 
 
 def lay_out(
