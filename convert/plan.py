@@ -18,9 +18,8 @@ from mlx_qwen3next.model import Model
 from . import weights
 from .quantize import Predicate, Quantization, recipe
 from .source import Source
-from .weights import File, Parameter
+from .weights import TRUNK, File, Parameter
 
-TRUNK = "model.safetensors"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 

@@ -37,7 +37,7 @@ def base_quantization(mode: str, bits: int | None, group_size: int | None) -> Qu
     group_size, bits = group_size or default_group_size, bits or default_bits
     quantization: Quantization = {"group_size": group_size, "bits": bits, "mode": mode}
     try:
-        mx.quantize(mx.zeros((1, group_size)), **quantization)
+        mx.quantize(mx.zeros((1, 512)), **quantization)
     except (ValueError, RuntimeError):
         raise ValueError(
             f"--q-mode {mode} has no --q-bits {bits} with --q-group-size {group_size}: affine has "

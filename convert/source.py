@@ -24,7 +24,7 @@ from mlx_qwen3next.shards import Tensor
 from .quantize import dequantize
 
 # What a repository's copy needs besides the weights.
-SMALL_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*", "tokenizer.model")
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "README.md", "LICENSE*", "tokenizer.model")
 _FLOATS = ("BF16", "F16", "F32")
 _FP8 = "F8_E4M3"
 

@@ -21,9 +21,9 @@ from mlx_qwen3next.model import DecoderLayer, RMSNorm
 from mlx_qwen3next.mtp import MTPHead
 
 from . import weights
-from .plan import TRUNK, Plan
+from .plan import Plan
 from .source import Repository
-from .weights import File, Parameter
+from .weights import TRUNK, File, Parameter
 
 PROMPTS = (
     "How do I use itertools.chain?",

@@ -27,7 +27,9 @@ from .progress import Progress
 from .quantize import Quantization, dequantize
 from .source import Source
 
+TRUNK = "model.safetensors"
 LARGEST_FILE = 5_000_000_000  # bytes
+_ENTRY = 500  # more than a header has for one tensor, beside its name
 _PIECE = 2**22  # numbers in a piece: 16 MB as float32; larger ones were slower
 _BATCH = 8  # pieces evaluated together
 _RECORD_SECONDS = 5.0
@@ -116,17 +118,14 @@ def lay_out(
     """The output's files.
 
     Args:
-        parameters: those of each file; the trunk's (``model.safetensors``) are spread over as
-            many as it takes.
+        parameters: those of each file; ``TRUNK`` stands for as many as it takes.
         metadata: what every file is to say of itself.
     """
-    files: dict[str, Sequence[Parameter]] = {}
-    for name, members in parameters.items():
-        parts = _split(members)
-        for i, part in enumerate(parts, 1):
-            stem = name.removesuffix(".safetensors")
-            numbered = f"{stem}-{i:05}-of-{len(parts):05}.safetensors"
-            files[name if len(parts) == 1 else numbered] = part
+    files = {name: members for name, members in parameters.items() if name != TRUNK}
+    if TRUNK in parameters:
+        parts = _split(parameters[TRUNK])
+        names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, 1 + len(parts))]
+        files = dict(zip(names if len(parts) > 1 else [TRUNK], parts, strict=True)) | files
     result = []
     for name, members in files.items():
         contents = {k: v for parameter in members for k, v in parameter.contents.items()}
@@ -136,15 +135,16 @@ def lay_out(
 
 
 def _split(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
-    """In order, in parts below LARGEST_FILE, with a little left for the header."""
+    """In order, in parts that make files below LARGEST_FILE."""
     parts: list[list[Parameter]] = []
     size = 0
     for parameter in parameters:
-        if not parts or size + parameter.nbytes > 0.999 * LARGEST_FILE:
+        added = parameter.nbytes + sum(len(name) + _ENTRY for name in parameter.contents)
+        if not parts or size + added > LARGEST_FILE:
             parts.append([])
-            size = 0
+            size = _ENTRY  # the metadata's
         parts[-1].append(parameter)
-        size += parameter.nbytes
+        size += added
     return parts
 
 

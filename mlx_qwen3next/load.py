@@ -341,7 +341,8 @@ def _read(
     """Evaluated parameters, one at a time."""
     lazy: dict[str, mx.array] = {}
     for file in {tensor.file: None for tensor in tensors.values()}:
-        lazy |= _open(file)
+        arrays = _open(file)
+        lazy |= {name: array for name, array in arrays.items() if tensors[name].file == file}
     uses = Counter(name for source in sources.values() for name in source.names)
     for path, source in sources.items():
         value = source.build([lazy[name] for name in source.names])

@@ -162,3 +162,57 @@ def relative_error(result, expected):
     """Relative L2 distance; MLX or numpy arrays, a batch of one or none."""
     result, expected = np.array(result), np.array(expected)
     return float64.relative_error(result.reshape(expected.shape), expected)
+
+
+FP8 = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
+NOT_FP8 = ("embed_tokens", "lm_head", "norm", "conv1d", "in_proj_ba", "mlp.gate.", "expert_gate",
+           "mtp.fc")  # fmt: skip
+
+
+def write_fp8(directory, case, scales):
+    """Writes the golden as Qwen's FP8 repositories are; the factors' dtype is `scales`."""
+    weights, coded = tensors(case), []
+    for name, w in list(weights.items()):
+        if w.ndim == 2 and not any(part in name for part in NOT_FP8):
+            weights[name], weights[f"{name}_scale_inv"] = to_fp8(w, scales)
+            coded.append(name)
+    raw = config(case) | {"quantization_config": FP8}
+    write(directory, raw, {"model.safetensors": weights})
+    declare_fp8(directory / "model.safetensors", coded)
+    return directory
+
+
+def to_fp8(w, scales):
+    """e4m3 codes as bytes, and the factor of each block of 128 x 128."""
+    rows, columns = (-(-n // 128) for n in w.shape)
+    margins = [(0, 128 * rows - w.shape[0]), (0, 128 * columns - w.shape[1])]
+    blocks = mx.pad(w.astype(mx.float32), margins).reshape(rows, 128, columns, 128)
+    scale = (mx.abs(blocks).max(axis=(1, 3)) / 448).astype(scales)
+    codes = mx.to_fp8(blocks / scale.astype(mx.float32)[:, None, :, None])
+    return codes.reshape(128 * rows, 128 * columns)[: w.shape[0], : w.shape[1]], scale
+
+
+def declare_fp8(file, names):
+    """Names the dtype that MLX saves as bytes."""
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    for name in names:
+        header[name]["dtype"] = "F8_E4M3"
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+def from_fp8(codes, scales):
+    """The numbers of e4m3 codes (bytes) times their blocks' factors, in float32, by numpy."""
+    codes = np.array(codes).astype(np.int64)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    small, normal = mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    values = np.where(codes & 128, -1, 1) * np.where(exponent, normal, small)
+    factors = np.kron(np.array(scales.astype(mx.float32)), np.ones((128, 128)))[: values.shape[0], : values.shape[1]]
+    return values.astype(np.float32) * factors.astype(np.float32)
