@@ -9,7 +9,7 @@ from typing import NoReturn
 from mlx_lm.convert import configure_parser
 
 from .conversion import convert
-from .quantize import MTP_BITS, UNQUANTIZED
+from .quantize import HEAD_BITS, MTP_BITS, UNQUANTIZED
 
 EPILOG = """examples:
   %(prog)s --hf-path Qwen/Qwen3-Next-80B-A3B-Instruct --mlx-path qwen3-next-4bit -q
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     extra.add_argument(
         "--mtp-bits",
         type=int,
-        choices=[2, 3, 4, 5, 6, 8, UNQUANTIZED],
+        choices=HEAD_BITS,
         metavar="N",
         help=f"Bits of the MTP head's weights; {UNQUANTIZED} leaves them unquantized (default: "
         f"{MTP_BITS} with a quantized model, else {UNQUANTIZED}).",

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from mlx_qwen3next import checkpoint, shards
+from mlx_qwen3next import shards
 
 from . import attaching, package, report, weights
-from .plan import DTYPES, Plan, make_plan
+from .plan import DTYPES, make_plan
 from .progress import FILE, PARTIAL, STREAMED, Progress
-from .quantize import Predicate, base_quantization
+from .quantize import DEFAULTS, HEAD_BITS, Predicate, base_quantization
 from .source import Repository, open_source
 from .verify import verify as compare
-from .weights import File, Piece
 
 
 def convert(
@@ -59,12 +58,20 @@ def convert(
         verify: read the result again and compare it with the source.
 
     Raises:
-        ValueError: an argument or the source is not usable, or the result would not fit on disk.
+        ValueError: an argument or the source is not usable, or the result cannot be written.
     """
+    for name, value, choices in (
+        ("q_mode", q_mode, DEFAULTS),
+        ("dtype", dtype, (None, *DTYPES)),
+        ("mtp", mtp, ("keep", "drop")),
+        ("mtp_bits", mtp_bits, (None, *HEAD_BITS)),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
     if quantize and dequantize:
         raise ValueError("choose either -q (--quantize) or -d (--dequantize)")
     base = base_quantization(q_mode, q_bits, q_group_size) if quantize else None
-    if not quantize and (q_bits or q_group_size or q_mode != "affine"):
+    if not quantize and (q_bits, q_group_size, q_mode) != (None, None, "affine"):
         raise ValueError("--q-bits, --q-group-size and --q-mode need -q (--quantize)")
     if attach_mtp and (quantize or dequantize or quant_predicate or mtp == "drop"):
         raise ValueError(
@@ -73,11 +80,16 @@ def convert(
     if upload_repo is not None and not dry_run:
         package.check_upload()
 
-    target = attaching.find_model(mlx_path) if attach_mtp else Path(mlx_path).expanduser()
+    target = attaching.find_model(mlx_path) if attach_mtp else _target(mlx_path)
     partial = attaching.work_folder(target) if attach_mtp else _beside(target)
     source = open_source(hf_path, revision, streamed=partial / STREAMED if stream else None)
     if stream and not isinstance(source, Repository):
         raise ValueError(f"--stream is for hub repositories; {hf_path} is read in place")
+    place = source.directory.resolve()
+    if not attach_mtp and ({target, partial} & {place, *place.parents} or place in target.parents):
+        raise ValueError(
+            f"{target} and the source must not contain each other; choose another --mlx-path"
+        )
     if source.is_quantized and not dequantize:
         raise ValueError(f"{hf_path} is quantized already; -d (--dequantize) makes it whole")
     if dequantize and not source.is_quantized:
@@ -100,14 +112,14 @@ def convert(
         print(report.describe(plan, files, work))
         return
     result = target / shards.HEAD if attach_mtp else target
-    if _mark(result) == plan.mark:
+    if all(weights.is_laid_out(file) for file in plan.files(target)):
         _say(f"{result} is there already, made from the same source in the same way")
     elif result.exists() and (attach_mtp or any(result.iterdir())):
         raise ValueError(f"{result} exists already; move it away or choose another --mlx-path")
     else:
         report.check_disk(partial, report.disk_needed(plan, files, work))
-        with Progress(partial, plan.mark) as progress:
-            _write(plan, files, work, progress)
+        with Progress(partial, plan.mark) as progress, _going_on(progress, len(work)):
+            weights.write(files, work, source, progress)
             if attach_mtp:
                 os.replace(partial / shards.HEAD, result)
             else:
@@ -116,8 +128,9 @@ def convert(
                 os.rename(partial, target)
         _say(f"{result}: {plan.bits_per_weight:.3f} bits per weight")
     # What is left of a run that was stopped at its very end goes, too.
-    (target / FILE).unlink(missing_ok=True)
-    if (partial / FILE).exists():
+    if not attach_mtp:
+        (target / FILE).unlink(missing_ok=True)
+    elif (partial / FILE).exists():
         shutil.rmtree(partial)
     if verify:
         print(compare(plan, target))
@@ -125,30 +138,39 @@ def convert(
         _say(f"uploaded to {package.upload(target, upload_repo)}")
 
 
+def _target(mlx_path: str | Path) -> Path:
+    """The folder to make; links are followed, for it comes into place by a rename.
+
+    Raises:
+        ValueError: there can be no folder.
+    """
+    try:
+        target = Path(mlx_path).expanduser().resolve()
+        with suppress(FileNotFoundError):
+            os.listdir(target)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--mlx-path {mlx_path} is no usable folder: {error}") from None
+    return target
+
+
 def _beside(target: Path) -> Path:
     return target.with_name(target.name + PARTIAL)
 
 
-def _mark(result: Path) -> Any:
-    """What a converted model or head says of how it was made; None if it says nothing."""
-    if result.is_dir():
-        files = sorted(result.glob("model*.safetensors"))
-        if not files:
-            return None
-        result = files[0]
-    if not result.exists():
-        return None
-    return json.loads(shards.read_metadata(result).get(checkpoint.MARK, "null"))
-
-
-def _write(plan: Plan, files: list[File], work: list[Piece], progress: Progress) -> None:
+@contextmanager
+def _going_on(progress: Progress, pieces: int) -> Iterator[None]:
+    """Tells whoever presses Ctrl-C, or has a full disk, how to go on."""
     try:
-        weights.write(files, work, plan.source, progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted with {progress.done / len(work):.0%} done; the same command goes on from "
-            f"there, deleting {progress.folder} gives it up"
-        ) from None
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        state = (
+            f"with {progress.done / pieces:.0%} done; the same command goes on from there, "
+            f"deleting {progress.folder} gives it up"
+        )
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted {state}") from None
+        where = error.filename or progress.folder
+        raise ValueError(f"{where}: {error.strerror or error}, {state}") from None
 
 
 def _say(text: str) -> None:

@@ -134,8 +134,8 @@ def make_plan(
 def _stored_dtype(source: Source) -> mx.Dtype:
     """The dtype that the config names, else the embedding's."""
     named = source.raw_config.get("torch_dtype") or source.raw_config.get("dtype")
-    if named in DTYPES:
-        return DTYPES[named]
+    if str(named) in DTYPES:
+        return DTYPES[str(named)]
     stored = source.tensors.get("model.embed_tokens.weight")
     dtype = shards.DTYPES.get(stored.dtype) if stored is not None else None
     if dtype is None or dtype not in DTYPES.values():

@@ -30,22 +30,26 @@ class Progress:
             task: what is being done, as JSON values; another task is not taken up.
 
         Raises:
-            ValueError: the folder is another task's or nobody's, or another process is at work.
+            ValueError: the folder is another task's or nobody's, or another process is at work, or
+                nothing can be written.
         """
         self.folder, self._task = folder, json.loads(json.dumps(task))
         self._file = folder / FILE
         self.done = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._take_up()
-        except OSError:
-            os.close(self._lock)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._take_up()
+            except BaseException:
+                os.close(self._lock)
+                raise
+        except BlockingIOError:
             raise ValueError(f"{folder} is in use by another conversion") from None
-        except ValueError:
-            os.close(self._lock)
-            raise
+        except OSError as error:
+            where = error.filename or folder
+            raise ValueError(f"{where} cannot be written: {error.strerror}") from None
 
     def _take_up(self) -> None:
         contents = {path.name for path in self.folder.iterdir()} - {STREAMED}
@@ -53,7 +57,7 @@ class Progress:
             return self.record(0)
         try:
             saved = json.loads(self._file.read_text())
-            task, self.done = saved["task"], int(saved["done"])
+            task, self.done = dict(saved["task"]), int(saved["done"])
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{self.folder} exists, but is no conversion that could go on. Move it away or "

@@ -25,6 +25,7 @@ ROUTER_BITS = 8
 # Of the MTP head. NOTES.md has the table this was chosen by.
 MTP_BITS = 4
 UNQUANTIZED = 16
+HEAD_BITS = (2, 3, 4, 5, 6, 8, UNQUANTIZED)  # what it can have
 
 
 def base_quantization(mode: str, bits: int | None, group_size: int | None) -> Quantization:
@@ -34,11 +35,14 @@ def base_quantization(mode: str, bits: int | None, group_size: int | None) -> Qu
         ValueError: MLX has no such combination.
     """
     default_group_size, default_bits = DEFAULTS[mode]
-    group_size, bits = group_size or default_group_size, bits or default_bits
+    group_size = default_group_size if group_size is None else group_size
+    bits = default_bits if bits is None else bits
     quantization: Quantization = {"group_size": group_size, "bits": bits, "mode": mode}
     try:
+        if group_size < 1:  # MLX would divide by it
+            raise ValueError
         mx.quantize(mx.zeros((1, 512)), **quantization)
-    except (ValueError, RuntimeError):
+    except (ValueError, RuntimeError, TypeError):
         raise ValueError(
             f"--q-mode {mode} has no --q-bits {bits} with --q-group-size {group_size}: affine has "
             "2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128; the other modes need neither flag"
@@ -80,7 +84,9 @@ def recipe(
             answer = {"group_size": 64, "bits": ROUTER_BITS, "mode": "affine"}
         elif not checkpoint.is_mtp(path):
             answer = choose(path, module)
-        quantization = default | answer if isinstance(answer, dict) else default
+        quantization = default
+        if isinstance(answer, dict):
+            quantization = base_quantization(**(default | answer))
         if answer and module.weight.shape[-1] % quantization["group_size"] == 0:
             chosen[path] = quantization
     return chosen

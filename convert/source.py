@@ -106,7 +106,7 @@ class Source:
             ValueError: something is.
         """
         names = {name for source in sources.values() for name in source.names}
-        used = {part for name in names for part in self._parts(name)}
+        used = {part for name in names for part in self.parts(name)}
         planned = {checkpoint.is_mtp(path) for path in sources}
         for name, tensor in self.tensors.items():
             needless = name not in used and not checkpoint.is_ignored(name, self.config)
@@ -121,33 +121,35 @@ class Source:
     def _expect(self, name: str, shape: checkpoint.Shape) -> None:
         """Checks that a tensor is there and gives floating-point numbers of that shape."""
         tensor = self.tensors.get(name)
+        stem = name.removesuffix("weight")
+        scales = self.tensors.get(stem + "scales")
+        if tensor is not None and scales is not None and tensor.dtype == "U32":
+            *rows, columns = shape
+            params = quantization(name, tensor, scales, columns)
+            self._quantization[name] = params
+            self._check(name, (*rows, columns * params["bits"] // 32), ("U32",))
+            for part in ("scales", "biases") if params["mode"] == "affine" else ("scales",):
+                self._check(stem + part, (*rows, columns // params["group_size"]), (scales.dtype,))
+        elif tensor is not None and tensor.dtype == _FP8 and len(shape) > 1:
+            blocks = (-(-n // b) for n, b in zip(shape[-2:], self._block, strict=True))
+            self._check(name, shape, (_FP8,))
+            self._check(name + "_scale_inv", (*shape[:-2], *blocks), _FLOATS)
+        else:
+            self._check(name, shape, _FLOATS)
+
+    def _check(self, name: str, shape: checkpoint.Shape, dtypes: tuple[str, ...]) -> None:
+        tensor = self.tensors.get(name)
         if tensor is None:
             raise ValueError(f"{self.directory}: the tensor {name} is missing from every file")
-        scales = self.tensors.get(name.removesuffix("weight") + "scales")
-        found, wanted = tensor.shape, shape
-        if tensor.dtype == "U32" and scales is not None:
-            params = quantization(name, tensor, scales, columns=shape[-1])
-            self._quantization[name] = params
-            wanted = (*shape[:-1], shape[-1] * params["bits"] // 32)
-        elif tensor.dtype == _FP8:
-            scale = self.tensors.get(name + "_scale_inv")
-            if scale is None:
-                raise ValueError(f"{tensor.file}: {name} is FP8, but has no {name}_scale_inv")
-            blocks = tuple(-(-n // b) for n, b in zip(shape[-2:], self._block, strict=True))
-            if scale.dtype not in _FLOATS or scale.shape != (*shape[:-2], *blocks):
-                raise ValueError(
-                    f"{scale.file}: {name}_scale_inv is {scale.dtype} {list(scale.shape)}, "
-                    f"expected floats {[*shape[:-2], *blocks]}"
-                )
-        elif tensor.dtype not in _FLOATS:
-            raise ValueError(f"{tensor.file}: {name} is {tensor.dtype}, not {' or '.join(_FLOATS)}")
-        if found != wanted:
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{tensor.file}: {name} is {tensor.dtype}, not {' or '.join(dtypes)}")
+        if tensor.shape != shape:
             raise ValueError(
-                f"{tensor.file}: {name} has shape {list(found)}, "
-                f"but the config asks for {list(wanted)}"
+                f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
+                f"but the config asks for {list(shape)}"
             )
 
-    def _parts(self, name: str) -> Iterator[str]:
+    def parts(self, name: str) -> Iterator[str]:
         """The stored tensors that a tensor's numbers are made from."""
         yield name
         if name in self._quantization:
@@ -158,7 +160,7 @@ class Source:
 
     def files_of(self, name: str) -> set[Path]:
         """The files that must be there for a tensor to be read."""
-        return {self.tensors[part].file for part in self._parts(name)}
+        return {self.tensors[part].file for part in self.parts(name)}
 
     @property
     def row_step(self) -> int:
@@ -172,14 +174,14 @@ class Source:
         """
         rows = slice(first, last)
         if params := self._quantization.get(name):
-            return dequantize([self._rows(part, rows) for part in self._parts(name)], params)
+            return dequantize([self._rows(part, rows) for part in self.parts(name)], params)
         value = self._rows(name, rows)
         if self.tensors[name].dtype == _FP8:
             if value.ndim == 2:
                 rows = slice(first // self._block[0], -(-last // self._block[0]))
             scale = self._rows(name + "_scale_inv", rows).astype(mx.float32)
             for axis, block in zip((-2, -1), self._block, strict=True):
-                scale = mx.repeat(scale, block, axis)
+                scale = mx.repeat(scale, min(block, value.shape[axis]), axis)
             scale = scale[..., : value.shape[-2], : value.shape[-1]]
             return mx.from_fp8(value, dtype=mx.float32) * scale
         return value

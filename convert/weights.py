@@ -202,7 +202,7 @@ def write(files: Sequence[File], work: Sequence[Piece], source: Source, progress
     Raises:
         ValueError: the source cannot be read, or holds NaN or infinite values.
     """
-    if progress.done == 0 or not all(_begun(file) for file in files):
+    if progress.done == 0 or not all(is_laid_out(file) for file in files):
         progress.record(0)
         for file in files:
             with file.path.open("wb") as stream:
@@ -241,7 +241,8 @@ def write(files: Sequence[File], work: Sequence[Piece], source: Source, progress
             progress.record(done)
 
 
-def _begun(file: File) -> bool:
+def is_laid_out(file: File) -> bool:
+    """Whether a file is there with its header and size, whatever its data."""
     if not file.path.exists() or file.path.stat().st_size != file.size:
         return False
     with file.path.open("rb") as stream:
@@ -274,10 +275,17 @@ def _not_finite(piece: Piece, source: Source) -> str:
     else:
         spans = dict.fromkeys(origin.names, (piece.first, piece.last))
     for name, rows in spans.items():
-        if not mx.isfinite(source.read(name, *rows)).all().item():
-            return f"{source.tensors[name].file}: {name} holds NaN or infinite values"
+        if not _finite(source.read(name, *rows)):
+            scales = (part for part in source.parts(name) if part != name)
+            guilty = next((part for part in scales if not _finite(source.peek(part))), name)
+            return f"{source.tensors[guilty].file}: {guilty} holds NaN or infinite values"
     file = source.tensors[origin.names[0]].file
-    return f"{file}: {piece.parameter.path} overflows in --dtype {piece.parameter.dtype}"
+    dtype = str(piece.parameter.dtype).rpartition(".")[2]
+    return f"{file}: {piece.parameter.path} overflows in --dtype {dtype}"
+
+
+def _finite(value: mx.array) -> bool:
+    return bool(mx.isfinite(value).all().item())
 
 
 class Outputs:

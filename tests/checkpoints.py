@@ -12,6 +12,10 @@ import mlx_lm.utils
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_qwen3next import checkpoint, shards
+from mlx_qwen3next.config import Config
+from mlx_qwen3next.model import Model
+
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = ["base", "eps", "dense", "permutation"]
 INDEX = "model.safetensors.index.json"
@@ -164,6 +168,21 @@ def relative_error(result, expected):
     return float64.relative_error(result.reshape(expected.shape), expected)
 
 
+def write_zeros(directory, config, layout):
+    """Writes a checkpoint of zeros, which takes no room on disk, in 'hub' or 'fused' layout."""
+    model = Model(Config.from_dict(config))
+    sources = checkpoint.plan(model.parameter_shapes(), layout).values()
+    shapes = {name: (mx.bfloat16, source.shape) for source in sources for name in source.names}
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    file = directory / "model.safetensors"
+    header, places = shards.lay_out(file, shapes, {})
+    with file.open("wb") as stream:
+        stream.write(header)
+        stream.truncate(len(header) + sum(place.nbytes for place in places.values()))
+    return directory
+
+
 FP8 = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -214,5 +233,7 @@ def from_fp8(codes, scales):
     exponent, mantissa = codes >> 3 & 15, codes & 7
     small, normal = mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7)
     values = np.where(codes & 128, -1, 1) * np.where(exponent, normal, small)
-    factors = np.kron(np.array(scales.astype(mx.float32)), np.ones((128, 128)))[: values.shape[0], : values.shape[1]]
+    factors = np.kron(np.array(scales.astype(mx.float32)), np.ones((128, 128)))[
+        : values.shape[0], : values.shape[1]
+    ]
     return values.astype(np.float32) * factors.astype(np.float32)
