@@ -1,0 +1,159 @@
+"""Memory and time of a conversion to 4 bits beside mlx_lm.convert, on layers of the 80B model.
+
+    python examples/conversion.py [--folder DIR] [--repeats 3]
+
+Makes a checkpoint in the hub's layout with the published shapes: the whole vocabulary, one layer of
+each kind and the MTP layer (512 experts each; 5.6 billion random weights, 11 GB). Both convert it,
+in turns, each in a process of its own. mlx-lm drops the MTP head, so this project's converter runs
+without it for the comparison, and once more with it. Prints medians, and whether the trunks' files
+hold the same tensors bit for bit. Needs 18 GB in DIR (default: a temporary folder).
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mlx_qwen3next import checkpoint, mtp, shards
+from mlx_qwen3next.config import Config
+from mlx_qwen3next.load import BUNDLED
+from mlx_qwen3next.model import Model
+
+# Qwen/Qwen3-Next-80B-A3B-Instruct, but for the number of layers and how often attention comes.
+CONFIG = {
+    "model_type": "qwen3_next",
+    "num_hidden_layers": 2,
+    "full_attention_interval": 2,
+    "hidden_size": 2048,
+    "vocab_size": 151936,
+    "intermediate_size": 5120,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000000,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 262144,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+BLOCK = 2**24  # random numbers that all tensors are cut from
+
+
+def make(folder: Path) -> Path:
+    """The checkpoint: one shard a layer, as published names and shapes ask for."""
+    model = Model(Config.from_dict(CONFIG))
+    mtp.attach(model)
+    sources = checkpoint.plan(model.parameter_shapes(), "hub").values()
+    groups: dict[str, dict[str, tuple[mx.Dtype, tuple[int, ...]]]] = {}
+    for source in sources:
+        for name in source.names:
+            layer = next((i for i in range(2) if f"model.layers.{i}." in name), 2)
+            group = "4" if checkpoint.is_mtp(name) else str(layer + 1)
+            groups.setdefault(group, {})[name] = (mx.bfloat16, source.shape)
+    random = np.random.default_rng(0)
+    numbers = random.standard_normal(BLOCK, np.float32) * 0.02
+    numbers = (numbers.view(np.uint32) >> 16).astype(np.uint16)  # as bfloat16
+    weight_map = {}
+    for group, contents in tqdm(groups.items(), "making the checkpoint", unit="shard"):
+        file = folder / f"model-0000{group}-of-0000{len(groups)}.safetensors"
+        header, _ = shards.lay_out(file, contents, {"format": "pt"})
+        with file.open("wb") as stream:
+            stream.write(header)
+            for name, (_, shape) in contents.items():
+                weight_map[name] = file.name
+                left = math.prod(shape)
+                while left:
+                    start = random.integers(BLOCK // 2)
+                    part = numbers[start : start + left]
+                    stream.write(part.data)
+                    left -= part.size
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / shards.INDEX).write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, folder)
+    return folder
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """(seconds, peak resident bytes) of a process."""
+    script = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
+        "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", script, sys.executable, "-m", *command],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - start, int(result.stdout) * unit
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two model.safetensors hold the same."""
+    left, right = (mx.load(str(folder / "model.safetensors")) for folder in (a, b))
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and mx.array_equal(left[name], right[name]).item()
+        for name in left
+    )
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="where to put the files")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        folder = Path(scratch)
+        source = folder / "source"
+        source.mkdir()
+        make(source)
+        ways = {
+            "mlx_lm.convert (no head)": ["mlx_lm", "convert"],
+            "this one, without the head": ["mlx_qwen3next.convert", "--mtp", "drop"],
+            "this one, with the head": ["mlx_qwen3next.convert"],
+        }
+        outputs = [folder / str(i) for i in range(len(ways))]
+        results: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        for _ in range(args.repeats):
+            for (name, command), output in zip(ways.items(), outputs, strict=True):
+                shutil.rmtree(output, ignore_errors=True)
+                command = [*command, "--hf-path", str(source), "--mlx-path", str(output), "-q"]
+                results[name].append(measure(command))
+        for name, runs in results.items():
+            seconds, peaks = (statistics.median(values) for values in zip(*runs, strict=True))
+            print(f"{name:28} {seconds:6.1f} s {peaks / 1e9:6.2f} GB at most")
+        verdict = "the same" if same(outputs[0], outputs[1]) else "NOT the same"
+        print(f"the trunks' files hold {verdict}")
+
+
+if __name__ == "__main__":
+    main()
