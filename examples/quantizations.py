@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from heldout import accept_length, acceptance, bits_per_byte
 from mlx_lm.utils import dequantize_model
 
@@ -54,6 +55,7 @@ def main() -> None:
             size = sum(file.stat().st_size for file in target.glob("m*.safetensors")) / 1e6
             model, tokenizer = load(target)
         model = dequantize_model(model)
+        model.set_dtype(mx.float32)
         trunk = str({key: value for key, value in options.items() if key != "mtp_bits"})
         if trunk not in known:
             known[trunk] = bits_per_byte(model, tokenizer)
