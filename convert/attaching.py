@@ -18,7 +18,6 @@ from mlx_qwen3next.load import hub_errors, local_directory
 from mlx_qwen3next.model import Model
 
 from .plan import Plan, make_plan
-from .progress import PARTIAL
 from .quantize import MTP_BITS, UNQUANTIZED
 from .source import Source
 
@@ -39,11 +38,6 @@ def find_model(path_or_repo: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_repo), local_files_only=True))
 
 
-def work_folder(model: Path) -> Path:
-    """Where the head is made."""
-    return model / (shards.HEAD + PARTIAL)
-
-
 def plan(source: Source, model: Path, dtype: mx.Dtype | None, mtp_bits: int | None) -> Plan:
     """The conversion of the head alone, after checking that it belongs to the model.
 
@@ -56,10 +50,11 @@ def plan(source: Source, model: Path, dtype: mx.Dtype | None, mtp_bits: int | No
     if any(checkpoint.is_mtp(n) and t.file.name != shards.HEAD for n, t in trunk.tensors.items()):
         raise ValueError(f"{model} has an MTP head in its own shards")
     _check_configs(source.config, trunk.config, source.name)
-    _check_trunks(source, trunk)
     if mtp_bits is None:
         mtp_bits = MTP_BITS if trunk.is_quantized else UNQUANTIZED
-    return make_plan(source, dtype=dtype, trunk=False, mtp_bits=mtp_bits)
+    result = make_plan(source, dtype=dtype, trunk=False, mtp_bits=mtp_bits)
+    _check_trunks(source, trunk)
+    return result
 
 
 def _check_configs(head: Config, trunk: Config, name: str) -> None:

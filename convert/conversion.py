@@ -12,10 +12,10 @@ from pathlib import Path
 from mlx_qwen3next import shards
 
 from . import attaching, package, report, weights
-from .plan import DTYPES, make_plan
+from .plan import DTYPES, Plan, make_plan
 from .progress import FILE, PARTIAL, STREAMED, Progress
 from .quantize import DEFAULTS, HEAD_BITS, Predicate, base_quantization
-from .source import Repository, open_source
+from .repository import Repository, open_source
 from .verify import verify as compare
 
 
@@ -60,36 +60,25 @@ def convert(
     Raises:
         ValueError: an argument or the source is not usable, or the result cannot be written.
     """
-    for name, value, choices in (
-        ("q_mode", q_mode, DEFAULTS),
-        ("dtype", dtype, (None, *DTYPES)),
-        ("mtp", mtp, ("keep", "drop")),
-        ("mtp_bits", mtp_bits, (None, *HEAD_BITS)),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    _check_choices(q_mode=q_mode, dtype=dtype, mtp=mtp, mtp_bits=mtp_bits)
     if quantize and dequantize:
         raise ValueError("choose either -q (--quantize) or -d (--dequantize)")
-    base = base_quantization(q_mode, q_bits, q_group_size) if quantize else None
     if not quantize and (q_bits, q_group_size, q_mode) != (None, None, "affine"):
         raise ValueError("--q-bits, --q-group-size and --q-mode need -q (--quantize)")
     if attach_mtp and (quantize or dequantize or quant_predicate or mtp == "drop"):
         raise ValueError(
             "--attach-mtp converts the head alone: of all bits only --mtp-bits applies"
         )
+    base = base_quantization(q_mode, q_bits, q_group_size) if quantize else None
     if upload_repo is not None and not dry_run:
         package.check_upload()
 
     target = attaching.find_model(mlx_path) if attach_mtp else _target(mlx_path)
-    partial = attaching.work_folder(target) if attach_mtp else _beside(target)
+    result = target / shards.HEAD if attach_mtp else target
+    partial = result.with_name(result.name + PARTIAL)
     source = open_source(hf_path, revision, streamed=partial / STREAMED if stream else None)
     if stream and not isinstance(source, Repository):
         raise ValueError(f"--stream is for hub repositories; {hf_path} is read in place")
-    place = source.directory.resolve()
-    if not attach_mtp and ({target, partial} & {place, *place.parents} or place in target.parents):
-        raise ValueError(
-            f"{target} and the source must not contain each other; choose another --mlx-path"
-        )
     if source.is_quantized and not dequantize:
         raise ValueError(f"{hf_path} is quantized already; -d (--dequantize) makes it whole")
     if dequantize and not source.is_quantized:
@@ -97,6 +86,7 @@ def convert(
     if attach_mtp:
         plan = attaching.plan(source, target, DTYPES.get(dtype or ""), mtp_bits)
     else:
+        _keep_apart(source.directory.resolve(), target, partial)
         plan = make_plan(
             source,
             dtype=DTYPES.get(dtype or ""),
@@ -105,28 +95,17 @@ def convert(
             head=mtp == "keep",
             mtp_bits=mtp_bits,
         )
-
-    files = plan.files(partial)
-    work = weights.pieces(files, source)
     if dry_run:
-        print(report.describe(plan, files, work))
+        files = plan.files(partial)
+        print(report.describe(plan, files, weights.pieces(files, source)))
         return
-    result = target / shards.HEAD if attach_mtp else target
+
     if all(weights.is_laid_out(file) for file in plan.files(target)):
         _say(f"{result} is there already, made from the same source in the same way")
     elif result.exists() and (attach_mtp or any(result.iterdir())):
         raise ValueError(f"{result} exists already; move it away or choose another --mlx-path")
     else:
-        report.check_disk(partial, report.disk_needed(plan, files, work))
-        with Progress(partial, plan.mark) as progress, _going_on(progress, len(work)):
-            weights.write(files, work, source, progress)
-            if attach_mtp:
-                os.replace(partial / shards.HEAD, result)
-            else:
-                package.complete(plan, files, partial, upload_repo or target.name)
-                shutil.rmtree(partial / STREAMED, ignore_errors=True)
-                os.rename(partial, target)
-        _say(f"{result}: {plan.bits_per_weight:.3f} bits per weight")
+        _make(plan, partial, result, title=upload_repo or target.name)
     # What is left of a run that was stopped at its very end goes, too.
     if not attach_mtp:
         (target / FILE).unlink(missing_ok=True)
@@ -134,8 +113,47 @@ def convert(
         shutil.rmtree(partial)
     if verify:
         print(compare(plan, target))
+        shutil.rmtree(partial, ignore_errors=True)  # what was streamed once more
     if upload_repo is not None:
         _say(f"uploaded to {package.upload(target, upload_repo)}")
+
+
+def _make(plan: Plan, partial: Path, result: Path, title: str) -> None:
+    """Makes a folder, or the head's file, beside its place and moves it there."""
+    files = plan.files(partial)
+    work = weights.pieces(files, plan.source)
+    report.check_disk(partial, plan, files, work)
+    # The number of pieces done means nothing if they are others.
+    task = {**plan.mark, "pieces": len(work)}
+    with Progress(partial, task) as progress, _going_on(progress, len(work)):
+        weights.write(files, work, plan.source, progress)
+        if result.name == shards.HEAD:
+            os.replace(partial / shards.HEAD, result)
+        else:
+            package.complete(plan, files, partial, title)
+            shutil.rmtree(partial / STREAMED, ignore_errors=True)
+            os.rename(partial, result)
+    _say(f"{result}: {plan.bits_per_weight:.3f} bits per weight")
+
+
+def _check_choices(**arguments: object) -> None:
+    choices: dict[str, tuple[object, ...]] = {
+        "q_mode": tuple(DEFAULTS),
+        "dtype": (None, *DTYPES),
+        "mtp": ("keep", "drop"),
+        "mtp_bits": (None, *HEAD_BITS),
+    }
+    for name, value in arguments.items():
+        if value not in choices[name]:
+            known = ", ".join(map(str, choices[name]))
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
+def _keep_apart(source: Path, target: Path, partial: Path) -> None:
+    if {target, partial} & {source, *source.parents} or source in target.parents:
+        raise ValueError(
+            f"{target} and the source must not contain each other; choose another --mlx-path"
+        )
 
 
 def _target(mlx_path: str | Path) -> Path:
@@ -151,10 +169,6 @@ def _target(mlx_path: str | Path) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"--mlx-path {mlx_path} is no usable folder: {error}") from None
     return target
-
-
-def _beside(target: Path) -> Path:
-    return target.with_name(target.name + PARTIAL)
 
 
 @contextmanager

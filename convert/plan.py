@@ -82,9 +82,14 @@ def make_plan(
     if base and source.is_quantized:
         raise ValueError(f"{source.name} is quantized already; make it whole with -d first")
     dtype = dtype or _stored_dtype(source)
-    model = Model(source.config)
-    if head:
-        mtp.attach(model)
+    try:
+        model = Model(source.config)
+        if head:
+            mtp.attach(model)
+    except OverflowError:
+        raise ValueError(
+            f"{source.directory}: the config's sizes are beyond MLX's arrays"
+        ) from None
     shapes = {
         path: shape
         for path, shape in model.parameter_shapes().items()
@@ -125,10 +130,14 @@ def make_plan(
         "revision": source.revision,
         "norm_weights": "1 + w",
         "quantization": base,
-        "recipe": hashlib.sha256(json.dumps(settled).encode()).hexdigest()[:16],
-        "contents": hashlib.sha256(json.dumps(source.contents).encode()).hexdigest()[:16],
+        "recipe": _digest(settled),
+        "contents": _digest([source.contents, source.raw_config]),
     }
     return Plan(source, model, dtype, base, chosen, parameters, mark)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _stored_dtype(source: Source) -> mx.Dtype:

@@ -65,11 +65,10 @@ class Progress:
             ) from None
         if task != self._task:
             keys = sorted(k for k in {*task, *self._task} if task.get(k) != self._task.get(k))
-            was = "; ".join(f"{k} was {_short(task.get(k))}" for k in keys)
-            now = "; ".join(f"{k} is {_short(self._task.get(k))}" for k in keys)
             raise ValueError(
-                f"{self.folder} holds another conversion ({was}; now {now}). Finish that one with "
-                "its own command, delete the folder to give it up, or choose another --mlx-path."
+                f"{self.folder} holds another conversion, with different {', '.join(keys)}. Finish "
+                "it with its own command, delete the folder to give it up, or choose another "
+                "--mlx-path."
             )
 
     def record(self, done: int) -> None:
@@ -97,8 +96,3 @@ def write_whole(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, file)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

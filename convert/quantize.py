@@ -25,7 +25,8 @@ ROUTER_BITS = 8
 # Of the MTP head. NOTES.md has the table this was chosen by.
 MTP_BITS = 4
 UNQUANTIZED = 16
-HEAD_BITS = (2, 3, 4, 5, 6, 8, UNQUANTIZED)  # what it can have
+_BITS = (2, 3, 4, 5, 6, 8)
+HEAD_BITS = (*_BITS, UNQUANTIZED)
 
 
 def base_quantization(mode: str, bits: int | None, group_size: int | None) -> Quantization:
@@ -39,7 +40,7 @@ def base_quantization(mode: str, bits: int | None, group_size: int | None) -> Qu
     bits = default_bits if bits is None else bits
     quantization: Quantization = {"group_size": group_size, "bits": bits, "mode": mode}
     try:
-        if group_size < 1:  # MLX would divide by it
+        if group_size < 1 or bits not in _BITS:  # MLX would divide by the first
             raise ValueError
         mx.quantize(mx.zeros((1, 512)), **quantization)
     except (ValueError, RuntimeError, TypeError):

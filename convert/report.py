@@ -12,7 +12,7 @@ from mlx_qwen3next.memory import GB
 
 from . import weights
 from .plan import Plan
-from .source import Repository
+from .repository import Repository
 from .weights import File, Piece
 
 MACS = (16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory that Macs come with
@@ -35,20 +35,28 @@ def disk_needed(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> int
     return output
 
 
-def check_disk(folder: Path, needed: int) -> None:
+def check_disk(folder: Path, plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> None:
     """Compares what is needed with what is free, counting what ``folder`` holds already.
 
     Raises:
-        ValueError: there is too little.
+        ValueError: there is too little, for the output or for the hub's cache.
     """
     there = sum(f.stat().st_blocks * 512 for f in folder.rglob("*") if f.is_file())
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if needed - there > free:
-        raise ValueError(
-            f"the conversion needs {_size(needed - there)} more on disk, but {place} has "
-            f"{_size(free)} free"
-        )
+    needed = [(folder, disk_needed(plan, files, work) - there)]
+    if isinstance(plan.source, Repository) and not plan.source.streamed:
+        needed.append((plan.source.directory, plan.source.missing_bytes()))
+    disks: dict[int, tuple[Path, int]] = {}
+    for path, count in needed:
+        place = next(p for p in (path, *path.absolute().parents) if p.exists())
+        place, before = disks.get(place.stat().st_dev, (place, 0))
+        disks[place.stat().st_dev] = place, before + count
+    for place, count in disks.values():
+        free = shutil.disk_usage(place).free
+        if count > free:
+            raise ValueError(
+                f"the conversion needs {_size(count)} more on disk, but {place} has "
+                f"{_size(free)} free"
+            )
 
 
 def describe(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> str:

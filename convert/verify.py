@@ -22,7 +22,7 @@ from mlx_qwen3next.mtp import MTPHead
 
 from . import weights
 from .plan import Plan
-from .source import Repository
+from .repository import Repository
 from .weights import TRUNK, File, Parameter
 
 PROMPTS = (

@@ -248,6 +248,8 @@ def quantization(
     try:
         group_size, bits = columns // scales.shape[-1], weight.shape[-1] * 32 // columns
         mode = "affine" if scales.dtype != "U8" else _SCALED_BY_BYTES[bits, group_size]
+        if group_size == 0:  # MLX would divide by it
+            raise ValueError
         mx.quantize(mx.zeros((1, columns)), group_size, bits, mode)
     except (ValueError, LookupError, ZeroDivisionError):
         raise ValueError(
@@ -341,8 +343,7 @@ def _read(
     """Evaluated parameters, one at a time."""
     lazy: dict[str, mx.array] = {}
     for file in {tensor.file: None for tensor in tensors.values()}:
-        arrays = _open(file)
-        lazy |= {name: array for name, array in arrays.items() if tensors[name].file == file}
+        lazy |= {name: array for name, array in _open(file).items() if tensors[name].file == file}
     uses = Counter(name for source in sources.values() for name in source.names)
     for path, source in sources.items():
         value = source.build([lazy[name] for name in source.names])

@@ -51,7 +51,8 @@ def check(weights: int, cache: int, context: int) -> None:
     if need > total:
         raise ValueError(
             f"{sizes}, but this machine has {total / GB:.1f} GB for it. "
-            "Use a smaller quantization (an mlx-lm conversion at fewer bits) or a shorter context."
+            "Use a smaller quantization (mlx_qwen3next.convert with fewer --q-bits) or a shorter "
+            "context."
         )
     if need > comfortable:
         megabytes = int(min(need * 1.1, total) / 2**20)

@@ -4,6 +4,7 @@ import shutil
 
 import checkpoints
 import pytest
+from helpers_convert import refusal  # noqa: F401
 from hub import hub  # noqa: F401
 
 

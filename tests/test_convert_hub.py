@@ -12,7 +12,7 @@ from checkpoints import GOLDENS
 from huggingface_hub import snapshot_download
 
 from mlx_qwen3next import load, load_model
-from mlx_qwen3next.convert import convert, source
+from mlx_qwen3next.convert import convert, repository
 from mlx_qwen3next.load import BUNDLED
 
 OPTIONS = {"quantize": True, "q_group_size": 32}
@@ -101,7 +101,7 @@ def test_streaming_keeps_one_file_at_a_time(repo, tmp_path, monkeypatch):
 def test_streaming_goes_on_where_it_was(repo, tmp_path, monkeypatch):
     hub, directory = repo
     convert(str(directory), str(tmp_path / "whole/out"), **OPTIONS)
-    fetch = source.hf_hub_download
+    fetch = repository.hf_hub_download
 
     def broken(repo, name, **arguments):
         if "00003" in name:
@@ -109,7 +109,7 @@ def test_streaming_goes_on_where_it_was(repo, tmp_path, monkeypatch):
         return fetch(repo, name, **arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(source, "hf_hub_download", broken)
+        patch.setattr(repository, "hf_hub_download", broken)
         with pytest.raises(ValueError, match=f"{REPO}.*cannot be fetched: the network is down"):
             convert(REPO, str(tmp_path / "out"), stream=True, **OPTIONS)
     assert not (tmp_path / "out").exists()

@@ -378,7 +378,13 @@ def test_scales_without_weight(quantized):
 
 @pytest.mark.parametrize(
     ("dtype", "shape"),
-    [("F32", [8, 32, 3]), ("F32", [8, 32, 0]), ("F32", []), ("U8", [8, 32, 1])],
+    [
+        ("F32", [8, 32, 3]),
+        ("F32", [8, 32, 0]),
+        ("F32", [8, 32, 65]),
+        ("F32", []),
+        ("U8", [8, 32, 1]),
+    ],
     ids=str,
 )
 def test_scales_of_no_known_quantization(quantized, dtype, shape):
