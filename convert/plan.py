@@ -79,8 +79,6 @@ def make_plan(
     head = head and source.has_head
     if mtp_bits is not None and not head:
         raise ValueError(f"--mtp-bits: there is no MTP head to convert in {source.name}")
-    if base and source.is_quantized:
-        raise ValueError(f"{source.name} is quantized already; make it whole with -d first")
     dtype = dtype or _stored_dtype(source)
     try:
         model = Model(source.config)
@@ -103,6 +101,30 @@ def make_plan(
         if f"{path}.weight" in shapes
     }
 
+    parameters = _parameters(source, sources, shapes, chosen, dtype)
+    settled = [
+        [p.path, str(p.dtype), p.quantization] for members in parameters.values() for p in members
+    ]
+    mark = {
+        "version": version("mlx-qwen3next"),
+        "source": source.name,
+        "revision": source.revision,
+        "norm_weights": "1 + w",
+        "quantization": base,
+        "recipe": _digest(settled),
+        "contents": _digest([source.contents, source.raw_config]),
+    }
+    return Plan(source, model, dtype, base, chosen, parameters, mark)
+
+
+def _parameters(
+    source: Source,
+    sources: Mapping[str, checkpoint.Source],
+    shapes: Mapping[str, checkpoint.Shape],
+    chosen: Mapping[str, Quantization],
+    dtype: mx.Dtype,
+) -> dict[str, list[Parameter]]:
+    """File -> what goes in it."""
     parameters: dict[str, list[Parameter]] = {TRUNK: [], shards.HEAD: [], shards.NORMS: []}
     for path, shape in shapes.items():
         file = shards.HEAD if checkpoint.is_mtp(path) else TRUNK
@@ -119,21 +141,7 @@ def make_plan(
                 parameters[shards.NORMS].append(exact)
         quantization = chosen.get(path.removesuffix(".weight"))
         parameters[file].append(Parameter(path, shape, sources[path], held, quantization))
-    parameters = {name: members for name, members in parameters.items() if members}
-
-    settled = [
-        [p.path, str(p.dtype), p.quantization] for members in parameters.values() for p in members
-    ]
-    mark = {
-        "version": version("mlx-qwen3next"),
-        "source": source.name,
-        "revision": source.revision,
-        "norm_weights": "1 + w",
-        "quantization": base,
-        "recipe": _digest(settled),
-        "contents": _digest([source.contents, source.raw_config]),
-    }
-    return Plan(source, model, dtype, base, chosen, parameters, mark)
+    return {name: members for name, members in parameters.items() if members}
 
 
 def _digest(value: Any) -> str:

@@ -319,14 +319,16 @@ def test_fp8_blocks(tmp_path):
     weight = mx.random.normal((1000, 300))
     codes, scale = checkpoints.to_fp8(weight, mx.float32)
     file = tmp_path / "model.safetensors"
-    mx.save_safetensors(str(file), {"w": codes, "w_scale_inv": scale})
-    checkpoints.declare_fp8(file, ["w"])
+    fused = {"fused": mx.stack([codes, codes]), "fused_scale_inv": mx.stack([scale, 2 * scale])}
+    mx.save_safetensors(str(file), {"w": codes, "w_scale_inv": scale} | fused)
+    checkpoints.declare_fp8(file, ["w", "fused"])
     config = checkpoints.config("base") | {"quantization_config": checkpoints.FP8}
     (tmp_path / "config.json").write_text(json.dumps(config))
     source = Source(tmp_path)
     expected = mx.array(checkpoints.from_fp8(codes, scale))
     for rows in [(0, 1000), (0, 128), (256, 640), (896, 1000)]:
         assert mx.array_equal(source.read("w", *rows), expected[slice(*rows)])
+    assert mx.array_equal(source.read("fused", 1, 2), 2 * expected[None])
     assert relative_error(expected, weight) < 0.03
 
 

@@ -1,6 +1,8 @@
 """The converter and the hub, over HTTP: streaming, the head alone, reports, uploads."""
 
+import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -121,6 +123,16 @@ def test_streaming_goes_on_where_it_was(repo, tmp_path, monkeypatch):
     assert_same(tensors(tmp_path / "out"), tensors(tmp_path / "whole/out"))
 
 
+def test_verifying_what_was_streamed(repo, tmp_path, capsys):
+    """Fetches all again, and leaves nothing of it."""
+    hub, _ = repo
+    convert(REPO, str(tmp_path / "out"), stream=True, verify=True, **OPTIONS)
+    assert len(shards_fetched(hub)) == 8
+    report = capsys.readouterr().out
+    assert "in_proj_qkvz" in report and "logits are not compared with --stream" in report
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_arrives_altered_is_refused(repo, tmp_path, stream):
     hub, _ = repo
@@ -229,6 +241,31 @@ def test_attach_twice(repo, stock, capsys):
     assert (stock / "mtp.safetensors").read_bytes() == head
     assert shards_fetched(hub) == []
     assert sorted(p.name for p in stock.iterdir() if "partial" in p.name) == []
+
+
+@pytest.mark.parametrize("name", ["pwrite", "replace"])
+def test_attaching_interrupted_at_any_call(stock, monkeypatch, name):
+    convert(str(GOLDENS / "base"), str(stock), attach_mtp=True)
+    head = (stock / "mtp.safetensors").read_bytes()
+    names = {file.name for file in stock.iterdir()}
+    original = getattr(os, name)
+    for fail_at in range(3):
+        (stock / "mtp.safetensors").unlink()
+        calls = itertools.count()
+
+        def counted(*arguments, calls=calls, fail_at=fail_at):
+            if next(calls) == fail_at:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, name, counted)
+            convert(str(GOLDENS / "base"), str(stock), attach_mtp=True)
+        assert not (stock / "mtp.safetensors").exists()
+        load_model(stock)  # as before
+        convert(str(GOLDENS / "base"), str(stock), attach_mtp=True)
+        assert (stock / "mtp.safetensors").read_bytes() == head
+        assert {file.name for file in stock.iterdir()} == names
 
 
 def nudge(name):
