@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
 
 from mlx_lm.convert import configure_parser
+
+from mlx_qwen3next.command import Parser
 
 from .conversion import convert
 from .quantize import HEAD_BITS, MTP_BITS, UNQUANTIZED
@@ -40,19 +41,12 @@ HELP = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """mlx_lm.convert's parser with our additions; every stock flag keeps its default."""
     stock = configure_parser()
     for action in stock._actions:
         action.help = HELP.get(action.dest, action.help)
-    result = _Parser(
+    result = Parser(
         prog="python -m mlx_qwen3next.convert",
         usage="%(prog)s --hf-path DIR_OR_REPO [--mlx-path DIR] [-q] [other options]",
         description="Convert Qwen3-Next (Instruct, Thinking, Coder-Next) to MLX, MTP head too.",

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT, setup_arg_parser
@@ -20,6 +20,7 @@ from mlx_lm.utils import load_adapters
 from tqdm import tqdm
 
 from .cache import Cache
+from .command import Parser
 from .generation import (
     GenerationResponse,
     check_depth,
@@ -66,20 +67,13 @@ SAMPLING = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """mlx_lm.generate's parser with our additions; every stock flag keeps its default."""
     stock = setup_arg_parser()
     for action in stock._actions:
         if action.dest in UNSUPPORTED:
             action.help = f"Not supported: {UNSUPPORTED[action.dest]}."
-    result = _Parser(
+    result = Parser(
         prog="python -m mlx_qwen3next.generate",
         usage="%(prog)s [--model DIR_OR_REPO] [--prompt TEXT] [--max-tokens N] [--mtp DEPTH] "
         "[other options]",
