@@ -47,13 +47,11 @@ def parser() -> argparse.ArgumentParser:
     for action in stock._actions:
         action.help = HELP.get(action.dest, action.help)
     result = Parser(
+        stock,
         prog="python -m mlx_qwen3next.convert",
         usage="%(prog)s --hf-path DIR_OR_REPO [--mlx-path DIR] [-q] [other options]",
         description="Convert Qwen3-Next (Instruct, Thinking, Coder-Next) to MLX, MTP head too.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[stock],
-        conflict_handler="resolve",  # the flags below replace stock ones of the same name
     )
     essential = result.add_argument_group("essential options")
     essential.add_argument(
@@ -108,9 +106,6 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Read the result again and print how far weights and logits are from the source.",
     )
-    # argparse shows groups in the order they were added, its own before all others.
-    result._action_groups.insert(0, result._action_groups.pop(-2))
-    result._action_groups.insert(1, result._action_groups.pop())
     return result
 
 

@@ -74,14 +74,12 @@ def parser() -> argparse.ArgumentParser:
         if action.dest in UNSUPPORTED:
             action.help = f"Not supported: {UNSUPPORTED[action.dest]}."
     result = Parser(
+        stock,
         prog="python -m mlx_qwen3next.generate",
         usage="%(prog)s [--model DIR_OR_REPO] [--prompt TEXT] [--max-tokens N] [--mtp DEPTH] "
         "[other options]",
         description="Generate text with Qwen3-Next (Instruct, Thinking, Coder-Next).",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[stock],
-        conflict_handler="resolve",  # the flags below replace stock ones of the same name
     )
     essential = result.add_argument_group("essential options")
     essential.add_argument(
@@ -114,8 +112,6 @@ def parser() -> argparse.ArgumentParser:
         help="Tokens the model's own MTP head drafts ahead: a depth, 'off', or 'auto' to choose "
         "by measurement (default: %(default)s). Checked, but not used yet: decoding is plain.",
     )
-    # argparse shows groups in the order they were added, its own before all others.
-    result._action_groups.insert(0, result._action_groups.pop())
     return result
 
 

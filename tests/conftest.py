@@ -16,3 +16,18 @@ def base(tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(checkpoints.GOLDENS / "base" / name, directory / name)
     return directory
+
+
+@pytest.fixture
+def call(capsys):
+    """Calls a command's main() with arguments; returns its exit status, stdout and stderr."""
+
+    def call(main, *args):
+        capsys.readouterr()
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return call

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import checkpoints
@@ -28,18 +29,8 @@ OURS = {action.dest: action for action in parser()._actions if action.dest != "h
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs main() with arguments; returns its exit status, stdout and stderr."""
-
-    def run(*args):
-        capsys.readouterr()
-        try:
-            status = main([str(arg) for arg in args])
-        except SystemExit as error:
-            status = error.code
-        return status, *capsys.readouterr()
-
-    return run
+def run(call):
+    return partial(call, main)
 
 
 # --- flags ---------------------------------------------------------------------------------------
