@@ -13,6 +13,8 @@ A *round* is a forward whose tokens may be taken back, in whole or from some tok
 Nothing is copied for it. Attention caches roll back by their offset. A linear layer does not
 advance its state in a round: it keeps the state before it and a tape (convolution rows, decay,
 keys and written errors), and the next forward replays the kept prefix first: lazy commit.
+
+A plain forward advances at once; :class:`Undo` takes the last one back.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import ArraysCache
+from mlx_lm.models.cache import ArraysCache, KVCache
 
 from . import ops
 
@@ -151,8 +153,27 @@ class GatedDeltaCache(ArraysCache):
         return super().nbytes + (sum(x.nbytes for x in self._tape) if self._tape else 0)
 
 
+class MTPCache(KVCache):
+    """The MTP head's keys and values, and the trunk's last hidden state ``[1, 1, H]`` or None.
+
+    Position i holds the pair of hidden state h_i and token t_{i+1}, so there is one position less
+    than tokens; ``hidden`` waits for the token that comes next.
+    """
+
+    hidden: mx.array | None = None  # on the class: mlx-lm's from_state() skips __init__
+
+    @property
+    def state(self) -> Any:
+        return [*super().state, self.hidden]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.keys, self.values, self.offset, self.hidden = value
+
+
 # load_prompt_cache() finds an entry's class by its name in mlx-lm's module.
-setattr(mlx_lm_cache, GatedDeltaCache.__name__, GatedDeltaCache)
+for _entry in (GatedDeltaCache, MTPCache):
+    setattr(mlx_lm_cache, _entry.__name__, _entry)
 
 
 class Round:
@@ -200,6 +221,38 @@ class Round:
     ) -> None:
         if not self._done:
             self.commit(0)
+
+
+class Undo:
+    """Takes back the plain forward in its ``with`` block: at an exception, or later when called.
+
+    Linear layers keep references to the arrays they had, attention layers roll back by their
+    offset: no reference to keys or values is held, which would make MLX copy them.
+    """
+
+    def __init__(self, cache: Cache):
+        self._cache = cache
+        self._before: list[Any] = []
+
+    def __enter__(self) -> Undo:
+        settle(self._cache)
+        self._before = [
+            dict(vars(c)) if isinstance(c, GatedDeltaCache) else length(c) for c in self._cache
+        ]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self()
+
+    def __call__(self) -> None:
+        """Restores the cache, which nothing else has advanced since."""
+        for c, before in zip(self._cache, self._before, strict=True):
+            if isinstance(before, dict):
+                vars(c).clear()
+                vars(c).update(before)
+            elif (extra := length(c) - before) > 0:
+                c.trim(extra)
 
 
 def settle(cache: Cache) -> None:

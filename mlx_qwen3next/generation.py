@@ -1,52 +1,50 @@
 """From a prompt to tokens and text: ``generate_step``, ``stream_generate``, ``generate``.
 
-The plain path is mlx-lm's own loop (chunked prefill, step n + 1 queued while n runs); this module
-checks what comes in and gives the results their form.
+This module checks what comes in, processes the prompt and gives the results their form;
+:mod:`mlx_qwen3next.speculative` decodes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, wired_limit
+from mlx_lm.generate import (
+    DEFAULT_QUANTIZED_KV_START,
+    maybe_quantize_kv_cache,
+    wired_limit,
+)
 from mlx_lm.generate import GenerationResponse as MLXGenerationResponse
-from mlx_lm.generate import generate_step as mlx_generate_step
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .cache import Cache, GatedDeltaCache, settle, tokens_held
+from .cache import Cache, GatedDeltaCache, MTPCache, Undo, settle, tokens_held
 from .config import Config
+from .depth import MAX_DEPTH, Depth, FixedDepth, MeasuredDepth
 from .model import Model
-from .sampling import Sampling, check_integer
+from .mtp import MTPDrafter
+from .sampling import Chooser, Sampling, check_integer
+from .speculative import Acceptance, Decoding, Drafter, Token
 
-MAX_DEPTH = 8  # drafts a round, at most
 KV_BITS = (2, 3, 4, 5, 6, 8)  # what mx.quantize takes
 KV_GROUP_SIZES = (32, 64, 128)
 
-Depth = Literal["auto", "off"] | int
-
-
-@dataclass
-class Token:
-    """One generated token."""
-
-    token: int
-    logprobs: mx.array  # [vocab]
-    from_draft: bool
+MTP = Literal["auto", "off"] | int
 
 
 @dataclass
 class GenerationResponse(MLXGenerationResponse):
-    """mlx-lm's response, plus what speculation did: its rounds, and tokens a round on average."""
+    """mlx-lm's response, plus what speculation did so far."""
 
-    rounds: int = 0
-    mean_accept_length: float = 0.0
+    rounds: int = 0  # passes of the trunk, plain steps included
+    mean_accept_length: float = 0.0  # tokens a round
+    acceptance: tuple[float, ...] = ()  # share of right drafts at depth 1, 2, …
 
 
 def generate_step(
@@ -54,7 +52,7 @@ def generate_step(
     model: Model,
     *,
     max_tokens: int = 256,
-    mtp: Depth = "auto",
+    mtp: MTP = "auto",
     prompt_cache: Cache | None = None,
     prefill_step_size: int = 2048,
     kv_bits: int | None = None,
@@ -64,23 +62,28 @@ def generate_step(
     sampler: Sampler | None = None,
     logits_processors: Iterable[LogitsProcessor] | None = None,
     **sampling: Any,
-) -> Iterator[Token]:
+) -> Generator[Token]:
     """Generates tokens after a prompt; needs no tokenizer and stops at no token.
 
     Args:
         prompt: token ids ``[L]``, not empty.
         max_tokens: how many to generate, -1 for as many as the context takes. Generation ends at
             the model's max_position_embeddings in any case.
-        mtp: how deep the MTP head drafts: "auto", "off" or 1…8. Checked, but not used yet.
+        mtp: how many tokens the MTP head drafts a round: 1…8, "off", or "auto" to choose by what
+            is measured, none included. It changes the speed, not the tokens, except that rounding
+            may decide between tokens that are all but equal.
         prompt_cache: what ``model.make_cache()`` made, with the tokens before the prompt; advanced
             in place. Whenever the caller stops, it holds the prompt and every token yielded, the
-            last one included: go on with the token that comes after it.
+            last one included: go on with the token that comes after it. ``model.make_cache() +
+            model.mtp.make_cache()`` keeps what the MTP head knows as well.
         prefill_step_size: prompt tokens processed at a time.
         kv_bits, kv_group_size, quantized_kv_start: quantize keys and values, to 2, 3, 4, 5, 6 or 8
             bits in groups of 32, 64 or 128, once the cache holds that many tokens.
         prompt_progress_callback: called with (processed, total) prompt tokens.
-        sampler: an mlx-lm callable, instead of the options that choose a token.
-        logits_processors: mlx-lm callables, before the penalties.
+        sampler: an mlx-lm callable, instead of the options that choose a token. Must depend on
+            its argument and ``mx.random`` alone.
+        logits_processors: mlx-lm callables, before the penalties. With them "auto" drafts nothing:
+            some follow the text from call to call, and would take drafts for it.
         sampling: the options of :class:`mlx_qwen3next.sampling.Sampling` (``temp``, ``top_p``, …).
 
     Raises:
@@ -104,21 +107,59 @@ def generate_step(
     options.check_vocabulary(model.args.vocab_size)
     cache = model.make_cache() if prompt_cache is None else _check_cache(prompt_cache, model)
     budget = _budget(model, tokens_held(cache) + prompt.size, max_tokens)
-    steps = mlx_generate_step(
-        prompt,
-        model,
-        max_tokens=budget,
-        sampler=sampler or options.sampler(),
-        logits_processors=[*(logits_processors or ()), *options.logits_processors()],
-        prompt_cache=cache,
-        prefill_step_size=prefill_step_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        quantized_kv_start=quantized_kv_start,
-        prompt_progress_callback=prompt_progress_callback,
-    )
-    # mlx-lm's annotation says array; it yields ints.
-    return (Token(int(token), logprobs, False) for token, logprobs in steps)
+    processors = list(logits_processors or ())
+    drafts = mtp != "off" and model.mtp is not None and not (mtp == "auto" and processors)
+    depth: Depth = FixedDepth(mtp if isinstance(mtp, int) else 0)
+    if drafts and mtp == "auto":
+        depth = MeasuredDepth()
+    trunk, head = cache[: len(model.layers)], cache[len(model.layers) :]
+    if not head and drafts:
+        head = model.mtp.make_cache()
+
+    def steps() -> Generator[Token]:
+        drafter = MTPDrafter(model, head) if head else None
+        last = _prefill(
+            model, trunk, prompt, prefill_step_size, drafter, quantize, prompt_progress_callback
+        )
+        chooser = Chooser(
+            sampler or options.sampler(), [*processors, *options.logits_processors()], prompt
+        )
+        yield from Decoding(model, trunk, last, chooser, depth, drafter, quantize).tokens(budget)
+
+    def quantize() -> None:
+        maybe_quantize_kv_cache(trunk, quantized_kv_start, kv_group_size, kv_bits)
+        cache[: len(trunk)] = trunk
+
+    return steps()
+
+
+def _prefill(
+    model: Model,
+    cache: Cache,
+    prompt: mx.array,
+    step_size: int,
+    drafter: Drafter | None,
+    after_forward: Callable[[], None],
+    progress: Callable[[int, int], None] | None,
+) -> mx.array:
+    """Feeds all of the prompt but its last token, which it returns as ``[1]``."""
+    progress = progress or (lambda *_: None)
+    total = prompt.size
+    progress(0, total)
+    for start in range(0, total - 1, step_size):
+        chunk = prompt[start : min(start + step_size, total - 1)]
+        with Undo(cache):
+            hidden = model.model(chunk[None], cache)
+        if drafter is not None:
+            # Evaluated, so that no reference to keys and values waits with them.
+            mx.eval(hidden)
+            drafter.committed(chunk, hidden)
+        after_forward()
+        mx.eval([c.state for c in cache])
+        progress(start + chunk.size, total)
+        mx.clear_cache()
+    progress(total, total)  # the last token goes with the first step
+    return prompt[-1:]
 
 
 def stream_generate(
@@ -161,12 +202,14 @@ def _stream(
     tokenizer: TokenizerWrapper,
     prompt_tokens: int,
     budget: int,
-    steps: Iterator[Token],
+    steps: Generator[Token],
 ) -> Iterator[GenerationResponse]:
     pending: list[int] = []  # tokens that end within a character
     prompt_seconds, start = 0.0, time.perf_counter()
-    with wired_limit(model):
+    drafts = Acceptance()
+    with wired_limit(model), closing(steps):
         for count, step in enumerate(steps, start=1):
+            drafts.add(step)
             if count == 1:
                 now = time.perf_counter()
                 prompt_seconds, start = now - start, now
@@ -194,6 +237,9 @@ def _stream(
                 generation_tps=count / max(time.perf_counter() - start, 1e-9),
                 peak_memory=mx.get_peak_memory() / 1e9,
                 finish_reason=finish_reason,
+                rounds=drafts.rounds,
+                mean_accept_length=drafts.mean_length,
+                acceptance=drafts.by_depth,
             )
             if finish_reason:
                 return
@@ -231,17 +277,24 @@ def generate(
 
 
 def statistics(last: GenerationResponse | None) -> str:
-    """mlx-lm's closing lines, from the last response."""
+    """mlx-lm's closing lines, from the last response, and one on the drafts if there were any."""
     if last is None:
         return "No text generated for this prompt"
-    return (
-        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec\n"
-        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec\n"
-        f"Peak memory: {last.peak_memory:.3f} GB"
-    )
+    lines = [
+        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {last.peak_memory:.3f} GB",
+    ]
+    if last.acceptance:
+        shares = ", ".join(f"{share:.0%}" for share in last.acceptance)
+        lines.append(
+            f"Speculation: {last.rounds} rounds, {last.mean_accept_length:.2f} tokens a round, "
+            f"drafts accepted by depth: {shares}"
+        )
+    return "\n".join(lines)
 
 
-def check_depth(mtp: Depth, model: Model | None = None) -> Depth:
+def check_depth(mtp: MTP, model: Model | None = None) -> MTP:
     """Returns ``mtp`` if it is "auto", "off" or 1…8 (and the model has a head to draft with).
 
     Raises:
@@ -283,13 +336,14 @@ def _check_prompt(prompt: mx.array | Sequence[int], model: Model) -> mx.array:
         raise ValueError(f"the prompt must be token ids (integers), got {tokens.dtype}")
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise ValueError(f"the prompt holds a token id outside 0…{vocab - 1}")
-    return mx.array(tokens.astype(np.int32))
+    return mx.array(tokens.astype(np.uint32))  # the dtype of mx.argmax
 
 
 def _check_cache(cache: Cache, model: Model) -> Cache:
     """Returns ``cache``, with entries that mlx-lm's own model made replaced by ours in place."""
     layers = model.layers
-    if not isinstance(cache, list) or len(cache) != len(layers):
+    lengths = (len(layers), len(layers) + (model.mtp is not None))
+    if not isinstance(cache, list) or len(cache) not in lengths:
         got = f"{len(cache)} entries" if isinstance(cache, list) else repr(cache)
         raise ValueError(
             f"prompt_cache must be a list with an entry for each of the model's {len(layers)} "
@@ -297,8 +351,9 @@ def _check_cache(cache: Cache, model: Model) -> Cache:
         )
     own = [GatedDeltaCache.from_state(c.state) if type(c) is ArraysCache else c for c in cache]
     settle(own)
-    for i, (entry, layer) in enumerate(zip(own, layers, strict=True)):
-        if not (_fits_linear if layer.is_linear else _fits_attention)(entry, model.args):
+    fits = [_fits_linear if layer.is_linear else _fits_attention for layer in layers]
+    for i, entry in enumerate(own):
+        if not (fits[i] if i < len(fits) else _fits_head)(entry, model.args):
             raise ValueError(
                 f"prompt_cache[{i}] ({type(entry).__name__}) does not fit layer {i} of this model; "
                 "use what its make_cache() made"
@@ -325,6 +380,14 @@ def _fits_attention(entry: Any, c: Config) -> bool:
     B, nkv, _, columns = keys.shape
     hd = columns * entry.group_size if quantized else columns
     return (B, nkv, hd) == (1, c.num_key_value_heads, c.head_dim)
+
+
+def _fits_head(entry: Any, c: Config) -> bool:
+    return (
+        isinstance(entry, MTPCache)
+        and _fits_attention(entry, c)
+        and (entry.hidden is None or entry.hidden.shape == (1, 1, c.hidden_size))
+    )
 
 
 def _budget(model: Model, positions: int, max_tokens: int) -> int:

@@ -8,6 +8,9 @@ With h_i the trunk's hidden state after its final norm and t_{i+1} the next toke
 
 Deeper drafts feed m_i as the next h, the draft as the next token, at position i + 1. Embedding
 and lm_head are the trunk's. Follows vLLM's and SGLang's ``qwen3_next_mtp``.
+
+:class:`MTPDrafter` makes drafts of it. The head's keys and values cover the whole sequence: they
+are made from verified hidden states alone; what recursion wrote is overwritten.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache
 
-from .cache import Cache
+from .cache import Cache, MTPCache
 from .config import Config
 from .model import DecoderLayer, Model, RMSNorm
+
+# Verified hidden states that wait at most, when nothing is drafted.
+CATCH_UP = 256
+
+Choose = Callable[[mx.array, list[mx.array]], mx.array]
 
 
 class MTPHead(nn.Module):
@@ -58,7 +65,78 @@ class MTPHead(nn.Module):
 
     def make_cache(self) -> Cache:
         """An empty cache for the head's attention layer."""
-        return [KVCache()]
+        return [MTPCache()]
+
+
+class MTPDrafter:
+    """Drafts a sequence's next tokens (a :class:`mlx_qwen3next.speculative.Drafter`).
+
+    Verified hidden states wait until there is a use for them, so that the head catches up with
+    them in the same call that gives the next first draft.
+    """
+
+    def __init__(self, model: Model, cache: Cache):
+        self._head, self._logits = model.mtp, model.logits
+        self._cache = cache
+        self._entry: MTPCache = cache[0]
+        # Pairs (h_i, t_{i+1}) not in the cache yet: [1, n, H] and [1, n] each, in order.
+        self._hidden: list[mx.array] = []
+        self._tokens: list[mx.array] = []
+        self._waiting = 0
+        self._paired = False  # the last hidden state is in the cache, with the token proposed to
+
+    def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
+        """Up to ``depth`` drafts ``[1]`` of what follows ``token`` ``[1]``, the sequence's last.
+
+        Args:
+            choose: logits ``[1, vocab]`` and the drafts so far to the next draft ``[1]``.
+        """
+        if self._entry.hidden is None:
+            return []
+        self._add(self._entry.hidden, token[None])
+        m = self._catch_up()[:, -1:]
+        self._paired = True
+        verified = self._entry.offset
+        drafts: list[mx.array] = []
+        try:
+            for _ in range(depth):
+                if drafts:
+                    m = self._head(m, drafts[-1][None], self._cache)
+                drafts.append(choose(self._logits(m)[:, -1], drafts))
+        finally:
+            self._entry.trim(self._entry.offset - verified)
+        return drafts
+
+    def committed(self, tokens: mx.array, hidden: mx.array) -> None:
+        """The sequence grew by ``tokens`` ``[n]``; the trunk's states at them are ``[1, n, H]``."""
+        last = self._entry.hidden
+        if last is not None and not self._paired:
+            self._add(last, tokens[None, :1])
+        if tokens.size > 1:
+            self._add(hidden[:, :-1], tokens[None, 1:])
+        self._entry.hidden, self._paired = hidden[:, -1:], False
+        if self._waiting >= CATCH_UP:
+            self.rest()
+
+    def rest(self) -> None:
+        """Brings the cache up to date, for the next user of it."""
+        if self._waiting:
+            # Nobody looks at the result: only keys and values are computed.
+            self._catch_up()
+        if self._paired:  # with a token that did not come to stay
+            self._entry.trim(1)
+            self._paired = False
+        mx.async_eval([x for x in self._entry.state if isinstance(x, mx.array)])
+
+    def _add(self, hidden: mx.array, tokens: mx.array) -> None:
+        self._hidden.append(hidden)
+        self._tokens.append(tokens)
+        self._waiting += tokens.shape[1]
+
+    def _catch_up(self) -> mx.array:
+        hidden, tokens = mx.concatenate(self._hidden, axis=1), mx.concatenate(self._tokens, axis=1)
+        self._hidden, self._tokens, self._waiting = [], [], 0
+        return self._head(hidden, tokens, self._cache)
 
 
 def attach(model: Model) -> MTPHead:

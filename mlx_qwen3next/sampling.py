@@ -1,12 +1,29 @@
-"""Sampling options: what they are, which values make sense, and mlx-lm's transforms for them."""
+"""Choosing tokens: the options and mlx-lm's transforms for them, position by position.
+
+The random numbers that choose a token belong to its position in the sequence. Whoever chooses
+there, plain decoding, a draft or the draft's verification, draws with the same ones. So a draft
+is right exactly if it is the token that plain decoding would have chosen: speculation changes no
+token at any temperature, and the distribution is that of the sampler by construction. Drafts
+agree often because alike distributions choose alike from the same numbers (the Gumbel-max
+coupling: Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative
+Decoding"; NOTES.md compares it with accepting by min(1, p/q)).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from mlx_lm.sample_utils import LogitsProcessor, Sampler, make_logits_processors, make_sampler
+import mlx.core as mx
+from mlx_lm.sample_utils import (
+    LogitsProcessor,
+    Sampler,
+    greedy_sampler,
+    make_logits_processors,
+    make_sampler,
+)
 
 # The least and largest value of each option that is a number; penalties may also be None.
 _RANGES = {
@@ -109,6 +126,64 @@ class Sampling:
             self.frequency_penalty,
             self.frequency_context_size,
         )
+
+
+class Chooser:
+    """Chooses the tokens of one sequence from their logits.
+
+    Args:
+        sampler: log-probabilities ``[1, vocab]`` to a token ``[1]``. Draws from ``mx.random`` if it
+            is random.
+        processors: mlx-lm's: ``(tokens [n], logits [1, vocab])`` to logits; they see the prompt and
+            what was chosen after it, drafts included.
+        prompt: the tokens ``[n]`` before the first choice.
+    """
+
+    def __init__(self, sampler: Sampler, processors: Sequence[LogitsProcessor], prompt: mx.array):
+        self._sampler, self._processors, self._tokens = sampler, processors, prompt
+        self._greedy = sampler is greedy_sampler
+        self._position = 0  # tokens chosen so far
+        # One number from the global state, so that its seed decides.
+        self._key = 0
+        if not self._greedy:
+            self._key = cast(int, mx.random.randint(0, 2**31 - 1, ()).item())
+
+    def choose(self, logits: mx.array, after: Sequence[mx.array] = ()) -> tuple[mx.array, mx.array]:
+        """The next token ``[1]``, and its log-probabilities ``[1, vocab]``.
+
+        Args:
+            logits: ``[1, vocab]``.
+            after: tokens ``[1]`` that come between what was :meth:`extend`-ed and the choice.
+        """
+        if self._processors:
+            tokens = mx.concatenate([self._tokens, *after]) if after else self._tokens
+            for processor in self._processors:
+                logits = processor(tokens, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        self._seed(len(after))
+        return self._sampler(logprobs), logprobs
+
+    def choose_all(self, logits: mx.array, drafts: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        """What follows each prefix of n drafts ``[1]``: tokens ``[n + 1]``, and log-probabilities
+        ``[n + 1, vocab]``, from logits ``[n + 1, vocab]``."""
+        if self._greedy and not self._processors:
+            return self.choose(logits)
+        rows = [self.choose(logits[i : i + 1], drafts[:i]) for i in range(len(drafts) + 1)]
+        return mx.concatenate([r[0] for r in rows]), mx.concatenate([r[1] for r in rows])
+
+    def extend(self, token: int) -> None:
+        """Takes over the token that was chosen."""
+        self._position += 1
+        if self._processors:
+            self._tokens = mx.concatenate([self._tokens, mx.array([token], self._tokens.dtype)])
+
+    def close(self) -> None:
+        """Leaves the global random state where it depends on the tokens' number alone."""
+        self._seed(0)
+
+    def _seed(self, ahead: int) -> None:
+        if not self._greedy:
+            mx.random.seed(self._key << 32 | self._position + ahead)
 
 
 def check_integer(name: str, value: int, least: int) -> None:

@@ -1,0 +1,101 @@
+"""How deep to draft: chosen from measured time and acceptance, depth 0 included.
+
+A round of depth k takes T(k) seconds and gives 1 + a_1 + a_1 a_2 + … + a_1…a_k tokens, with a_j the
+share of drafts at depth j that are right, given that those before were. The best depth has the
+most tokens a second. Acceptance fades towards an optimistic guess, so that a depth given up is
+tried again when the text may have changed; times, which change little, are measured again rarely.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+from typing import Protocol
+
+MAX_DEPTH = 8
+
+ACCEPTANCE = 0.8  # what is expected of a draft before anything is known…
+WEIGHT = 2.0  # …which counts as much as so many drafts
+FADING = 0.99  # what a token leaves of the weight of everything seen before it
+SAMPLES = 5  # times kept of a depth; their median counts
+FIRST = 4  # plain tokens before the first draft, so that there is a time to compare with
+PROBE = 256  # tokens after which the time of the next depth is measured again
+
+
+class Depth(Protocol):
+    """Chooses how many tokens to draft."""
+
+    def choose(self, room: int) -> int:
+        """The next round's depth, at most ``room``."""
+
+    def record(self, depth: int, accepted: int, seconds: float | None) -> None:
+        """A round of that depth ended; its seconds are None if they tell nothing."""
+
+
+class FixedDepth:
+    """Always the same depth."""
+
+    def __init__(self, depth: int):
+        self._depth = depth
+
+    def choose(self, room: int) -> int:
+        return min(self._depth, room)
+
+    def record(self, depth: int, accepted: int, seconds: float | None) -> None:
+        pass
+
+
+class MeasuredDepth:
+    """The depth with the most tokens a second, by what was measured (see the module's text)."""
+
+    def __init__(self) -> None:
+        self._seconds: list[deque[float]] = [deque(maxlen=SAMPLES) for _ in range(MAX_DEPTH + 1)]
+        self._warm = [False] * (MAX_DEPTH + 1)  # whether a depth's first round, slower, is over
+        self._right = [0.0] * MAX_DEPTH  # faded counts: drafts at a depth that were right…
+        self._asked = [0.0] * MAX_DEPTH  # …among those whose predecessors were
+        self._tokens = 0
+        self._measured = [0] * (MAX_DEPTH + 1)  # after how many tokens a depth was last timed
+
+    def choose(self, room: int) -> int:
+        if len(self._seconds[0]) < FIRST:
+            return 0
+        best = self._best()
+        probe = best + 1
+        if probe <= MAX_DEPTH and self._tokens - self._measured[probe] >= PROBE:
+            best = probe
+        return min(best, room)
+
+    def record(self, depth: int, accepted: int, seconds: float | None) -> None:
+        fading = FADING ** (accepted + 1)
+        self._right = [x * fading for x in self._right]
+        self._asked = [x * fading for x in self._asked]
+        for j in range(min(accepted + 1, depth)):
+            self._asked[j] += 1
+            self._right[j] += j < accepted
+        self._tokens += accepted + 1
+        self._measured[depth] = self._tokens
+        if self._warm[depth] and seconds is not None:
+            self._seconds[depth].append(seconds)
+        self._warm[depth] = True
+
+    def _best(self) -> int:
+        """The depth that promises most, at most one deeper than what has been timed."""
+        best, most = 0, 1 / self._time(0)
+        tokens = share = 1.0
+        guess = ACCEPTANCE
+        for depth in range(1, MAX_DEPTH + 1):
+            guess = (self._right[depth - 1] + WEIGHT * guess) / (self._asked[depth - 1] + WEIGHT)
+            share *= guess
+            tokens += share
+            if tokens / self._time(depth) > most:
+                best, most = depth, tokens / self._time(depth)
+            if not self._seconds[depth]:
+                break
+        return best
+
+    def _time(self, depth: int) -> float:
+        """Seconds of a round: measured, or as much more than the depth before as that was more."""
+        if self._seconds[depth]:
+            return median(self._seconds[depth])
+        before = self._time(depth - 1)
+        return before if depth == 1 else max(before, 2 * before - self._time(depth - 2))
