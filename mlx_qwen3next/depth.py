@@ -4,6 +4,8 @@ A round of depth k takes T(k) seconds and gives 1 + a_1 + a_1 a_2 + … + a_1…
 share of drafts at depth j that are right, given that those before were. The best depth has the
 most tokens a second. Acceptance fades towards an optimistic guess, so that a depth given up is
 tried again when the text may have changed; times, which change little, are measured again rarely.
+Where verifying one draft takes longer than two plain steps, no acceptance could make up for it,
+and nothing is drafted for a long while.
 """
 
 from __future__ import annotations
@@ -19,11 +21,16 @@ WEIGHT = 2.0  # …which counts as much as so many drafts
 FADING = 0.99  # what a token leaves of the weight of everything seen before it
 SAMPLES = 5  # times kept of a depth; their median counts
 FIRST = 4  # plain tokens before the first draft, so that there is a time to compare with
-PROBE = 256  # tokens after which the time of the next depth is measured again
+PROBE = 256  # tokens after which the time of the next depth is measured again…
+HOPELESS = 4096  # …and after which a hopeless case is looked at again
 
 
 class Depth(Protocol):
     """Chooses how many tokens to draft."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing will be drafted for long, so that nothing need be prepared for it."""
 
     def choose(self, room: int) -> int:
         """The next round's depth, at most ``room``."""
@@ -37,6 +44,7 @@ class FixedDepth:
 
     def __init__(self, depth: int):
         self._depth = depth
+        self.idle = depth == 0
 
     def choose(self, room: int) -> int:
         return min(self._depth, room)
@@ -56,8 +64,13 @@ class MeasuredDepth:
         self._tokens = 0
         self._measured = [0] * (MAX_DEPTH + 1)  # after how many tokens a depth was last timed
 
+    @property
+    def idle(self) -> bool:
+        since = self._tokens - self._measured[1]
+        return len(self._seconds[1]) > 0 and self._time(1) > 2 * self._time(0) and since < HOPELESS
+
     def choose(self, room: int) -> int:
-        if len(self._seconds[0]) < FIRST:
+        if len(self._seconds[0]) < FIRST or self.idle:
             return 0
         best = self._best()
         probe = best + 1

@@ -26,11 +26,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .cache import Cache, GatedDeltaCache, MTPCache, Undo, settle, tokens_held
 from .config import Config
-from .depth import MAX_DEPTH, Depth, FixedDepth, MeasuredDepth
+from .depth import MAX_DEPTH, Depth, FixedDepth
 from .model import Model
 from .mtp import MTPDrafter
 from .sampling import Chooser, Sampling, check_integer
-from .speculative import Acceptance, Decoding, Drafter, Token
+from .speculative import Acceptance, Decoding, Drafter, Token, forward
 
 KV_BITS = (2, 3, 4, 5, 6, 8)  # what mx.quantize takes
 KV_GROUP_SIZES = (32, 64, 128)
@@ -108,12 +108,12 @@ def generate_step(
     cache = model.make_cache() if prompt_cache is None else _check_cache(prompt_cache, model)
     budget = _budget(model, tokens_held(cache) + prompt.size, max_tokens)
     processors = list(logits_processors or ())
-    drafts = mtp != "off" and model.mtp is not None and not (mtp == "auto" and processors)
-    depth: Depth = FixedDepth(mtp if isinstance(mtp, int) else 0)
-    if drafts and mtp == "auto":
-        depth = MeasuredDepth()
     trunk, head = cache[: len(model.layers)], cache[len(model.layers) :]
-    if not head and drafts:
+    depth: Depth = FixedDepth(mtp if isinstance(mtp, int) else 0)
+    if mtp == "auto" and model.mtp is not None and not processors:
+        depth = model.mtp.depth
+    keep_head = bool(head)
+    if not keep_head and not depth.idle:
         head = model.mtp.make_cache()
 
     def steps() -> Generator[Token]:
@@ -124,7 +124,9 @@ def generate_step(
         chooser = Chooser(
             sampler or options.sampler(), [*processors, *options.logits_processors()], prompt
         )
-        yield from Decoding(model, trunk, last, chooser, depth, drafter, quantize).tokens(budget)
+        yield from Decoding(
+            model, trunk, last, chooser, depth, drafter, keep_head, quantize
+        ).tokens(budget)
 
     def quantize() -> None:
         maybe_quantize_kv_cache(trunk, quantized_kv_start, kv_group_size, kv_bits)
@@ -149,7 +151,7 @@ def _prefill(
     for start in range(0, total - 1, step_size):
         chunk = prompt[start : min(start + step_size, total - 1)]
         with Undo(cache):
-            hidden = model.model(chunk[None], cache)
+            hidden = forward(model, cache, chunk)
         if drafter is not None:
             # Evaluated, so that no reference to keys and values waits with them.
             mx.eval(hidden)

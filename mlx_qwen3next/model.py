@@ -237,8 +237,16 @@ class Trunk(nn.Module):
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
-        """Tokens ``[B, L]`` to hidden states ``[B, L, H]`` after the final norm."""
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: Cache | None = None,
+        between: Callable[[int, mx.array], None] | None = None,
+    ) -> mx.array:
+        """Tokens ``[B, L]`` to hidden states ``[B, L, H]`` after the final norm.
+
+        ``between`` is called with the number and the output of every layer that another follows.
+        """
         x = self.embed_tokens(tokens)
         caches = [None] * len(self.layers) if cache is None else cache
         pairs = list(zip(self.layers, caches, strict=True))
@@ -247,7 +255,9 @@ class Trunk(nn.Module):
         linear_mask = next((c.make_mask(tokens.shape[1]) for c in linear), None)
         attention = (c for layer, c in pairs if not layer.is_linear)
         attention_mask = next((create_attention_mask(x, c) for c in attention), None)
-        for layer, c in pairs:
+        for i, (layer, c) in enumerate(pairs):
+            if between is not None and i > 0:
+                between(i - 1, x)
             x = layer(x, linear_mask if layer.is_linear else attention_mask, c)
         return self.norm(x)
 

@@ -23,10 +23,11 @@ from mlx_lm.models.base import create_attention_mask
 
 from .cache import Cache, MTPCache
 from .config import Config
+from .depth import MeasuredDepth
 from .model import DecoderLayer, Model, RMSNorm
 
 # Verified hidden states that wait at most, when nothing is drafted.
-CATCH_UP = 256
+CATCH_UP = 1024
 
 Choose = Callable[[mx.array, list[mx.array]], mx.array]
 
@@ -43,6 +44,7 @@ class MTPHead(nn.Module):
         self.layers = [DecoderLayer(config, linear=False, sparse=config.is_sparse(0))]
         self.norm = RMSNorm(H, eps)
         self.embed = embed
+        self.depth = MeasuredDepth()  # what is known here of how deep to draft
 
     def __call__(
         self, hidden: mx.array, next_tokens: mx.array, cache: Cache | None = None

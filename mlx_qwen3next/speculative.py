@@ -24,6 +24,7 @@ from .model import Model
 from .sampling import Chooser
 
 CLEAR_EVERY = 256  # tokens between two returns of unused buffers, as in mlx-lm
+LAYERS_AT_A_TIME = {True: 1, False: 8}  # queued on a CPU, where it was measured, or on a GPU
 
 
 class Drafter(Protocol):
@@ -100,11 +101,26 @@ class _Step:
     undo: Undo
 
 
+def forward(model: Model, cache: Cache, tokens: mx.array) -> mx.array:
+    """The trunk's hidden states ``[1, n, H]`` at ``tokens`` ``[n]``.
+
+    The device starts on the first layers while the host still builds the last ones.
+    """
+    layers = LAYERS_AT_A_TIME[mx.default_device() == mx.cpu]
+
+    def start(layer: int, x: mx.array) -> None:
+        if layer % layers == layers - 1:
+            mx.async_eval(x)
+
+    return model.model(tokens[None], cache, start)
+
+
 class Decoding:
     """The decoding of one sequence.
 
     Args:
         cache: the trunk's; holds everything before ``token``, the last of the prompt.
+        keep_drafter: whether it has to be told of every token, for its next user.
         after_forward: called when the cache has grown.
     """
 
@@ -116,12 +132,13 @@ class Decoding:
         chooser: Chooser,
         depth: Depth,
         drafter: Drafter | None = None,
+        keep_drafter: bool = True,
         after_forward: Callable[[], None] = lambda: None,
     ):
         self._model, self._cache = model, cache
         self._unfed: mx.array | None = token  # part of the sequence, but not of the cache
         self._chooser, self._depth, self._drafter = chooser, depth, drafter
-        self._after_forward = after_forward
+        self._keep_drafter, self._after_forward = keep_drafter, after_forward
         self._since: float | None = None  # when the device was last waited for
         self._left = 0
 
@@ -133,17 +150,24 @@ class Decoding:
         self._left = count
         try:
             while self._left > 0:
-                depth = self._depth.choose(self._left - 1)
+                depth = self._choose(self._left - 1)
                 yield from self._round(depth) if depth else self._plain()
         finally:
             self._rest()
 
+    def _choose(self, room: int) -> int:
+        """The depth of the next round."""
+        if self._depth.idle and not self._keep_drafter:
+            self._drafter = None  # it falls behind from now on
+        return 0 if self._drafter is None else self._depth.choose(room)
+
     def _round(self, depth: int) -> Iterator[Token]:
         assert self._unfed is not None and self._drafter is not None
         drafts = self._drafter.propose(self._unfed, depth, self._draft)
+        mx.async_eval(drafts)  # while the rest of the round is built
         tokens, n = mx.concatenate([self._unfed, *drafts]), len(drafts)
         with Round(self._cache, n + 1) as round:
-            hidden = self._model.model(tokens[None], self._cache)
+            hidden = forward(self._model, self._cache, tokens)
             chosen, logprobs = self._chooser.choose_all(self._model.logits(hidden)[0], drafts)
             # The one time a round that the host waits.
             values: Any = mx.concatenate([tokens, chosen]).tolist()
@@ -175,7 +199,7 @@ class Decoding:
         pipelined = False  # whether the step was queued before the host waited for the one before
         while True:
             ahead, room = None, self._left - 2  # after this token and the next
-            if room >= 0 and self._depth.choose(room) == 0:
+            if room >= 0 and self._choose(room) == 0:
                 ahead = self._step(step.token, [step.token])
             yielded = False
             try:
@@ -197,7 +221,7 @@ class Decoding:
     def _step(self, token: mx.array, after: Sequence[mx.array] = ()) -> _Step:
         """Queues a plain step; ``after`` are the tokens ``[1]`` on their way."""
         with Undo(self._cache) as undo:
-            hidden = self._model.model(token[None], self._cache)
+            hidden = forward(self._model, self._cache, token)
             chosen, logprobs = self._chooser.choose(self._model.logits(hidden)[:, -1], after)
             mx.async_eval(chosen, logprobs)
         self._after_forward()
@@ -223,12 +247,12 @@ class Decoding:
     def _rest(self) -> None:
         if self._unfed is not None:
             with Undo(self._cache):
-                hidden = self._model.model(self._unfed[None], self._cache)
+                hidden = forward(self._model, self._cache, self._unfed)
             self._committed(self._unfed, hidden)
             self._unfed = None
             self._after_forward()
         settle(self._cache)
-        if self._drafter is not None:
+        if self._drafter is not None and self._keep_drafter:
             self._drafter.rest()
         self._chooser.close()
         mx.async_eval([c.state for c in self._cache])

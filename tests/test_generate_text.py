@@ -122,7 +122,7 @@ def test_responses_have_mlx_lms_fields():
         assert response.generation_tokens == count
         assert response.prompt_tps > 0 and response.generation_tps > 0
         assert response.peak_memory > 0
-        assert (response.from_draft, response.rounds) == (False, 0)
+        assert (response.from_draft, response.rounds, response.acceptance) == (False, count, ())
 
 
 def test_text_prompt_is_encoded():
