@@ -18,7 +18,8 @@ MAX_DEPTH = 8
 
 ACCEPTANCE = 0.8  # what is expected of a draft before anything is known…
 WEIGHT = 2.0  # …which counts as much as so many drafts
-FADING = 0.99  # what a token leaves of the weight of everything seen before it
+FADING = 0.995  # what a token leaves of the weight of everything seen before it
+MARGIN = 1.03  # how many times the tokens a second of plain decoding drafting has to promise
 SAMPLES = 5  # times kept of a depth; their median counts
 FIRST = 4  # plain tokens before the first draft, so that there is a time to compare with
 PROBE = 256  # tokens after which the time of the next depth is measured again…
@@ -61,22 +62,27 @@ class MeasuredDepth:
         self._warm = [False] * (MAX_DEPTH + 1)  # whether a depth's first round, slower, is over
         self._right = [0.0] * MAX_DEPTH  # faded counts: drafts at a depth that were right…
         self._asked = [0.0] * MAX_DEPTH  # …among those whose predecessors were
-        self._tokens = 0
+        self._tokens = self._idle_until = 0
         self._measured = [0] * (MAX_DEPTH + 1)  # after how many tokens a depth was last timed
 
     @property
     def idle(self) -> bool:
-        since = self._tokens - self._measured[1]
-        return len(self._seconds[1]) > 0 and self._time(1) > 2 * self._time(0) and since < HOPELESS
+        return self._tokens < self._idle_until
 
     def choose(self, room: int) -> int:
         if len(self._seconds[0]) < FIRST or self.idle:
             return 0
         best = self._best()
         probe = best + 1
-        if probe <= MAX_DEPTH and self._tokens - self._measured[probe] >= PROBE:
+        if len(self._seconds[1]) == 1 and self._hopeless():
+            best = 1  # once more, before nothing is drafted for long
+        elif probe <= MAX_DEPTH and self._tokens - self._measured[probe] >= PROBE:
             best = probe
         return min(best, room)
+
+    def _hopeless(self) -> bool:
+        """Whether no acceptance could make up for the time of a round."""
+        return min(self._seconds[1]) > 2 * self._time(0)
 
     def record(self, depth: int, accepted: int, seconds: float | None) -> None:
         fading = FADING ** (accepted + 1)
@@ -90,10 +96,12 @@ class MeasuredDepth:
         if self._warm[depth] and seconds is not None:
             self._seconds[depth].append(seconds)
         self._warm[depth] = True
+        if depth == 1 and len(self._seconds[1]) > 1 and self._hopeless():
+            self._idle_until = self._tokens + HOPELESS
 
     def _best(self) -> int:
         """The depth that promises most, at most one deeper than what has been timed."""
-        best, most = 0, 1 / self._time(0)
+        best, most = 0, MARGIN / self._time(0)
         tokens = share = 1.0
         guess = ACCEPTANCE
         for depth in range(1, MAX_DEPTH + 1):

@@ -244,13 +244,22 @@ class Decoding:
         self._depth.record(drafted, accepted, seconds)
         self._since = now
 
+    def _feed(self) -> None:
+        """Feeds the last token yielded, if that is still to be done."""
+        if self._unfed is None:
+            return
+        with Undo(self._cache):
+            hidden = forward(self._model, self._cache, self._unfed)
+        self._committed(self._unfed, hidden)
+        self._unfed = None
+        self._after_forward()
+
     def _rest(self) -> None:
-        if self._unfed is not None:
-            with Undo(self._cache):
-                hidden = forward(self._model, self._cache, self._unfed)
-            self._committed(self._unfed, hidden)
-            self._unfed = None
-            self._after_forward()
+        try:
+            self._feed()
+        except KeyboardInterrupt:
+            self._feed()
+            raise
         settle(self._cache)
         if self._drafter is not None and self._keep_drafter:
             self._drafter.rest()
