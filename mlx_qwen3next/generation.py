@@ -28,7 +28,6 @@ from .cache import Cache, GatedDeltaCache, MTPCache, Undo, settle, tokens_held
 from .config import Config
 from .depth import MAX_DEPTH, Depth, FixedDepth
 from .model import Model
-from .mtp import MTPDrafter
 from .sampling import Chooser, Sampling, check_integer
 from .speculative import Acceptance, Decoding, Drafter, Token, forward
 
@@ -117,7 +116,7 @@ def generate_step(
         head = model.mtp.make_cache()
 
     def steps() -> Generator[Token]:
-        drafter = MTPDrafter(model, head) if head else None
+        drafter = model.make_draft_model(head) if head else None
         last = _prefill(
             model, trunk, prompt, prefill_step_size, drafter, quantize, prompt_progress_callback
         )

@@ -69,6 +69,12 @@ class MTPHead(nn.Module):
         """An empty cache for the head's attention layer."""
         return [MTPCache()]
 
+    def make_drafter(
+        self, logits: Callable[[mx.array], mx.array], cache: Cache | None = None
+    ) -> MTPDrafter:
+        """What drafts with the head: see :meth:`mlx_qwen3next.model.Model.make_draft_model`."""
+        return MTPDrafter(self, logits, self.make_cache() if cache is None else cache)
+
 
 class MTPDrafter:
     """Drafts a sequence's next tokens (a :class:`mlx_qwen3next.speculative.Drafter`).
@@ -77,9 +83,8 @@ class MTPDrafter:
     them in the same call that gives the next first draft.
     """
 
-    def __init__(self, model: Model, cache: Cache):
-        self._head, self._logits = model.mtp, model.logits
-        self._cache = cache
+    def __init__(self, head: MTPHead, logits: Callable[[mx.array], mx.array], cache: Cache):
+        self._head, self._logits, self._cache = head, logits, cache
         self._entry: MTPCache = cache[0]
         # Pairs (h_i, t_{i+1}) not in the cache yet: [1, n, H] and [1, n] each, in order.
         self._hidden: list[mx.array] = []

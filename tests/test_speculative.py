@@ -24,7 +24,6 @@ from mlx_lm.sample_utils import greedy_sampler, make_sampler
 from mlx_qwen3next import generate_step, load_model
 from mlx_qwen3next.cache import GatedDeltaCache, tokens_held
 from mlx_qwen3next.depth import MAX_DEPTH, FixedDepth
-from mlx_qwen3next.mtp import MTPDrafter
 from mlx_qwen3next.sampling import Chooser
 from mlx_qwen3next.speculative import Acceptance, Decoding
 
@@ -105,7 +104,7 @@ def test_tokens_of_the_demo_model(depth):
 def test_plain_steps_and_rounds_in_turns(case, depths):
     model, (prompt, expected) = golden(case)[0], golden_tokens(case)
     cache, head = forward_cache(model, prompt[:-1]), model.mtp.make_cache()
-    drafter = MTPDrafter(model, head)
+    drafter = model.make_draft_model(head)
     steps = decoding(model, prompt, cache, Cycle(*depths), drafter).tokens(24)
     assert tokens_of(steps) == expected[:24]
     assert tokens_held(cache) == len(prompt) + 24
@@ -386,7 +385,7 @@ def test_an_interrupt_within_a_forward(where, depths):
     interrupted = 0
     for n in range(1, 9):
         cache, head = forward_cache(model, prompt[:-1]), model.mtp.make_cache()
-        drafter = MTPDrafter(model, head)
+        drafter = model.make_draft_model(head)
         steps = decoding(model, prompt, cache, Cycle(*depths), drafter).tokens(12)
         tokens = []
         with Interrupt(layer, n):

@@ -1,0 +1,146 @@
+"""What speculation gives: tokens a round, passes of the trunk, time beside plain decoding.
+
+    python examples/speculation.py [--model DIR] [--prompts N] [--dense] [--layers N] [--check]
+
+Continues held-out library files (``bundled/heldout.txt``) and answers questions about names they
+define, greedily, at fixed depths and with the depth chosen by measurement. Every prompt is decoded
+in all ways in turns; the ratio of the speeds is the median over the prompts.
+
+``--dense`` computes with float32 weights, not quantized ones. ``--layers`` shows what the demo
+model's size hides: its MTP head is a fifth of the whole, the 80B model's a fiftieth. It repeats the
+trunk's layers with outputs of zero, which changes no token. ``--check`` measures no time, but
+compares the tokens at every depth.
+"""
+
+import argparse
+import ast
+import copy
+import statistics
+import time
+from pathlib import Path
+
+import mlx.core as mx
+from heldout import files
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import dequantize_model
+from tqdm import tqdm
+
+from mlx_qwen3next import generate_step, load
+from mlx_qwen3next.depth import MAX_DEPTH
+from mlx_qwen3next.model import Model
+from mlx_qwen3next.speculative import Acceptance
+
+TOKENS = 256
+QUESTIONS = ["What does {} do?", "How do I use {}?", "What is the signature of {}?", "Explain {}."]
+
+
+def code_prompts(tokenizer: TokenizerWrapper) -> list[list[int]]:
+    """Beginnings of the files: 64, 192 and 448 tokens, where they go on after that."""
+    prompts = []
+    for file in files():
+        tokens = tokenizer.encode("<|endoftext|>" + file.read_text(encoding="utf-8")[:8000])
+        prompts += [tokens[:n] for n in (64, 192, 448) if n + 64 < len(tokens)]
+    return prompts
+
+
+def names(file: Path) -> list[str]:
+    """What a file defines for others."""
+    nodes = ast.parse(file.read_text(encoding="utf-8")).body
+    defined = [n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    return [f"{file.stem}.{name}" for name in defined if not name.startswith("_")][:3]
+
+
+def chat_prompts(tokenizer: TokenizerWrapper) -> list[list[int]]:
+    """A question about each name."""
+    asked = [name for file in files() for name in names(file)]
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": QUESTIONS[i % len(QUESTIONS)].format(name)}],
+            add_generation_prompt=True,
+        )
+        for i, name in enumerate(asked)
+    ]
+
+
+def deepen(model: Model, layers: int) -> None:
+    """Repeats the trunk's layers until there are so many; what is added adds zeros."""
+    own = model.model.layers
+    for layer in range(len(own), layers):
+        own.append(copy.deepcopy(own[layer % 4]))
+        for path, module in own[layer].named_modules():
+            if path.split(".")[-1] in ("out_proj", "o_proj", "down_proj"):
+                module.update({name: mx.zeros_like(x) for name, x in module.items()})
+
+
+def decode(model: Model, prompt: list[int], mtp: str | int) -> tuple[list[int], float, Acceptance]:
+    """Tokens, seconds a token after the first one, and what became of the drafts."""
+    tokens, counted, start = [], Acceptance(), 0.0
+    for step in generate_step(prompt, model, max_tokens=TOKENS, mtp=mtp):
+        start = start or time.perf_counter()
+        tokens.append(step.token)
+        counted.add(step)
+    return tokens, (time.perf_counter() - start) / (TOKENS - 1), counted
+
+
+def check(model: Model, prompts: list[list[int]]) -> None:
+    """Raises if any depth changes a token."""
+    for prompt in tqdm(prompts, "checked", unit="prompt"):
+        plain, _, _ = decode(model, prompt, "off")
+        for depth in range(1, MAX_DEPTH + 1):
+            if decode(model, prompt, depth)[0] != plain:
+                raise AssertionError(f"depth {depth} changes tokens after {prompt}")
+    print(f"{len(prompts)} prompts x {TOKENS} tokens: the same at depths 1 to {MAX_DEPTH}")
+
+
+def measure(model: Model, prompts: list[list[int]], name: str) -> None:
+    """Prints a table, a line a depth."""
+    modes = ["off", 1, 2, 3, 4, "auto"]
+    seconds = {mode: [] for mode in modes}
+    counts = {mode: [] for mode in modes}
+    for prompt in tqdm(prompts, name, unit="prompt", leave=False):
+        for mode in modes:
+            _, s, counted = decode(model, prompt, mode)
+            seconds[mode].append(s)
+            counts[mode].append(counted)
+    print(f"\n{len(prompts)} {name} prompts, {TOKENS} tokens each")
+    print("depth  tokens a round  passes a token  ms a token  speed  accepted by depth")
+    for mode in modes:
+        length = statistics.mean(c.mean_length for c in counts[mode])
+        passes = sum(c.rounds for c in counts[mode]) / TOKENS / len(prompts)
+        ms = 1e3 * statistics.median(seconds[mode])
+        ratios = [a / b for a, b in zip(seconds["off"], seconds[mode], strict=True)]
+        shares = [c.by_depth for c in counts[mode] if c.by_depth]
+        depths = range(min(4, max(map(len, shares), default=0)))
+        accepted = " ".join(
+            f"{statistics.mean(s[d] for s in shares if d < len(s)):.2f}" for d in depths
+        )
+        print(
+            f"{mode!s:5}  {length:14.2f}  {passes:14.3f}  {ms:10.2f}"
+            f"  {statistics.median(ratios):5.2f}  {accepted}"
+        )
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="another model directory (default: the bundled one)")
+    parser.add_argument("--prompts", type=int, help="of each kind at most")
+    parser.add_argument("--dense", action="store_true", help="float32 weights")
+    parser.add_argument("--layers", type=int, default=0, help="of the trunk (default: its own)")
+    parser.add_argument("--check", action="store_true", help="compare tokens at all depths")
+    args = parser.parse_args()
+    model, tokenizer = load(args.model, dtype=mx.float32)
+    if args.dense:
+        dequantize_model(model).set_dtype(mx.float32)
+    deepen(model, args.layers)
+    mx.eval(model.parameters())
+    kinds = {"code": code_prompts(tokenizer), "chat": chat_prompts(tokenizer)}
+    for name, prompts in kinds.items():
+        if args.check:
+            check(model, prompts[: args.prompts])
+        else:
+            measure(model, prompts[: args.prompts], name)
+
+
+if __name__ == "__main__":
+    main()
