@@ -136,10 +136,11 @@ def main() -> None:
     mx.eval(model.parameters())
     kinds = {"code": code_prompts(tokenizer), "chat": chat_prompts(tokenizer)}
     for name, prompts in kinds.items():
+        some = prompts[:: max(1, len(prompts) // (args.prompts or len(prompts)))][: args.prompts]
         if args.check:
-            check(model, prompts[: args.prompts])
+            check(model, some)
         else:
-            measure(model, prompts[: args.prompts], name)
+            measure(model, some, name)
 
 
 if __name__ == "__main__":

@@ -88,10 +88,8 @@ class GatedDeltaCache(ArraysCache):
         """Closes the round; its first ``keep`` tokens become part of the sequence."""
         if not self._open:
             raise RuntimeError("no round is open: call begin() first")
-        self._open = False
-        if self._tape is not None and keep == 0:
-            self._tape = None
-        self._keep = keep
+        tape = self._tape if keep else None
+        vars(self).update(_tape=tape, _keep=keep, _open=False)
 
     def settle(self) -> None:
         """Replays a committed tape now, so that rows and state are those of the sequence."""
@@ -107,8 +105,9 @@ class GatedDeltaCache(ArraysCache):
             B, _, Hv, Dv = tape.delta.shape
             before = mx.zeros((B, Hv, Dv, tape.k.shape[-1]))
         state = ops.replay(before, tape.g, tape.k, tape.delta, keep)
-        self._tape = None
-        self.store(rows, state, keep)
+        # At once, so that no interrupt comes between.
+        vars(self).update(cache=[rows, state], _tape=None)
+        self.advance(keep)
 
     # --- mlx-lm's cache protocol, on settled arrays --------------------------------------------
     @property
@@ -180,6 +179,10 @@ class Round:
     """A forward of up to ``n`` tokens on ``cache`` as a transaction (see the module's text).
 
     Every way out of the ``with`` block, exceptions included, commits or keeps nothing.
+
+    Raises:
+        ValueError: ``n`` is less than 1.
+        RuntimeError: a round is open on the cache already.
     """
 
     def __init__(self, cache: Cache, n: int):
@@ -187,13 +190,18 @@ class Round:
             raise ValueError(f"n must be at least 1, got {n}")
         self._cache, self._n = cache, n
         self._lengths: list[int] = []
+        self._keep = 0
         self._done = False
 
     def __enter__(self) -> Round:
         self._lengths = [0 if isinstance(c, GatedDeltaCache) else length(c) for c in self._cache]
-        for c in self._cache:
-            if isinstance(c, GatedDeltaCache):
-                c.begin()
+        try:
+            for c in self._cache:
+                if isinstance(c, GatedDeltaCache):
+                    c.begin()
+        except BaseException:
+            self._finish()
+            raise
         return self
 
     def commit(self, keep: int) -> None:
@@ -206,12 +214,18 @@ class Round:
             raise ValueError(f"keep must be within 0 and {self._n}, got {keep}")
         if self._done:
             raise RuntimeError("the round has ended already")
-        self._done = True
+        self._keep = keep
+        self._finish()
+
+    def _finish(self) -> None:
+        """May be called again after an interrupt."""
         for c, before in zip(self._cache, self._lengths, strict=True):
             if isinstance(c, GatedDeltaCache):
-                c.commit(keep)
-            elif (extra := length(c) - before - keep) > 0:
+                if c.recording:
+                    c.commit(self._keep)
+            elif (extra := length(c) - before - self._keep) > 0:
                 c.trim(extra)
+        self._done = True
 
     def __exit__(
         self,
@@ -220,7 +234,7 @@ class Round:
         trace: TracebackType | None,
     ) -> None:
         if not self._done:
-            self.commit(0)
+            self._finish()
 
 
 class Undo:

@@ -34,10 +34,11 @@ class Depth(Protocol):
         """Whether nothing will be drafted for long, so that nothing need be prepared for it."""
 
     def choose(self, room: int) -> int:
-        """The next round's depth, at most ``room``."""
+        """The next round's depth, 0 to 8 and at most ``room``, which may be 0."""
 
     def record(self, depth: int, accepted: int, seconds: float | None) -> None:
-        """A round of that depth ended; its seconds are None if they tell nothing."""
+        """A round of that depth ended; seconds are None where they tell nothing: for the first
+        plain step after a round, and the first round after plain steps."""
 
 
 class FixedDepth:
@@ -55,7 +56,10 @@ class FixedDepth:
 
 
 class MeasuredDepth:
-    """The depth with the most tokens a second, by what was measured (see the module's text)."""
+    """The depth with the most tokens a second, by what was measured (see the module's text).
+
+    A model has one (``model.mtp.depth``) for all that it generates; it is not for several threads.
+    """
 
     def __init__(self) -> None:
         self._seconds: list[deque[float]] = [deque(maxlen=SAMPLES) for _ in range(MAX_DEPTH + 1)]
@@ -73,12 +77,17 @@ class MeasuredDepth:
         if len(self._seconds[0]) < FIRST or self.idle:
             return 0
         best = self._best()
-        probe = best + 1
         if len(self._seconds[1]) == 1 and self._hopeless():
             best = 1  # once more, before nothing is drafted for long
-        elif probe <= MAX_DEPTH and self._tokens - self._measured[probe] >= PROBE:
-            best = probe
+        elif self._stale(0):
+            best = 0
+        elif best < MAX_DEPTH and self._stale(best + 1):
+            best += 1
         return min(best, room)
+
+    def _stale(self, depth: int) -> bool:
+        """Whether it is long that a depth was timed."""
+        return self._tokens - self._measured[depth] >= PROBE
 
     def _hopeless(self) -> bool:
         """Whether no acceptance could make up for the time of a round."""
@@ -92,12 +101,13 @@ class MeasuredDepth:
             self._asked[j] += 1
             self._right[j] += j < accepted
         self._tokens += accepted + 1
-        self._measured[depth] = self._tokens
         if self._warm[depth] and seconds is not None:
             self._seconds[depth].append(seconds)
+            self._measured[depth] = self._tokens
+            if depth == 1 and len(self._seconds[1]) > 1 and self._hopeless():
+                self._idle_until = self._tokens + HOPELESS
+                self._seconds[1].clear()
         self._warm[depth] = True
-        if depth == 1 and len(self._seconds[1]) > 1 and self._hopeless():
-            self._idle_until = self._tokens + HOPELESS
 
     def _best(self) -> int:
         """The depth that promises most, at most one deeper than what has been timed."""

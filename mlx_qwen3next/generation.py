@@ -73,8 +73,10 @@ def generate_step(
             may decide between tokens that are all but equal.
         prompt_cache: what ``model.make_cache()`` made, with the tokens before the prompt; advanced
             in place. Whenever the caller stops, it holds the prompt and every token yielded, the
-            last one included: go on with the token that comes after it. ``model.make_cache() +
-            model.mtp.make_cache()`` keeps what the MTP head knows as well.
+            last one included: go on with the token that comes after it. (If the prompt was not
+            done with, it holds as many whole steps of it as were.) While tokens are being
+            generated it is nobody else's to read. ``model.make_cache() + model.mtp.make_cache()``
+            keeps what the MTP head knows as well; mlx-lm's own functions want the first part alone.
         prefill_step_size: prompt tokens processed at a time.
         kv_bits, kv_group_size, quantized_kv_start: quantize keys and values, to 2, 3, 4, 5, 6 or 8
             bits in groups of 32, 64 or 128, once the cache holds that many tokens.
@@ -147,19 +149,23 @@ def _prefill(
     progress = progress or (lambda *_: None)
     total = prompt.size
     progress(0, total)
-    for start in range(0, total - 1, step_size):
-        chunk = prompt[start : min(start + step_size, total - 1)]
-        with Undo(cache):
-            hidden = forward(model, cache, chunk)
+    try:
+        for start in range(0, total - 1, step_size):
+            chunk = prompt[start : min(start + step_size, total - 1)]
+            with Undo(cache):
+                hidden = forward(model, cache, chunk)
+                after_forward()
+                # With a drafter hidden, too: what waits must not refer to keys and values.
+                mx.eval([c.state for c in cache], hidden if drafter else [])
+            if drafter is not None:
+                drafter.committed(chunk, hidden)
+            progress(start + chunk.size, total)
+            mx.clear_cache()
+        progress(total, total)  # the last token goes with the first step
+    except BaseException:
         if drafter is not None:
-            # Evaluated, so that no reference to keys and values waits with them.
-            mx.eval(hidden)
-            drafter.committed(chunk, hidden)
-        after_forward()
-        mx.eval([c.state for c in cache])
-        progress(start + chunk.size, total)
-        mx.clear_cache()
-    progress(total, total)  # the last token goes with the first step
+            drafter.rest()
+        raise
     return prompt[-1:]
 
 
@@ -355,10 +361,14 @@ def _check_cache(cache: Cache, model: Model) -> Cache:
     fits = [_fits_linear if layer.is_linear else _fits_attention for layer in layers]
     for i, entry in enumerate(own):
         if not (fits[i] if i < len(fits) else _fits_head)(entry, model.args):
+            whose = f"layer {i}" if i < len(fits) else "the MTP head"
             raise ValueError(
-                f"prompt_cache[{i}] ({type(entry).__name__}) does not fit layer {i} of this model; "
+                f"prompt_cache[{i}] ({type(entry).__name__}) does not fit {whose} of this model; "
                 "use what its make_cache() made"
             )
+    for head in own[len(fits) :]:
+        if head.hidden is not None and head.offset + 1 != tokens_held(own[: len(fits)]):
+            head.offset, head.hidden = 0, None  # of another text: drafts begin anew
     cache[:] = own
     return cache
 

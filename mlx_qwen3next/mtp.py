@@ -23,11 +23,10 @@ from mlx_lm.models.base import create_attention_mask
 
 from .cache import Cache, MTPCache
 from .config import Config
-from .depth import MeasuredDepth
+from .depth import MAX_DEPTH, MeasuredDepth
 from .model import DecoderLayer, Model, RMSNorm
 
-# Verified hidden states that wait at most, when nothing is drafted.
-CATCH_UP = 1024
+CATCH_UP = 64  # verified hidden states that wait at most, when nothing is drafted
 
 Choose = Callable[[mx.array, list[mx.array]], mx.array]
 
@@ -49,9 +48,10 @@ class MTPHead(nn.Module):
     def __call__(
         self, hidden: mx.array, next_tokens: mx.array, cache: Cache | None = None
     ) -> mx.array:
-        """Hidden states h_i ``[B, L, H]`` and tokens t_{i+1} ``[B, L]`` to m_i ``[B, L, H]``.
+        """Hidden states h_i ``[B, L, H]`` and tokens t_{i+1} ``[B, L]`` int to m_i ``[B, L, H]``.
 
-        The cache (:meth:`make_cache`) holds the head's keys and values for positions before i.
+        The cache (:meth:`make_cache`) holds the head's keys and values for positions before i. The
+        result has the dtype of ``hidden``.
         """
         x = mx.concatenate(
             [
@@ -80,17 +80,16 @@ class MTPDrafter:
     """Drafts a sequence's next tokens (a :class:`mlx_qwen3next.speculative.Drafter`).
 
     Verified hidden states wait until there is a use for them, so that the head catches up with
-    them in the same call that gives the next first draft.
+    those of a round in the same call that gives the next first draft.
     """
 
     def __init__(self, head: MTPHead, logits: Callable[[mx.array], mx.array], cache: Cache):
         self._head, self._logits, self._cache = head, logits, cache
         self._entry: MTPCache = cache[0]
-        # Pairs (h_i, t_{i+1}) not in the cache yet: [1, n, H] and [1, n] each, in order.
-        self._hidden: list[mx.array] = []
-        self._tokens: list[mx.array] = []
-        self._waiting = 0
-        self._paired = False  # the last hidden state is in the cache, with the token proposed to
+        # Pairs (h_i, t_{i+1}) that are not in the cache yet: [1, n, H] and [1, n] each, in order.
+        self._waiting: list[tuple[mx.array, mx.array]] = []
+        # Whether the last hidden state, too, waits or is in the cache, with the token proposed to.
+        self._paired = False
 
     def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
         """Up to ``depth`` drafts ``[1]`` of what follows ``token`` ``[1]``, the sequence's last.
@@ -100,9 +99,12 @@ class MTPDrafter:
         """
         if self._entry.hidden is None:
             return []
-        self._add(self._entry.hidden, token[None])
-        m = self._catch_up()[:, -1:]
+        self._waiting.append((self._entry.hidden, token[None]))
         self._paired = True
+        self._catch_up(last=MAX_DEPTH + 1)
+        hidden, tokens = self._joined()
+        m = self._read(hidden, tokens)[:, -1:]
+        self._waiting = []
         verified = self._entry.offset
         drafts: list[mx.array] = []
         try:
@@ -118,32 +120,46 @@ class MTPDrafter:
         """The sequence grew by ``tokens`` ``[n]``; the trunk's states at them are ``[1, n, H]``."""
         last = self._entry.hidden
         if last is not None and not self._paired:
-            self._add(last, tokens[None, :1])
+            self._waiting.append((last, tokens[None, :1]))
         if tokens.size > 1:
-            self._add(hidden[:, :-1], tokens[None, 1:])
+            self._waiting.append((hidden[:, :-1], tokens[None, 1:]))
         self._entry.hidden, self._paired = hidden[:, -1:], False
-        if self._waiting >= CATCH_UP:
+        if sum(t.size for _, t in self._waiting) >= CATCH_UP:
             self.rest()
 
     def rest(self) -> None:
         """Brings the cache up to date, for the next user of it."""
-        if self._waiting:
-            # Nobody looks at the result: only keys and values are computed.
-            self._catch_up()
         if self._paired:  # with a token that did not come to stay
-            self._entry.trim(1)
+            if self._waiting:
+                self._waiting.pop()
+            else:
+                self._entry.trim(1)
             self._paired = False
+        self._catch_up()
         mx.async_eval([x for x in self._entry.state if isinstance(x, mx.array)])
 
-    def _add(self, hidden: mx.array, tokens: mx.array) -> None:
-        self._hidden.append(hidden)
-        self._tokens.append(tokens)
-        self._waiting += tokens.shape[1]
+    def _catch_up(self, last: int = 0) -> None:
+        """Makes the keys and values of all pairs that wait, if they are more than ``last``."""
+        hidden, tokens = self._joined()
+        if tokens.size > last:
+            # All but the last pair of a draft: nobody looks at the result, so that it is not made.
+            n = tokens.size - (last > 0)
+            self._read(hidden[:, :n], tokens[:, :n])
+            self._waiting = [(hidden[:, n:], tokens[:, n:])] if last else []
 
-    def _catch_up(self) -> mx.array:
-        hidden, tokens = mx.concatenate(self._hidden, axis=1), mx.concatenate(self._tokens, axis=1)
-        self._hidden, self._tokens, self._waiting = [], [], 0
-        return self._head(hidden, tokens, self._cache)
+    def _read(self, hidden: mx.array, tokens: mx.array) -> mx.array:
+        before = self._entry.offset
+        try:
+            return self._head(hidden, tokens, self._cache)
+        except BaseException:
+            self._entry.trim(self._entry.offset - before)
+            raise
+
+    def _joined(self) -> tuple[mx.array, mx.array]:
+        if not self._waiting:
+            return mx.zeros((1, 0, 1)), mx.zeros((1, 0))
+        hidden, tokens = zip(*self._waiting, strict=True)
+        return mx.concatenate(list(hidden), axis=1), mx.concatenate(list(tokens), axis=1)
 
 
 def attach(model: Model) -> MTPHead:

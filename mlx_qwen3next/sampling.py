@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.sample_utils import (
     LogitsProcessor,
     Sampler,
@@ -136,12 +137,13 @@ class Chooser:
             is random.
         processors: mlx-lm's: ``(tokens [n], logits [1, vocab])`` to logits; they see the prompt and
             what was chosen after it, drafts included.
-        prompt: the tokens ``[n]`` before the first choice.
+        prompt: the tokens ``[n]`` uint32 before the first choice.
     """
 
     def __init__(self, sampler: Sampler, processors: Sequence[LogitsProcessor], prompt: mx.array):
-        self._sampler, self._processors, self._tokens = sampler, processors, prompt
-        self._greedy = sampler is greedy_sampler
+        self._sampler, self._processors = sampler, processors
+        self._tokens = np.array(prompt)
+        self._greedy = sampler is greedy_sampler and not processors
         self._position = 0  # tokens chosen so far
         # One number from the global state, so that its seed decides.
         self._key = 0
@@ -155,18 +157,18 @@ class Chooser:
             logits: ``[1, vocab]``.
             after: tokens ``[1]`` that come between what was :meth:`extend`-ed and the choice.
         """
+        self._seed(len(after))
         if self._processors:
-            tokens = mx.concatenate([self._tokens, *after]) if after else self._tokens
+            tokens = mx.concatenate([mx.array(self._tokens), *after])
             for processor in self._processors:
                 logits = processor(tokens, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        self._seed(len(after))
         return self._sampler(logprobs), logprobs
 
     def choose_all(self, logits: mx.array, drafts: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
         """What follows each prefix of n drafts ``[1]``: tokens ``[n + 1]``, and log-probabilities
         ``[n + 1, vocab]``, from logits ``[n + 1, vocab]``."""
-        if self._greedy and not self._processors:
+        if self._greedy:
             return self.choose(logits)
         rows = [self.choose(logits[i : i + 1], drafts[:i]) for i in range(len(drafts) + 1)]
         return mx.concatenate([r[0] for r in rows]), mx.concatenate([r[1] for r in rows])
@@ -175,7 +177,7 @@ class Chooser:
         """Takes over the token that was chosen."""
         self._position += 1
         if self._processors:
-            self._tokens = mx.concatenate([self._tokens, mx.array([token], self._tokens.dtype)])
+            self._tokens = np.append(self._tokens, np.asarray(token, self._tokens.dtype))
 
     def close(self) -> None:
         """Leaves the global random state where it depends on the tokens' number alone."""

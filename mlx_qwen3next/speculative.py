@@ -24,7 +24,7 @@ from .model import Model
 from .sampling import Chooser
 
 CLEAR_EVERY = 256  # tokens between two returns of unused buffers, as in mlx-lm
-LAYERS_AT_A_TIME = {True: 1, False: 8}  # queued on a CPU, where it was measured, or on a GPU
+LAYERS_ON_CPU, LAYERS_ON_GPU = 1, 8  # queued at a time; measured on a CPU alone
 
 
 class Drafter(Protocol):
@@ -106,7 +106,7 @@ def forward(model: Model, cache: Cache, tokens: mx.array) -> mx.array:
 
     The device starts on the first layers while the host still builds the last ones.
     """
-    layers = LAYERS_AT_A_TIME[mx.default_device() == mx.cpu]
+    layers = LAYERS_ON_CPU if mx.default_device() == mx.cpu else LAYERS_ON_GPU
 
     def start(layer: int, x: mx.array) -> None:
         if layer % layers == layers - 1:
@@ -119,7 +119,10 @@ class Decoding:
     """The decoding of one sequence.
 
     Args:
-        cache: the trunk's; holds everything before ``token``, the last of the prompt.
+        cache: the trunk's; holds everything before ``token``.
+        token: the prompt's last, ``[1]`` uint32.
+        chooser: chooses the tokens; knows the whole prompt.
+        depth: chooses how many are drafted.
         keep_drafter: whether it has to be told of every token, for its next user.
         after_forward: called when the cache has grown.
     """
@@ -140,12 +143,14 @@ class Decoding:
         self._chooser, self._depth, self._drafter = chooser, depth, drafter
         self._keep_drafter, self._after_forward = keep_drafter, after_forward
         self._since: float | None = None  # when the device was last waited for
+        self._was_plain = True  # no round came last
         self._left = 0
 
     def tokens(self, count: int) -> Iterator[Token]:
         """Yields the next ``count`` tokens.
 
-        However it ends, the cache then holds every token yielded, the last one included.
+        However it ends, the cache then holds every token yielded, the last one included. Until
+        then it may be in a round, and nobody else's to read.
         """
         self._left = count
         try:
@@ -166,23 +171,24 @@ class Decoding:
         drafts = self._drafter.propose(self._unfed, depth, self._draft)
         mx.async_eval(drafts)  # while the rest of the round is built
         tokens, n = mx.concatenate([self._unfed, *drafts]), len(drafts)
-        with Round(self._cache, n + 1) as round:
+        with Round(self._cache, n + 1) as transaction:
             hidden = forward(self._model, self._cache, tokens)
             chosen, logprobs = self._chooser.choose_all(self._model.logits(hidden)[0], drafts)
             # The one time a round that the host waits.
             values: Any = mx.concatenate([tokens, chosen]).tolist()
             drafted, answers = values[1 : n + 1], values[n + 1 :]
             accepted = next((i for i in range(n) if drafted[i] != answers[i]), n)
-            self._record(n, accepted, tells=n == depth)
+            self._record(n, accepted, tells=n == depth and not self._was_plain)
+            self._was_plain = False
             yielded = 0
             try:
                 for i in range(accepted + 1):
-                    yielded += 1
                     self._extend(answers[i])
+                    yielded += 1
                     yield Token(answers[i], logprobs[i], i < accepted, n)
             finally:
                 keep = 1 + min(yielded, accepted)
-                round.commit(keep)
+                transaction.commit(keep)
                 self._drafter.committed(tokens[:keep], hidden[:, :keep])
                 self._unfed = chosen[accepted : accepted + 1] if yielded > accepted else None
         self._after_forward()
@@ -194,8 +200,8 @@ class Decoding:
         """Decodes plainly, until the depth is another."""
         assert self._unfed is not None
         step = self._step(self._unfed)
-        self._unfed = None
         self._committed(step.input, step.hidden)
+        self._was_plain = True
         pipelined = False  # whether the step was queued before the host waited for the one before
         while True:
             ahead, room = None, self._left - 2  # after this token and the next
@@ -224,7 +230,8 @@ class Decoding:
             hidden = forward(self._model, self._cache, token)
             chosen, logprobs = self._chooser.choose(self._model.logits(hidden)[:, -1], after)
             mx.async_eval(chosen, logprobs)
-        self._after_forward()
+            self._after_forward()
+        self._unfed = None
         return _Step(token, hidden, chosen, logprobs[0], undo)
 
     def _committed(self, tokens: mx.array, hidden: mx.array) -> None:
@@ -250,18 +257,24 @@ class Decoding:
             return
         with Undo(self._cache):
             hidden = forward(self._model, self._cache, self._unfed)
-        self._committed(self._unfed, hidden)
-        self._unfed = None
-        self._after_forward()
+            self._after_forward()
+        token, self._unfed = self._unfed, None
+        self._committed(token, hidden)
 
     def _rest(self) -> None:
         try:
-            self._feed()
+            self._finish()
         except KeyboardInterrupt:
-            self._feed()
+            self._finish()
             raise
-        settle(self._cache)
-        if self._drafter is not None and self._keep_drafter:
-            self._drafter.rest()
-        self._chooser.close()
-        mx.async_eval([c.state for c in self._cache])
+
+    def _finish(self) -> None:
+        """Leaves all as it should be found; may be called again."""
+        try:
+            self._feed()
+        finally:
+            settle(self._cache)
+            if self._drafter is not None and self._keep_drafter:
+                self._drafter.rest()
+            self._chooser.close()
+            mx.async_eval([c.state for c in self._cache])

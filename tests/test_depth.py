@@ -30,7 +30,8 @@ class Machine:
             while accepted < depth and self.random.random() < self.acceptance:
                 accepted += 1
             seconds = self.times[depth] * (1 + self.noise * self.random.expovariate(1))
-            self.controller.record(depth, accepted, seconds)
+            changed = not self.depths or (depth > 0) != (self.depths[-1] > 0)
+            self.controller.record(depth, accepted, None if changed else seconds)
             self.depths.append(depth)
             self.seconds += seconds
             self.tokens += accepted + 1
@@ -87,6 +88,16 @@ def test_it_follows_the_machine():
     machine.times = DEAR
     machine.run(1000)
     assert machine.run(500) < 1.03
+
+
+@pytest.mark.parametrize("times", [EVEN, DEAR])
+def test_it_forgets_a_slow_beginning(times):
+    """While weights came from disk, say, and plain steps took three times as long."""
+    machine = Machine(MeasuredDepth(), [3.0, *times[1:]], 0.5)
+    machine.run(10)
+    machine.times = times
+    machine.run(1000)
+    assert machine.run(2000) < 1.03 * min(1, machine.best()) + 0.02
 
 
 def test_one_slow_round_does_not_decide():
