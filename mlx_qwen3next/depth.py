@@ -20,8 +20,8 @@ ACCEPTANCE = 0.8  # what is expected of a draft before anything is known…
 WEIGHT = 2.0  # …which counts as much as so many drafts
 FADING = 0.995  # what a token leaves of the weight of everything seen before it
 MARGIN = 1.05  # how many times the tokens a second of plain decoding drafting has to promise
-SAMPLES = 5  # times kept of a depth; their median counts
-FIRST = 4  # plain tokens before the first draft, so that there is a time to compare with
+SAMPLES = 7  # times kept of a depth; their median counts
+FIRST = 4  # plain steps timed before the first draft, to compare with
 PROBE = 256  # tokens after which the time of the next depth is measured again…
 HOPELESS = 4096  # …and after which a hopeless case is looked at again
 

@@ -108,7 +108,7 @@ def test_one_slow_round_does_not_decide():
     assert depth > 0
     controller.record(depth, 0, machine.times[depth])
     other.record(depth, 0, 100.0)
-    assert other.choose(8) == controller.choose(8) > 0
+    assert 0 < controller.choose(8) - 1 <= other.choose(8) <= controller.choose(8) + 1
 
 
 def test_rounds_that_tell_nothing_of_time_count_for_acceptance_alone():
