@@ -155,6 +155,20 @@ def test_a_sampler_of_ones_own_is_matched():
     assert any(from_draft for _, from_draft in drafted)
 
 
+@pytest.mark.parametrize("n", range(1, 8))
+def test_what_is_drawn_after_stopping_does_not_depend_on_drafts(n):
+    model, (prompt, _) = golden("permutation")[0], golden_tokens("permutation")
+
+    def drawn(mtp):
+        mx.random.seed(3)
+        steps = generate_step(prompt, model, mtp=mtp, temp=0.6)
+        tokens = [next(steps).token for _ in range(n)]
+        steps.close()
+        return tokens, mx.random.uniform().item()
+
+    assert drawn("off") == drawn(3)
+
+
 def test_processors_of_ones_own_see_every_prefix():
     """Each choice is made with exactly the tokens before it, drafts included."""
     model, (prompt, expected) = golden("permutation")[0], golden_tokens("permutation")
@@ -399,6 +413,29 @@ def test_an_interrupt_within_a_forward(monkeypatch, where, depths):
 
 @pytest.mark.parametrize("n", range(1, 6))
 @pytest.mark.parametrize("mtp", ["off", 2])
+def test_an_interrupt_while_waiting_for_the_device(monkeypatch, mtp, n):
+    """That is when most come: the next plain step is on its way, or a round not yet judged."""
+    model, (prompt, expected) = golden("permutation")[0], golden_tokens("permutation")
+    calls, record = itertools.count(1), Decoding._record
+
+    def interrupted(*args, **options):
+        if next(calls) == n:
+            raise KeyboardInterrupt
+        record(*args, **options)
+
+    monkeypatch.setattr(Decoding, "_record", interrupted)
+    cache = model.make_cache() + model.mtp.make_cache()
+    tokens = []
+    with pytest.raises(KeyboardInterrupt):
+        for step in generate_step(prompt, model, max_tokens=20, mtp=mtp, prompt_cache=cache):
+            tokens.append(step.token)
+    assert tokens == expected[: len(tokens)]
+    assert_plain(cache[:-1], "permutation", len(prompt) + len(tokens), 1e-5)
+    assert_head(model, cache[-1], prompt + tokens)
+
+
+@pytest.mark.parametrize("n", range(1, 6))
+@pytest.mark.parametrize("mtp", ["off", 2])
 def test_an_interrupt_within_the_prompt(mtp, n):
     """Whole steps stay, in both caches, and generation goes on from there."""
     model, (prompt, expected) = golden("base")[0], golden_tokens("base")
@@ -445,7 +482,11 @@ def test_quantized_keys_roll_back_as_well():
     options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 12}
     plain, drafted = model.make_cache(), model.make_cache()
     tokens = greedy(model, prompt, 30, mtp="off", prompt_cache=plain, **options)
-    assert greedy(model, prompt, 30, mtp=3, prompt_cache=drafted, **options) == tokens
+    steps = generate_step(prompt, model, max_tokens=30, mtp=3, prompt_cache=drafted, **options)
+    for step, token in zip(itertools.islice(steps, 20), tokens, strict=False):
+        assert step.token == token
+    assert any(isinstance(entry, QuantizedKVCache) for entry in drafted)  # while rounds go on
+    assert tokens_of(steps) == tokens[20:]
     for a, b in zip(plain, drafted, strict=True):
         assert type(a) is type(b)
         if isinstance(a, QuantizedKVCache):
