@@ -9,14 +9,16 @@ in all ways in turns; the ratio of the speeds is the median over the prompts.
 ``--dense`` computes with float32 weights, not quantized ones. ``--layers`` shows what the demo
 model's size hides: its MTP head is a fifth of the whole, the 80B model's a fiftieth. It repeats the
 trunk's layers with outputs of zero, which changes no token. ``--check`` measures no time, but
-compares the tokens at every depth.
+compares tokens and accepted drafts at every depth with those of a simulation by plain steps.
 """
 
 import argparse
 import ast
 import copy
+import itertools
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,7 +30,7 @@ from tqdm import tqdm
 from mlx_qwen3next import generate_step, load
 from mlx_qwen3next.depth import MAX_DEPTH
 from mlx_qwen3next.model import Model
-from mlx_qwen3next.speculative import Acceptance
+from mlx_qwen3next.speculative import Acceptance, Token
 
 TOKENS = 256
 QUESTIONS = ["What does {} do?", "How do I use {}?", "What is the signature of {}?", "Explain {}."]
@@ -82,14 +84,65 @@ def decode(model: Model, prompt: list[int], mtp: str | int) -> tuple[list[int], 
     return tokens, (time.perf_counter() - start) / (TOKENS - 1), counted
 
 
+def simulated(model: Model, prompt: list[int], n: int) -> tuple[list[int], dict[int, list[int]]]:
+    """Greedy tokens after a prompt and, for each of n positions, MAX_DEPTH drafts of what follows
+    it: by plain steps, and recursion on copies of the head's cache."""
+    cache, head = model.make_cache(), model.mtp.make_cache()
+    tokens, drafts, hidden = list(prompt), {}, None
+    for at in range(n):
+        drafts[at] = []
+        if hidden is not None:
+            m = model.mtp(hidden, mx.array([[tokens[at]]]), head)
+            provisional = [copy.copy(head[0])]
+            # The prompt's drafts are of no interest.
+            while at >= len(prompt) - 1 and len(drafts[at]) < MAX_DEPTH:
+                drafts[at].append(model.logits(m).argmax().item())
+                m = model.mtp(m, mx.array([[drafts[at][-1]]]), provisional)
+        hidden = model.model(mx.array([[tokens[at]]]), cache)
+        if at == len(tokens) - 1:
+            tokens.append(model.logits(hidden).argmax().item())
+    return tokens, drafts
+
+
+def simulated_rounds(
+    tokens: list[int], drafts: dict[int, list[int]], start: int, count: int, depth: int
+) -> list[tuple[int, int]]:
+    """(drafted, accepted) of the rounds that give ``count`` tokens after the first ``start``."""
+    result, at, room = [], start - 1, count
+    while room:
+        guesses = drafts[at][: min(depth, room - 1)]
+        pairs = zip(guesses, tokens[at + 1 :], strict=False)
+        right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        result.append((len(guesses), right))
+        at, room = at + right + 1, room - right - 1
+    return result
+
+
+def rounds(steps: Iterable[Token]) -> list[tuple[int, int]]:
+    """(drafted, accepted) of the rounds that gave tokens."""
+    result, right = [], 0
+    for step in steps:
+        right += step.from_draft
+        if not step.from_draft:
+            result.append((step.drafted, right))
+            right = 0
+    return result
+
+
 def check(model: Model, prompts: list[list[int]]) -> None:
-    """Raises if any depth changes a token."""
+    """Raises if at any depth a token or an accepted draft is not what the simulation says."""
+    compared = 0
     for prompt in tqdm(prompts, "checked", unit="prompt"):
-        plain, _, _ = decode(model, prompt, "off")
+        tokens, drafts = simulated(model, prompt, len(prompt) + TOKENS)
         for depth in range(1, MAX_DEPTH + 1):
-            if decode(model, prompt, depth)[0] != plain:
+            steps = list(generate_step(prompt, model, max_tokens=TOKENS, mtp=depth))
+            if [step.token for step in steps] != tokens[len(prompt) :][:TOKENS]:
                 raise AssertionError(f"depth {depth} changes tokens after {prompt}")
-    print(f"{len(prompts)} prompts x {TOKENS} tokens: the same at depths 1 to {MAX_DEPTH}")
+            counts = rounds(steps)
+            if counts != simulated_rounds(tokens, drafts, len(prompt), TOKENS, depth):
+                raise AssertionError(f"depth {depth} accepts other drafts after {prompt}")
+            compared += len(counts)
+    print(f"{len(prompts)} prompts, depths 1 to {MAX_DEPTH}: {compared} rounds as simulated")
 
 
 def measure(model: Model, prompts: list[list[int]], name: str) -> None:
@@ -127,7 +180,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="of each kind at most")
     parser.add_argument("--dense", action="store_true", help="float32 weights")
     parser.add_argument("--layers", type=int, default=0, help="of the trunk (default: its own)")
-    parser.add_argument("--check", action="store_true", help="compare tokens at all depths")
+    parser.add_argument("--check", action="store_true", help="compare with a simulation")
     args = parser.parse_args()
     model, tokenizer = load(args.model, dtype=mx.float32)
     if args.dense:

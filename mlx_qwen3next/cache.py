@@ -194,6 +194,8 @@ class Round:
         self._done = False
 
     def __enter__(self) -> Round:
+        if any(isinstance(c, GatedDeltaCache) and c.recording for c in self._cache):
+            raise RuntimeError("a round is open already: commit or drop it first")
         self._lengths = [0 if isinstance(c, GatedDeltaCache) else length(c) for c in self._cache]
         try:
             for c in self._cache:

@@ -25,10 +25,9 @@ from .cache import Cache, MTPCache
 from .config import Config
 from .depth import MAX_DEPTH, MeasuredDepth
 from .model import DecoderLayer, Model, RMSNorm
+from .sampling import Choose
 
 CATCH_UP = 64  # verified hidden states that wait at most, when nothing is drafted
-
-Choose = Callable[[mx.array, list[mx.array]], mx.array]
 
 
 class MTPHead(nn.Module):
@@ -92,17 +91,17 @@ class MTPDrafter:
         self._paired = False
 
     def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
-        """Up to ``depth`` drafts ``[1]`` of what follows ``token`` ``[1]``, the sequence's last.
-
-        Args:
-            choose: logits ``[1, vocab]`` and the drafts so far to the next draft ``[1]``.
-        """
+        """Up to ``depth`` drafts ``[1]`` of what follows ``token`` ``[1]``, the sequence's last."""
         if self._entry.hidden is None:
             return []
         self._waiting.append((self._entry.hidden, token[None]))
         self._paired = True
-        self._catch_up(last=MAX_DEPTH + 1)
         hidden, tokens = self._joined()
+        if tokens.size > MAX_DEPTH + 1:  # more than a round leaves
+            # Nobody looks at the result, so only keys and values are made.
+            self._read(hidden[:, :-1], tokens[:, :-1])
+            hidden, tokens = hidden[:, -1:], tokens[:, -1:]
+            self._waiting = [(hidden, tokens)]
         m = self._read(hidden, tokens)[:, -1:]
         self._waiting = []
         verified = self._entry.offset
@@ -135,17 +134,10 @@ class MTPDrafter:
             else:
                 self._entry.trim(1)
             self._paired = False
-        self._catch_up()
+        if self._waiting:
+            self._read(*self._joined())
+            self._waiting = []
         mx.async_eval([x for x in self._entry.state if isinstance(x, mx.array)])
-
-    def _catch_up(self, last: int = 0) -> None:
-        """Makes the keys and values of all pairs that wait, if they are more than ``last``."""
-        hidden, tokens = self._joined()
-        if tokens.size > last:
-            # All but the last pair of a draft: nobody looks at the result, so that it is not made.
-            n = tokens.size - (last > 0)
-            self._read(hidden[:, :n], tokens[:, :n])
-            self._waiting = [(hidden[:, n:], tokens[:, n:])] if last else []
 
     def _read(self, hidden: mx.array, tokens: mx.array) -> mx.array:
         before = self._entry.offset
@@ -156,8 +148,6 @@ class MTPDrafter:
             raise
 
     def _joined(self) -> tuple[mx.array, mx.array]:
-        if not self._waiting:
-            return mx.zeros((1, 0, 1)), mx.zeros((1, 0))
         hidden, tokens = zip(*self._waiting, strict=True)
         return mx.concatenate(list(hidden), axis=1), mx.concatenate(list(tokens), axis=1)
 

@@ -12,7 +12,7 @@ Decoding"; NOTES.md compares it with accepting by min(1, p/q)).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,6 +25,9 @@ from mlx_lm.sample_utils import (
     make_logits_processors,
     make_sampler,
 )
+
+# Logits [1, vocab] and the drafts [1] before to a draft [1], by the same rules as the tokens.
+Choose = Callable[[mx.array, list[mx.array]], mx.array]
 
 # The least and largest value of each option that is a number; penalties may also be None.
 _RANGES = {

@@ -21,7 +21,7 @@ import mlx.core as mx
 from .cache import Cache, Round, Undo, settle
 from .depth import MAX_DEPTH, Depth
 from .model import Model
-from .sampling import Chooser
+from .sampling import Choose, Chooser
 
 CLEAR_EVERY = 256  # tokens between two returns of unused buffers, as in mlx-lm
 LAYERS_ON_CPU, LAYERS_ON_GPU = 1, 8  # queued at a time; measured on a CPU alone
@@ -30,18 +30,8 @@ LAYERS_ON_CPU, LAYERS_ON_GPU = 1, 8  # queued at a time; measured on a CPU alone
 class Drafter(Protocol):
     """Whoever guesses a sequence's next tokens. A wrong guess costs time, nothing else."""
 
-    def propose(
-        self,
-        token: mx.array,
-        depth: int,
-        choose: Callable[[mx.array, list[mx.array]], mx.array],
-    ) -> list[mx.array]:
-        """Up to ``depth`` drafts ``[1]`` of what follows ``token`` ``[1]``, the sequence's last.
-
-        Args:
-            choose: logits ``[1, vocab]`` and the drafts before to a draft ``[1]``, by the same
-                rules as the tokens.
-        """
+    def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
+        """Up to ``depth`` drafts ``[1]`` of what follows ``token`` ``[1]``, the sequence's last."""
 
     def committed(self, tokens: mx.array, hidden: mx.array) -> None:
         """The sequence grew by ``tokens`` ``[n]``; the trunk's states at them are ``[1, n, H]``."""

@@ -140,6 +140,16 @@ def test_leaving_without_commit_keeps_nothing():
     assert_same(cache, filled(12))
 
 
+def test_a_round_within_a_round_is_refused_and_harms_nothing():
+    cache = filled(12)
+    with Round(cache, 3) as round:
+        model()(tokens()[:, 12:15], cache)
+        with pytest.raises(RuntimeError, match="a round is open already"), Round(cache, 1):
+            pass
+        round.commit(2)
+    assert_same(cache, filled(14), 1e-5)
+
+
 def test_a_round_that_ran_no_forward_changes_nothing():
     cache = filled(12)
     with Round(cache, 3) as round:

@@ -1,6 +1,5 @@
 """Speculation changes no token, accepts what it should, and pays or stops."""
 
-import copy
 import functools
 import itertools
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from helpers_generate import (
 from helpers_speculative import Cycle, Script, decoding
 from mlx_lm import batch_generate
 from mlx_lm.sample_utils import make_sampler
+from speculation import rounds, simulated, simulated_rounds
 
 from mlx_qwen3next import generate_step, load_model, speculative
 from mlx_qwen3next.cache import tokens_held
@@ -161,30 +161,6 @@ def test_a_random_processor_draws_alike():
 
 
 # --- what is accepted ---------------------------------------------------------------------------
-def simulated(model, prompt, n):
-    """Greedy tokens after a prompt and, for each position, MAX_DEPTH drafts of what follows it: by
-    plain steps, and recursion on copies of the head's cache."""
-    cache, head = model.make_cache(), model.mtp.make_cache()
-    tokens, drafts, hidden = list(prompt), {}, None
-    while len(drafts) < n:
-        at = len(drafts)
-        if at < len(prompt) - 1:  # the prompt's drafts are of no interest
-            drafts[at] = []
-        if hidden is not None:
-            m = model.mtp(hidden, mx.array([[tokens[at]]]), head)
-            provisional, guesses = [copy.copy(head[0])], []
-            while at >= len(prompt) - 1 and len(guesses) < MAX_DEPTH:
-                guesses.append(model.logits(m).argmax().item())
-                m = model.mtp(m, mx.array([[guesses[-1]]]), provisional)
-            drafts[at] = guesses
-        else:
-            drafts[at] = []
-        hidden = model.model(mx.array([[tokens[at]]]), cache)
-        if at == len(tokens) - 1:
-            tokens.append(model.logits(hidden).argmax().item())
-    return tokens, drafts
-
-
 @functools.cache
 def simulation(case):
     if case == "demo":
@@ -199,20 +175,8 @@ def simulation(case):
 @pytest.mark.parametrize("case", ["base", "permutation", "demo"])
 def test_accept_counts_are_those_of_a_simulation(case, depth):
     model, prompt, tokens, drafts = simulation(case)
-    expected, at, room = [], len(prompt) - 1, 24
-    while room:
-        guesses = drafts[at][: min(depth, room - 1)]
-        pairs = zip(guesses, tokens[at + 1 :], strict=False)
-        right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        expected.append((len(guesses), right))
-        at, room = at + right + 1, room - right - 1
-    counts, right = [], 0
-    for step in generate_step(prompt, model, max_tokens=24, mtp=depth):
-        right += step.from_draft
-        if not step.from_draft:
-            counts.append((step.drafted, right))
-            right = 0
-    assert counts == expected
+    steps = generate_step(prompt, model, max_tokens=24, mtp=depth)
+    assert rounds(steps) == simulated_rounds(tokens, drafts, len(prompt), 24, depth)
 
 
 def test_acceptance_is_counted():
