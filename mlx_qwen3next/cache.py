@@ -26,7 +26,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, KVCache
 
-from . import ops
+from . import fused
 
 Cache = list[Any]
 
@@ -40,6 +40,15 @@ class Tape(NamedTuple):
     delta: mx.array  # [B, n, Hv, Dv] written errors
 
 
+class Memory(NamedTuple):
+    """What a linear layer goes on from: its arrays, and what a round left to be replayed."""
+
+    rows: mx.array  # [B, K-1 + n, C] inputs of the convolution; n = 0 without a round
+    state: mx.array  # [B, Hv, Dv, Dk] float32, before the round
+    tape: tuple[mx.array, ...]  # g, k, delta of the round's n tokens, or nothing
+    keep: int  # how many of them are part of the sequence
+
+
 class GatedDeltaCache(ArraysCache):
     """One linear layer's convolution rows ``[B, K-1, C]`` and state ``[B, Hv, Dv, Dk]`` float32.
 
@@ -48,8 +57,8 @@ class GatedDeltaCache(ArraysCache):
 
     # Class attributes, since mlx-lm's from_state() builds an entry without __init__.
     _open = False  # a round has begun and was neither committed nor dropped
-    _tape: Tape | None = None
-    _keep = 0  # how much of a committed tape is part of the sequence
+    _tape: Tape | None = None  # of the open round
+    _pending: tuple[Tape, int] | None = None  # a committed tape, and how much of it counts
 
     cache: list[mx.array | None]  # type: ignore[assignment]
 
@@ -57,57 +66,71 @@ class GatedDeltaCache(ArraysCache):
         super().__init__(size, left_padding)
 
     # --- what the layer does -------------------------------------------------------------------
-    def read(self) -> tuple[mx.array | None, mx.array | None]:
-        """The convolution rows and the state the next token meets; None before the first."""
-        self.settle()
-        return self.cache[0], self.cache[1]
+    def memory(self) -> Memory | None:
+        """What the next token meets; None before the first."""
+        self._check_closed()
+        rows, state = self.cache
+        if self._pending is not None:
+            tape, keep = self._pending
+            if state is None:
+                B, _, Hv, Dv = tape.delta.shape
+                state = mx.zeros((B, Hv, Dv, tape.k.shape[-1]))
+            return Memory(tape.rows, state, (tape.g, tape.k, tape.delta), keep)
+        return None if rows is None or state is None else Memory(rows, state, (), 0)
 
     @property
     def recording(self) -> bool:
         """Whether the forward belongs to a round, so that a tape is wanted, not a new state."""
         return self._open
 
-    def record(self, tape: Tape) -> None:
-        """Keeps a round's tape; the state stays as it was."""
-        self._tape = tape
+    def record(self, tape: Tape, state: mx.array) -> None:
+        """Keeps a round's tape, and the state before the round."""
+        changes: dict[str, Any] = {"_tape": tape, "_pending": None}
+        if self._pending is not None or self.cache[0] is not None:
+            taps = tape.rows.shape[1] - tape.g.shape[1]  # K - 1
+            changes["cache"] = [tape.rows[:, :taps], state]
+        self._replayed(changes)
 
     def store(self, rows: mx.array, state: mx.array, tokens: int) -> None:
         """Takes over the rows and state after ``tokens`` more tokens."""
-        self.cache = [rows, state]
+        self._replayed({"cache": [rows, state], "_pending": None})
         self.advance(tokens)
+
+    def _replayed(self, changes: dict[str, Any]) -> None:
+        """Takes over what a forward made of the memory."""
+        keep = 0 if self._pending is None else self._pending[1]
+        vars(self).update(changes)  # at once, so that no interrupt comes between
+        self.advance(keep)
 
     # --- rounds --------------------------------------------------------------------------------
     def begin(self) -> None:
         """Opens a round: the next forward records instead of advancing."""
         if self._open:
             raise RuntimeError("a round is open already: commit or drop it first")
-        self.settle()
         self._open = True
 
     def commit(self, keep: int) -> None:
         """Closes the round; its first ``keep`` tokens become part of the sequence."""
         if not self._open:
             raise RuntimeError("no round is open: call begin() first")
-        tape = self._tape if keep else None
-        vars(self).update(_tape=tape, _keep=keep, _open=False)
+        pending = self._pending
+        if self._tape is not None and keep > 0:
+            pending = self._tape, keep
+        vars(self).update(_tape=None, _pending=pending, _open=False)
 
     def settle(self) -> None:
         """Replays a committed tape now, so that rows and state are those of the sequence."""
-        if self._open and self._tape is not None:
-            raise RuntimeError("a round is open: commit or drop it before using its cache")
-        if self._tape is None:
+        memory = self.memory()
+        if memory is None or not memory.tape:
             return
-        tape, keep = self._tape, self._keep
-        taps = tape.rows.shape[1] - tape.g.shape[1]  # K - 1
-        rows = mx.contiguous(tape.rows[:, keep : keep + taps])
-        before = self.cache[1]
-        if before is None:
-            B, _, Hv, Dv = tape.delta.shape
-            before = mx.zeros((B, Hv, Dv, tape.k.shape[-1]))
-        state = ops.replay(before, tape.g, tape.k, tape.delta, keep)
-        # At once, so that no interrupt comes between.
-        vars(self).update(cache=[rows, state], _tape=None)
-        self.advance(keep)
+        rows, state, (g, k, delta), keep = memory
+        rows = mx.contiguous(rows[:, keep : keep + rows.shape[1] - g.shape[1]])
+        state = fused.gated_delta_replay(state, g, k, delta, keep)
+        self._replayed({"cache": [rows, state], "_pending": None})
+
+    def _check_closed(self) -> None:
+        if self._tape is not None:
+            raise RuntimeError("a round is open: commit or drop it before using its cache")
 
     # --- mlx-lm's cache protocol, on settled arrays --------------------------------------------
     @property
@@ -120,7 +143,9 @@ class GatedDeltaCache(ArraysCache):
         self.cache, self.left_padding, self.lengths = value
 
     def make_mask(self, N: int) -> mx.array | None:
-        self.settle()
+        self._check_closed()
+        if self.left_padding is not None or self.lengths is not None:
+            self.settle()  # what is pending has its part in them
         return super().make_mask(N)
 
     def filter(self, batch_indices: Any) -> None:
@@ -145,11 +170,12 @@ class GatedDeltaCache(ArraysCache):
         return super().merge(caches)
 
     def empty(self) -> bool:
-        return self.cache[0] is None and self._tape is None
+        return self.cache[0] is None and self._tape is None and self._pending is None
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + (sum(x.nbytes for x in self._tape) if self._tape else 0)
+        tape = self._tape or (self._pending[0] if self._pending else ())
+        return super().nbytes + sum(x.nbytes for x in tape)
 
 
 class MTPCache(KVCache):
@@ -251,7 +277,6 @@ class Undo:
         self._before: list[Any] = []
 
     def __enter__(self) -> Undo:
-        settle(self._cache)
         self._before = [
             dict(vars(c)) if isinstance(c, GatedDeltaCache) else length(c) for c in self._cache
         ]

@@ -31,6 +31,7 @@ from .generation import (
 )
 from .load import DEFAULT_CONTEXT, load
 from .model import Model
+from .packing import pack
 from .sampling import Sampling
 
 DEMO_PROMPT = "How do I use itertools.chain?"
@@ -174,9 +175,11 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         context=max(DEFAULT_CONTEXT, args.max_tokens),
         tokenizer_config=tokenizer_config,
+        pack=args.adapter_path is None,
     )
     if args.adapter_path is not None:
         _load_adapter(model, args.adapter_path)
+        pack(model)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
 

@@ -25,7 +25,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
-from . import checkpoint, memory, mtp, shards
+from . import checkpoint, memory, mtp, packing, shards
 from .config import Config
 from .model import Model
 
@@ -47,12 +47,13 @@ def load(
     context: int = DEFAULT_CONTEXT,
     revision: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
+    pack: bool = True,
 ) -> tuple[Model, TokenizerWrapper]:
     """Loads a model and its tokenizer.
 
     Args:
         path_or_repo: a local directory, a hub repository id, or None for the bundled demo model.
-        dtype, context: see :func:`load_model`.
+        dtype, context, pack: see :func:`load_model`.
         revision: branch, tag or commit of a hub repository.
         tokenizer_config: further arguments of transformers' ``AutoTokenizer``.
 
@@ -62,7 +63,7 @@ def load(
     directory = resolve(path_or_repo, revision)
     Config.from_file(directory / "config.json")  # what is wrong there is to be said first
     tokenizer = _load_tokenizer(directory, tokenizer_config)
-    return load_model(directory, dtype=dtype, context=context), tokenizer
+    return load_model(directory, dtype=dtype, context=context, pack=pack), tokenizer
 
 
 def load_model(
@@ -71,6 +72,7 @@ def load_model(
     dtype: mx.Dtype | None = None,
     context: int = DEFAULT_CONTEXT,
     revision: str | None = None,
+    pack: bool = True,
 ) -> Model:
     """Loads a model without a tokenizer; its MTP head is attached if the checkpoint has one.
 
@@ -80,6 +82,8 @@ def load_model(
             float32 on the CPU (where MLX's bfloat16 is several times slower). Norm weights, A_log
             and dt_bias are float32 always.
         context: tokens the cache is to hold, for the memory check.
+        pack: for inference (:func:`mlx_qwen3next.packing.pack`). Whoever wants to train, save or
+            look into the model with the checkpoint's names says False.
 
     Raises:
         ValueError: as for :func:`load`.
@@ -108,7 +112,7 @@ def load_model(
     bar = tqdm(read, "loading", total=len(sources), unit="tensor", leave=False, delay=2)
     for path, value in bar:
         model.load_weights([(path, value)], strict=False)
-    return model
+    return packing.pack(model) if pack else model
 
 
 def default_dtype() -> mx.Dtype:

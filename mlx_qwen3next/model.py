@@ -33,7 +33,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from . import checkpoint, ops
-from .cache import Cache, GatedDeltaCache, Tape
+from .cache import Cache, GatedDeltaCache, Memory, Tape
 from .config import MODEL_TYPE, Config
 
 
@@ -64,6 +64,8 @@ class RMSNormGated(nn.Module):
 class GatedDeltaNet(nn.Module):
     """Linear attention by the gated delta rule: a fixed-size state instead of a growing cache."""
 
+    step = staticmethod(ops.gated_delta_step)
+
     def __init__(self, config: Config):
         super().__init__()
         H, eps = config.hidden_size, config.rms_norm_eps
@@ -80,66 +82,50 @@ class GatedDeltaNet(nn.Module):
         self.norm = RMSNormGated(self.Dv, eps)
         self.out_proj = nn.Linear(value_dim, H, bias=False)
 
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """``[q|k|v]`` ``[B, L, C]``, z ``[B, L, Hv, Dv]``, b and a ``[B, L, Hv]``.
+    def project(self, x: mx.array) -> mx.array:
+        """``[q | k | v | z | b | a]``, each head after head, ``[B, L, C + Hv Dv + 2 Hv]``.
 
         The projections' rows are grouped per key head: q Dk, k Dk, v r Dv, z r Dv; b r, a r.
         """
         B, L, _ = x.shape
-        Hk, Dk, Hv, Dv = self.Hk, self.Dk, self.Hv, self.Dv
-        r = Hv // Hk
+        Hk, Dk, Dv, r = self.Hk, self.Dk, self.Dv, self.Hv // self.Hk
         qkvz = self.in_proj_qkvz(x).reshape(B, L, Hk, 2 * Dk + 2 * r * Dv)
-        q, k, v, z = mx.split(qkvz, [Dk, 2 * Dk, 2 * Dk + r * Dv], axis=-1)
-        b, a = mx.split(self.in_proj_ba(x).reshape(B, L, Hk, 2 * r), 2, axis=-1)
-        qkv = mx.concatenate([y.reshape(B, L, -1) for y in (q, k, v)], axis=-1)
-        return qkv, z.reshape(B, L, Hv, Dv), b.reshape(B, L, Hv), a.reshape(B, L, Hv)
+        ba = self.in_proj_ba(x).reshape(B, L, Hk, 2 * r)
+        parts = [*mx.split(qkvz, [Dk, 2 * Dk, 2 * Dk + r * Dv], axis=-1), *mx.split(ba, 2, axis=-1)]
+        return mx.concatenate([y.reshape(B, L, -1) for y in parts], axis=-1)
 
     def __call__(
         self, x: mx.array, mask: mx.array | None = None, cache: GatedDeltaCache | None = None
     ) -> mx.array:
         """``x`` ``[B, L, H]``; ``mask`` ``[B, L]``, False at padding, which changes nothing."""
         B, L, _ = x.shape
-        Hk, Dk, Hv, Dv = self.Hk, self.Dk, self.Hv, self.Dv
-        qkv, z, b, a = self.project(x)
-        beta = mx.sigmoid(b.astype(mx.float32))
-        g = ops.decay(a, self.A_log, self.dt_bias)
-        if mask is not None:
-            qkv = mx.where(mask[..., None], qkv, 0)
-            beta = mx.where(mask[..., None], beta, 0)
-            g = mx.where(mask[..., None], g, 0)
-
-        before, state = (None, None) if cache is None else cache.read()
-        if before is None:
-            before = mx.zeros((B, self.K - 1, qkv.shape[-1]), qkv.dtype)
-        if state is None:
-            state = mx.zeros((B, Hv, Dv, Dk))
-        rows = mx.concatenate([before, qkv], axis=1)  # [B, K-1 + L, C]
-        qkv = ops.causal_conv(rows, self.conv1d.weight)
-        q, k, v = mx.split(qkv, [Hk * Dk, 2 * Hk * Dk], axis=-1)
-        q = ops.l2norm(q.reshape(B, L, Hk, Dk), scale=Dk**-0.5)
-        k = ops.l2norm(k.reshape(B, L, Hk, Dk))
-        v = v.reshape(B, L, Hv, Dv)
-
-        if cache is not None and cache.recording:
-            o, _, delta = ops.gated_delta_steps(q, k, v, g, beta, state)
-            cache.record(Tape(rows, g, k, delta))
-        else:
-            o, state = ops.gated_delta(q, k, v, g, beta, state)
-            if cache is not None:
-                cache.store(self._last_rows(rows, cache.lengths), state, L)
-        return self.out_proj(self.norm(o, z).reshape(B, L, Hv * Dv))
-
-    def _last_rows(self, rows: mx.array, lengths: mx.array | None) -> mx.array:
-        """The K-1 rows before each sequence's next token; ``lengths`` if padded on the right."""
-        if lengths is None:
-            return mx.contiguous(rows[:, -(self.K - 1) :])
-        ends = mx.clip(lengths, 0, rows.shape[1] - (self.K - 1))
-        at = ends[:, None] + mx.arange(self.K - 1)
-        return mx.take_along_axis(rows, at[..., None], axis=1)
+        row = self.project(x)
+        memory = None if cache is None else cache.memory()
+        if memory is None:
+            before = mx.zeros((B, self.K - 1, self.conv1d.weight.shape[0]), row.dtype)
+            memory = Memory(before, mx.zeros((B, self.Hv, self.Dv, self.Dk)), (), 0)
+        o, state, rows, *tape = self.step(
+            row,
+            *memory,
+            *(self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight),
+            eps=self.norm.eps,
+            key_heads=self.Hk,
+            mask=mask,
+            lazy=cache is not None and cache.recording,
+            lengths=None if cache is None else cache.lengths,
+        )
+        if tape and cache is not None:
+            cache.record(Tape(rows, *tape), state)
+        elif cache is not None:
+            cache.store(rows, state, L)
+        return self.out_proj(o)
 
 
 class GatedAttention(nn.Module):
     """Grouped-query attention with q/k norms, partial RoPE and a sigmoid gate on its output."""
+
+    split_heads = staticmethod(ops.attention_heads)
+    gate = staticmethod(ops.attention_gate)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -152,24 +138,35 @@ class GatedAttention(nn.Module):
         self.o_proj = nn.Linear(self.nh * self.hd, H, bias=False)
         self.q_norm = RMSNorm(self.hd, eps)
         self.k_norm = RMSNorm(self.hd, eps)
-        self.rope = nn.RoPE(config.rotary_dims, traditional=False, base=config.rope_theta)
+        self.eps, self.rotary_dims, self.rope_theta = eps, config.rotary_dims, config.rope_theta
+
+    def project(self, x: mx.array) -> mx.array:
+        """``[q | k | v | gate]``, each head after head, ``[B, L, (2 nh + 2 nkv) hd]``.
+
+        q_proj's rows are grouped per head: q hd, gate hd.
+        """
+        B, L, _ = x.shape
+        q, gate = mx.split(self.q_proj(x).reshape(B, L, self.nh, -1), 2, axis=-1)
+        parts = [q.reshape(B, L, -1), self.k_proj(x), self.v_proj(x), gate.reshape(B, L, -1)]
+        return mx.concatenate(parts, axis=-1)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
         """``x`` ``[B, L, H]``; the mask is mlx-lm's (None, "causal" or an array)."""
-        B, L, _ = x.shape
-        nh, nkv, hd = self.nh, self.nkv, self.hd
-        q, gate = mx.split(self.q_proj(x).reshape(B, L, nh, 2 * hd), 2, axis=-1)
-        k = self.k_proj(x).reshape(B, L, nkv, hd)
-        v = self.v_proj(x).reshape(B, L, nkv, hd).transpose(0, 2, 1, 3)
-        q = self.q_norm(q).transpose(0, 2, 1, 3)  # [B, nh, L, hd]
-        k = self.k_norm(k).transpose(0, 2, 1, 3)  # [B, nkv, L, hd]
-        offset = 0 if cache is None else cache.offset
-        q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        row = self.project(x)
+        q, k, v = self.split_heads(
+            row,
+            *(self.q_norm.weight, self.k_norm.weight, 0 if cache is None else cache.offset),
+            eps=self.eps,
+            heads=self.nh,
+            kv_heads=self.nkv,
+            rotary_dims=self.rotary_dims,
+            base=self.rope_theta,
+        )
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        o = scaled_dot_product_attention(q, k, v, cache=cache, scale=hd**-0.5, mask=mask)
-        o = o.transpose(0, 2, 1, 3).reshape(B, L, nh * hd)
-        return self.o_proj(o * mx.sigmoid(gate.reshape(B, L, nh * hd)))
+        scale = self.hd**-0.5
+        o = scaled_dot_product_attention(q, k, v, cache=cache, scale=scale, mask=mask)
+        return self.o_proj(self.gate(o, row, kv_heads=self.nkv))
 
 
 class MLP(nn.Module):
@@ -268,6 +265,8 @@ class Model(nn.Module):
     ``mtp`` is the multi-token-prediction head (:class:`mlx_qwen3next.mtp.MTPHead`) or None.
     """
 
+    packed = False  # whether it has been through mlx_qwen3next.packing
+
     def __init__(self, config: Config):
         super().__init__()
         self.args = config
@@ -286,6 +285,16 @@ class Model(nn.Module):
         if self.args.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(hidden)
         return self.lm_head(hidden)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As ``nn.Module``'s.
+
+        Raises:
+            ValueError: the model is packed for inference.
+        """
+        if mode and self.packed:
+            raise ValueError("this model is packed for inference; load it with pack=False to train")
+        return super().train(mode)
 
     def make_cache(self, left_padding: list[int] | None = None) -> Cache:
         """An empty cache, one entry a layer.

@@ -1,7 +1,8 @@
-"""What the model computes, in the fastest right form for this device.
+"""What the model computes, in MLX's own operations, in the fastest right form for this device.
 
 Every function here has its equation in :mod:`mlx_qwen3next.reference`; the tests hold the two
-together. Symbols and argument order are the reference's.
+together. Symbols and argument order are the reference's. Those that :mod:`mlx_qwen3next.fused`
+has Metal kernels for are what a kernel is measured against.
 
 The delta rule has three forms: token by token (:func:`gated_delta_steps`: decoding, and rounds
 that may roll back), MLX's own GPU kernel, and :func:`gated_delta_chunked` in plain MLX ops for
@@ -10,11 +11,17 @@ prefill on other devices and for training. :func:`gated_delta` picks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.activations import precise_swiglu
+from mlx_lm.models.activations import precise_swiglu, swiglu
+
+from .dispatch import set_kernels
+from .metal_kernels import Experts, available
+
+__all__ = ["set_kernels"]  # the switch is part of this module's face
 
 L2_EPS = 1e-6  # fixed in the reference implementation; not rms_norm_eps
 
@@ -27,6 +34,14 @@ CHUNKED_FROM = 16
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """RMSNorm with the effective float32 weight (1 + w); float32 inside, dtype of ``x`` out."""
     return mx.fast.rms_norm(x.astype(mx.float32), weight, eps).astype(x.dtype)
+
+
+def add_rms_norm(
+    x: mx.array, y: mx.array, weight: mx.array, eps: float
+) -> tuple[mx.array, mx.array]:
+    """The residual stream after a layer's part, ``x + y``, and its :func:`rms_norm`."""
+    total = x + y
+    return total, rms_norm(total, weight, eps)
 
 
 def gated_rms_norm(x: mx.array, z: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -72,7 +87,7 @@ def decay(a: mx.array, A_log: mx.array, dt_bias: mx.array) -> mx.array:
 
 
 def route(logits: mx.array, top_k: int, normalise: bool) -> tuple[mx.array, mx.array]:
-    """The top k experts of each token and their weights, in no particular order.
+    """The top k experts of each token and their weights; of equal ones the lowest index.
 
     Args:
         logits: ``[..., E]``.
@@ -82,12 +97,186 @@ def route(logits: mx.array, top_k: int, normalise: bool) -> tuple[mx.array, mx.a
         summing to one if ``normalise``.
     """
     probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
-    experts = mx.argpartition(probabilities, kth=-top_k, axis=-1)[..., -top_k:]
+    experts = mx.argsort(-probabilities, axis=-1)[..., :top_k]
     experts = mx.stop_gradient(experts)
     weights = mx.take_along_axis(probabilities, experts, axis=-1)
     if normalise:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return experts, weights
+
+
+def sparse_experts(
+    x: mx.array,
+    logits: mx.array,
+    gate_up: Experts,
+    down: Experts,
+    residual: mx.array,
+    *,
+    experts: int,
+    top_k: int,
+    normalise: bool,
+) -> mx.array:
+    """``residual`` plus the mixture of experts, on packed weights.
+
+    Args:
+        x, residual: ``[R, H]``.
+        logits: ``[R, E]``, or ``[R, E + 1]`` where the shared expert is number E, its gate last.
+        gate_up: ``[E, 2 I, H]``, gate's rows first; down: ``[E, H, I]``.
+        experts: E; top_k, normalise: as for :func:`route`.
+
+    Returns:
+        ``[R, H]``.
+    """
+    indices, weights = route(logits[:, :experts], top_k, normalise)
+    if logits.shape[1] > experts:
+        shared = mx.full((x.shape[0], 1), experts, indices.dtype)
+        indices = mx.concatenate([indices, shared], axis=1)
+        gate = mx.sigmoid(logits[:, experts:].astype(mx.float32))
+        weights = mx.concatenate([weights, gate], axis=1)
+    # Many rows: sorted by expert, so that MLX reads an expert's weights once.
+    is_sorted = indices.size >= 64
+    shape, order = indices.shape, mx.arange(indices.size)
+    if is_sorted:
+        order = mx.argsort(indices.flatten())
+        indices = indices.flatten()[order, None]
+        rows = x[order // shape[1], None, None]  # [pairs, 1, 1, H]
+    else:
+        rows = x[:, None, None]  # [R, 1, 1, H]
+    gate, up = mx.split(_gather(rows, gate_up, indices, is_sorted), 2, axis=-1)
+    y = _gather(swiglu(gate, up), down, indices, is_sorted)
+    if is_sorted:
+        y = y[mx.argsort(order)]
+    y = y.reshape(*shape, -1)
+    return residual + (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
+
+
+def _gather(x: mx.array, weights: Experts, indices: mx.array, is_sorted: bool) -> mx.array:
+    if weights.scales is None:
+        return mx.gather_mm(
+            x, weights.weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=is_sorted
+        )
+    return mx.gather_qmm(
+        *(x, weights.weight, weights.scales, weights.biases),
+        rhs_indices=indices,
+        transpose=True,
+        group_size=weights.group_size,
+        bits=weights.bits,
+        sorted_indices=is_sorted,
+    )
+
+
+def attention_heads(
+    x: mx.array,
+    q_weight: mx.array,
+    k_weight: mx.array,
+    offset: int | mx.array,
+    *,
+    eps: float,
+    heads: int,
+    kv_heads: int,
+    rotary_dims: int,
+    base: float,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Attention's q and k, normalised and rotated, and v, from the packed projection.
+
+    Args:
+        x: ``[B, L, (2 nh + 2 nkv) hd]``, rows ``[q | k | v | gate]``, head after head.
+        q_weight, k_weight: ``[hd]``, effective (1 + w).
+        offset: the position of the first token, one or ``[B]``.
+        base: rope_theta, for the first ``rotary_dims`` of each head.
+
+    Returns:
+        q ``[B, nh, L, hd]``, k and v ``[B, nkv, L, hd]``.
+    """
+    B, L, _ = x.shape
+    ends = [heads, heads + kv_heads, heads + 2 * kv_heads]
+    x = x.reshape(B, L, 2 * heads + 2 * kv_heads, -1)
+    q, k, v, _ = (y.transpose(0, 2, 1, 3) for y in mx.split(x, ends, axis=2))
+
+    def rotated(y: mx.array, weight: mx.array) -> mx.array:
+        y = rms_norm(y, weight, eps)
+        return mx.fast.rope(y, rotary_dims, traditional=False, base=base, scale=1.0, offset=offset)
+
+    return rotated(q, q_weight), rotated(k, k_weight), v
+
+
+def attention_gate(o: mx.array, x: mx.array, *, kv_heads: int) -> mx.array:
+    """Attention's output times the sigmoid of its gate.
+
+    Args:
+        o: ``[B, nh, L, hd]``. x: as for :func:`attention_heads`.
+
+    Returns:
+        ``[B, L, nh hd]``.
+    """
+    B, nh, L, hd = o.shape
+    gate = x[..., (nh + 2 * kv_heads) * hd :]
+    return o.transpose(0, 2, 1, 3).reshape(B, L, nh * hd) * mx.sigmoid(gate)
+
+
+def gated_delta_step(
+    x: mx.array,
+    before: mx.array,
+    state: mx.array,
+    tape: Sequence[mx.array],
+    keep: int,
+    taps: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    norm_weight: mx.array,
+    *,
+    eps: float,
+    key_heads: int,
+    mask: mx.array | None,
+    lazy: bool,
+    lengths: mx.array | None = None,
+) -> list[mx.array]:
+    """A Gated DeltaNet layer between its projections, for any number of tokens.
+
+    Arguments and results are those of :func:`mlx_qwen3next.metal_kernels.gated_delta_step`.
+
+    Args:
+        lengths: ``[B]``, of sequences padded on the right: the convolution's inputs returned are
+            those before each one's end.
+    """
+    B, L, _ = x.shape
+    Hk, (Hv, Dv, Dk) = key_heads, state.shape[1:]
+    C, K = taps.shape[:2]
+    if tape:
+        written_g, written_k, delta = tape
+        state = gated_delta_replay(state, written_g, written_k, delta, keep)
+        before = before[:, keep : keep + K - 1]
+    qkv, z, b, a = mx.split(x, [C, C + Hv * Dv, C + Hv * Dv + Hv], axis=-1)
+    beta = mx.sigmoid(b.astype(mx.float32))
+    g = decay(a, A_log, dt_bias)
+    if mask is not None:
+        qkv = mx.where(mask[..., None], qkv, 0)
+        beta = mx.where(mask[..., None], beta, 0)
+        g = mx.where(mask[..., None], g, 0)
+
+    rows = mx.concatenate([before, qkv], axis=1)  # [B, K-1 + L, C]
+    q, k, v = mx.split(causal_conv(rows, taps), [Hk * Dk, 2 * Hk * Dk], axis=-1)
+    q = l2norm(q.reshape(B, L, Hk, Dk), scale=Dk**-0.5)
+    k = l2norm(k.reshape(B, L, Hk, Dk))
+    v = v.reshape(B, L, Hv, Dv)
+    written: list[mx.array]
+    if lazy:
+        o, _, delta = gated_delta_steps(q, k, v, g, beta, state)
+        written = [state, rows, g, k, delta]
+    else:
+        o, state = gated_delta(q, k, v, g, beta, state)
+        written = [state, _last_rows(rows, K - 1, lengths)]
+    o = gated_rms_norm(o, z.reshape(B, L, Hv, Dv), norm_weight, eps)
+    return [o.reshape(B, L, Hv * Dv), *written]
+
+
+def _last_rows(rows: mx.array, count: int, lengths: mx.array | None) -> mx.array:
+    """The last rows of each sequence; ``lengths`` if padded on the right."""
+    if lengths is None:
+        return mx.contiguous(rows[:, rows.shape[1] - count :])
+    ends = mx.clip(lengths, 0, rows.shape[1] - count)
+    at = ends[:, None] + mx.arange(count)
+    return mx.take_along_axis(rows, at[..., None], axis=1)
 
 
 def gated_delta(
@@ -104,7 +293,7 @@ def gated_delta(
     Returns:
         ``o`` ``[B, L, Hv, Dv]`` float32 and the state after the segment.
     """
-    if _has_kernel(head_dim=k.shape[3]):
+    if available() and k.shape[3] % 32 == 0:  # MLX's kernel asks for that
         v = v.astype(mx.float32)
         o, state = mx.fast.gated_delta_update(q, k, v, mx.exp(g), beta, state)
         return o, state
@@ -114,11 +303,6 @@ def gated_delta(
     return gated_delta_chunked(q, k, v, g, beta, state)
 
 
-def _has_kernel(head_dim: int) -> bool:
-    """Whether MLX runs the delta rule as a GPU kernel of its own here."""
-    return mx.metal.is_available() and mx.default_device() == mx.gpu and head_dim % 32 == 0
-
-
 def gated_delta_steps(
     q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
@@ -126,7 +310,7 @@ def gated_delta_steps(
 
     Returns:
         ``o``, the state after the last token, and ``delta`` ``[B, L, Hv, Dv]``: with g and k it
-        is all that is needed to advance the state again by any prefix (:func:`replay`).
+        is all that is needed to advance the state again by any prefix (:func:`gated_delta_replay`).
     """
     B, L, Hk, Dk = k.shape
     Hv, Dv = v.shape[2:]
@@ -161,7 +345,9 @@ def gated_delta_steps(
 _fused_steps = mx.compile(gated_delta_steps)
 
 
-def replay(state: mx.array, g: mx.array, k: mx.array, delta: mx.array, keep: int) -> mx.array:
+def gated_delta_replay(
+    state: mx.array, g: mx.array, k: mx.array, delta: mx.array, keep: int
+) -> mx.array:
     """Advances the state by the first ``keep`` tokens of a tape, exactly as the steps did.
 
     Args:

@@ -26,7 +26,7 @@ RECIPES = ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 
 
 def load32(directory):
-    return load_model(directory, dtype=mx.float32)
+    return load_model(directory, dtype=mx.float32, pack=False)
 
 
 def converted(directory, case="base", **arguments):

@@ -335,7 +335,7 @@ def test_terminal_that_cannot_show_the_text(monkeypatch, model_dir):
 def adapter(tmp_path, model_dir):
     """A LoRA adapter with noise in place of training, and dropout, in mlx_lm.lora's layout."""
     parameters = {"rank": 2, "scale": 5.0, "dropout": 0.5}
-    model, _ = load(model_dir)
+    model, _ = load(model_dir, pack=False)
     model.freeze()
     linear_to_lora_layers(model, 4, parameters)
     weights = {
@@ -349,7 +349,7 @@ def adapter(tmp_path, model_dir):
 
 
 def test_adapter(answer, model_dir, adapter):
-    model, tokenizer = load(model_dir)
+    model, tokenizer = load(model_dir, pack=False)
     load_adapters(model, str(adapter))
     model.eval()
     tokens = tokenizer.encode("import os\n")

@@ -1,0 +1,221 @@
+"""Which form of an operation runs: a Metal kernel, or the composition of MLX's own operations.
+
+A kernel runs only after it has proved itself on this machine: at the first call of a kind, kernel
+and composition are run on that call's own arguments, compared with the composition in float32,
+and timed in turns. What was found is kept in a small file, for this chip, this version of MLX and
+this text of the kernels. So an unknown GPU can make the model plain, never wrong, never slower.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import mlx.core as mx
+
+from . import metal_kernels
+
+Mode = Literal["auto", "on", "off"]
+
+# A kernel's relative error (L2) may be twice that of the composition in the same dtype, or this:
+# rounding is below 2e-5 in float32, the smallest mistake in a formula above 1e-2.
+TOLERANCE = 1e-4
+CALLS, REPEATS = 10, 5  # timed at once; in turns
+
+logger = logging.getLogger(__package__)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of a kernel for one kind of call."""
+
+    used: bool
+    reason: str  # in words, with the figures
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation in two forms of the same arguments and results."""
+
+    name: str
+    kernel: Callable[..., Any]
+    composition: Callable[..., Any]
+    # Of a call's arguments: what else than the dtype sets its kind, or None if the kernel does not
+    # take them.
+    kind: Callable[..., str | None]
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Calls the form to be used for these arguments."""
+        if _mode == "off" or not metal_kernels.available():
+            return self.composition(*args, **options)
+        kind = self.kind(*args, **options)
+        if kind is None:
+            return self.composition(*args, **options)
+        if _mode == "on" or self._found(kind, args, options).used:
+            return self.kernel(*args, **options)
+        return self.composition(*args, **options)
+
+    def _found(self, kind: str, args: Sequence[Any], options: dict[str, Any]) -> Finding:
+        key = f"{self.name} {kind}"
+        findings = _findings()
+        if key not in findings:
+            findings[key] = finding = _prove(self, args, options)
+            if not finding.used:
+                logger.warning("kernel %s is not used: %s", key, finding.reason)
+            _save(findings)
+        return findings[key]
+
+
+_mode: Mode = "auto"
+_known: dict[str, dict[str, Finding]] = {}  # by machine
+
+
+def set_kernels(mode: Mode) -> None:
+    """Chooses between Metal kernels and MLX's own operations, for all models of this process.
+
+    Args:
+        mode: "auto" uses a kernel where it proved right and fast on this machine, "on" wherever
+            there is one, "off" nowhere.
+
+    Raises:
+        ValueError: ``mode`` is another, or "on" where no kernel can run.
+    """
+    global _mode
+    if mode not in get_args(Mode):
+        raise ValueError(f"kernels must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    if mode == "on" and not metal_kernels.available():
+        raise ValueError(
+            "kernels are 'on', but there is no Metal GPU in use here; choose 'auto' or 'off'"
+        )
+    _mode = mode
+
+
+def findings() -> dict[str, Finding]:
+    """What is known of the kernels on this machine, by name and kind of call."""
+    return dict(_findings()) if metal_kernels.available() else {}
+
+
+def rows_class(rows: int) -> str:
+    """The kind of a step of so many rows: 1, 2, 3-4, 5-8, 9-16."""
+    last = 1 << (rows - 1).bit_length()
+    first = last // 2 + 1
+    return f"rows={rows}" if first >= last else f"rows={first}-{last}"
+
+
+# --- the proof -----------------------------------------------------------------------------------
+def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -> Finding:
+    def kernel() -> list[mx.array]:
+        return _arrays(operation.kernel(*args, **options))
+
+    def composition() -> list[mx.array]:
+        return _arrays(operation.composition(*args, **options))
+
+    plain = composition()
+    exact = _arrays(operation.composition(*_widened(args), **_widened(options)))
+    mx.eval(plain, exact)
+    try:
+        ours = kernel()
+        mx.eval(ours)
+    except (RuntimeError, ValueError) as error:  # what Metal's compiler says
+        return Finding(False, f"it does not run: {_first_line(error)}")
+    for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+        off, bound = _error(a, c), max(2 * _error(b, c), TOLERANCE)
+        if not off <= bound:  # a NaN is not
+            return Finding(False, f"result {i} is wrong: error {off:.1e}, bound {bound:.1e}")
+    del ours, plain, exact
+
+    seconds: dict[Callable[[], list[mx.array]], list[float]] = {kernel: [], composition: []}
+    for _ in range(REPEATS):
+        for form, times in seconds.items():
+            times.append(_time(form))
+    fast, slow = (statistics.median(times) * 1e6 for times in seconds.values())
+    figures = f"{fast:.1f} µs, MLX's own operations {slow:.1f} µs"
+    return Finding(fast <= slow, figures)
+
+
+def _arrays(result: Any) -> list[mx.array]:
+    return [result] if isinstance(result, mx.array) else list(result)
+
+
+def _widened(value: Any) -> Any:
+    """``value`` with every floating-point array in it as float32."""
+    if isinstance(value, mx.array):
+        return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
+    if isinstance(value, dict):
+        return {name: _widened(item) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_widened, value))
+    return type(value)(map(_widened, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _error(a: mx.array, b: mx.array) -> float:
+    """The relative error (L2) of ``a`` beside ``b``; infinite if it is no such array at all."""
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    norm = mx.linalg.norm(b).item()
+    return float(mx.linalg.norm(a - b).item()) / max(float(norm), 1e-30)  # type: ignore[arg-type]
+
+
+def _time(form: Callable[[], list[mx.array]]) -> float:
+    """Seconds a call, when several are queued."""
+    start = time.perf_counter()
+    mx.eval([form() for _ in range(CALLS)])
+    return (time.perf_counter() - start) / CALLS
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# --- the file ------------------------------------------------------------------------------------
+def _file() -> Path:
+    return Path.home() / ".cache" / "mlx_qwen3next" / "kernels.json"
+
+
+def _machine() -> str:
+    chip = mx.device_info().get("device_name", "unknown")
+    return f"{chip}, MLX {version('mlx')}, kernels {metal_kernels.source_hash()}"
+
+
+def _findings() -> dict[str, Finding]:
+    machine = _machine()
+    if machine not in _known:
+        _known[machine] = _load(machine)
+    return _known[machine]
+
+
+def _load(machine: str) -> dict[str, Finding]:
+    """What the file says of this machine; nothing if it cannot be read or is of another."""
+    try:
+        content = json.loads(_file().read_text(encoding="utf-8"))
+        if content["machine"] != machine:
+            return {}
+        loaded = {key: Finding(**finding) for key, finding in content["findings"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    return {key: f for key, f in loaded.items() if isinstance(f.used, bool)}
+
+
+def _save(findings: dict[str, Finding]) -> None:
+    """Writes the file beside its place, then renames it there. No harm if it cannot be kept."""
+    content = {
+        "machine": _machine(),
+        "findings": {key: asdict(finding) for key, finding in findings.items()},
+    }
+    file = _file()
+    beside = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        beside.replace(file)
+    except OSError:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,247 @@
+"""The model as it runs: weights that meet the same input stacked, several operations a launch.
+
+Checkpoints, saving and training keep the checkpoint's modules (:mod:`mlx_qwen3next.model`);
+:func:`pack` puts inference-time layers in their place, one after the other. Rows of weights are
+permuted and stacked, quantized or not, which is exact: quantization groups run along the inputs.
+
+- Gated DeltaNet: qkvz and ba become ``in_proj``, whose output is ``[q | k | v | z | b | a]``.
+- Attention: q, gate, k and v become ``in_proj``, ``[q | k | v | gate]``.
+- Experts: gate and up become ``gate_up_proj``; the shared expert becomes number E, and its gate the
+  router's last row.
+
+What cannot be stacked (other bits or group sizes, an adapter's layers) stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
+
+from . import fused
+from .metal_kernels import Experts
+from .model import DecoderLayer, GatedAttention, GatedDeltaNet, Model, RMSNorm, SparseMoE
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class PackedRMSNorm(RMSNorm):
+    """RMSNorm in one launch."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return fused.rms_norm(x, self.weight, self.eps)
+
+
+class PackedGatedDeltaNet(GatedDeltaNet):
+    """Three launches: projection, everything between, projection."""
+
+    step = fused.gated_delta_step  # type: ignore[assignment,has-type]
+
+    def project(self, x: mx.array) -> mx.array:
+        return self.in_proj(x) if "in_proj" in self else super().project(x)
+
+
+class PackedGatedAttention(GatedAttention):
+    """Projection, heads, two cache updates, attention, gate, projection."""
+
+    split_heads = fused.attention_heads  # type: ignore[assignment,has-type]
+    gate = fused.attention_gate  # type: ignore[assignment,has-type]
+
+    def project(self, x: mx.array) -> mx.array:
+        return self.in_proj(x) if "in_proj" in self else super().project(x)
+
+
+class PackedSparseMoE(SparseMoE):
+    """Router, plan, gate and up, down: four launches, the residual addition included."""
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
+        """``x``, ``residual`` ``[B, L, H]`` to ``residual + mixture(x)``."""
+        shape = x.shape
+        x, residual = x.reshape(-1, shape[-1]), residual.reshape(-1, shape[-1])
+        logits = self.gate(x)
+        if "shared_expert" in self:
+            shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+            residual = residual + shared
+        y = fused.sparse_experts(
+            *(x, logits, _experts(self.gate_up_proj), _experts(self.down_proj), residual),
+            experts=self.num_experts,
+            top_k=self.top_k,
+            normalise=self.norm_topk_prob,
+        )
+        return y.reshape(shape)
+
+
+class PackedDecoderLayer(DecoderLayer):
+    """A decoder layer whose residual additions are part of other launches."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
+        mixer = self.linear_attn if self.is_linear else self.self_attn
+        norm = self.post_attention_layernorm
+        y = mixer(self.input_layernorm(x), mask, cache)
+        x, y = fused.add_rms_norm(x, y, norm.weight, norm.eps)
+        if isinstance(self.mlp, PackedSparseMoE):
+            return self.mlp(y, x)
+        return x + self.mlp(y)
+
+
+def pack(model: Model) -> Model:
+    """Packs a model for inference, in place, a layer at a time; returns it.
+
+    A packed model is not for training or saving: its parameters have names of their own. Packing
+    again changes nothing.
+    """
+    model.packed = True
+    stacks = [model.model] if model.mtp is None else [model.model, model.mtp]
+    for stack in stacks:
+        for i, layer in enumerate(stack.layers):
+            stack.layers[i] = _pack_layer(layer)
+            mx.eval(stack.layers[i].parameters())
+            mx.clear_cache()  # the parts' buffers
+        for name, module in stack.children().items():
+            if isinstance(module, RMSNorm):
+                stack[name] = _recast(module, PackedRMSNorm)
+    return model
+
+
+def _pack_layer(layer: DecoderLayer) -> DecoderLayer:
+    packed = _recast(layer, PackedDecoderLayer)
+    packed.input_layernorm = _recast(layer.input_layernorm, PackedRMSNorm)
+    if not layer.is_linear:
+        packed.self_attn = _pack_attention(layer.self_attn)
+    else:
+        packed.linear_attn = _pack_delta_net(layer.linear_attn)
+    if isinstance(layer.mlp, SparseMoE):
+        packed.mlp = _pack_experts(layer.mlp)
+    return packed
+
+
+def _pack_delta_net(layer: GatedDeltaNet) -> GatedDeltaNet:
+    packed = _recast(layer, PackedGatedDeltaNet)
+    if "in_proj" in layer:
+        return packed
+    Hk, Dk, Dv, r = layer.Hk, layer.Dk, layer.Dv, layer.Hv // layer.Hk
+    per_head = 2 * Dk + 2 * r * Dv
+    qkvz = mx.arange(Hk * per_head).reshape(Hk, per_head)
+    ba = (Hk * per_head + mx.arange(2 * layer.Hv)).reshape(Hk, 2 * r)
+    parts = [*mx.split(qkvz, [Dk, 2 * Dk, 2 * Dk + r * Dv], axis=1), *mx.split(ba, 2, axis=1)]
+    rows = mx.concatenate([part.flatten() for part in parts])
+    return _replace(packed, ("in_proj_qkvz", "in_proj_ba"), "in_proj", rows)
+
+
+def _pack_attention(layer: GatedAttention) -> GatedAttention:
+    packed = _recast(layer, PackedGatedAttention)
+    if "in_proj" in layer:
+        return packed
+    heads = mx.arange(2 * layer.nh * layer.hd).reshape(layer.nh, 2, layer.hd)
+    kv = 2 * layer.nh * layer.hd + mx.arange(2 * layer.nkv * layer.hd)
+    rows = mx.concatenate([heads[:, 0].flatten(), kv, heads[:, 1].flatten()])
+    return _replace(packed, ("q_proj", "k_proj", "v_proj"), "in_proj", rows)
+
+
+def _pack_experts(layer: SparseMoE) -> SparseMoE:
+    if isinstance(layer, PackedSparseMoE) or not isinstance(layer.switch_mlp, SwitchGLU):
+        return layer
+    routed, shared = layer.switch_mlp, layer.shared_expert
+    gate_up = _stack([routed.gate_proj, routed.up_proj], axis=1)
+    if gate_up is None or not all(_is_plain(part) for part in (gate_up, routed.down_proj)):
+        return layer
+    packed = _recast(layer, PackedSparseMoE)
+    packed.num_experts = routed.gate_proj.num_experts
+    packed.gate_up_proj, packed.down_proj = gate_up, routed.down_proj
+    del packed["switch_mlp"]
+
+    router = _stack([layer.gate, layer.shared_expert_gate])
+    shared_gate_up = _stack([shared.gate_proj, shared.up_proj])
+    if router is None or shared_gate_up is None:
+        return packed
+    gate_up = _append(gate_up, shared_gate_up)
+    down = _append(routed.down_proj, shared.down_proj)
+    if gate_up is None or down is None:
+        return packed
+    packed.gate, packed.gate_up_proj, packed.down_proj = router, gate_up, down
+    del packed["shared_expert"], packed["shared_expert_gate"]
+    return packed
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a stack of experts that :class:`Experts` can describe."""
+    affine = getattr(module, "mode", "affine") == "affine"
+    return isinstance(module, (SwitchLinear, QuantizedSwitchLinear)) and affine
+
+
+def _experts(module: SwitchLinear | QuantizedSwitchLinear) -> Experts:
+    if "scales" not in module:
+        return Experts(module.weight)
+    return Experts(module.weight, module.scales, module.biases, module.group_size, module.bits)
+
+
+# --- stacking ------------------------------------------------------------------------------------
+def _recast(module: nn.Module, kind: type[M]) -> M:
+    """A copy of another class, with the same parameters and attributes."""
+    copied = kind.__new__(kind)
+    vars(copied).update(vars(module))
+    dict.update(copied, module)
+    return copied
+
+
+def _replace(layer: M, names: Sequence[str], name: str, rows: mx.array) -> M:
+    """Puts ``rows`` of some modules' stack in their place, if they can be stacked."""
+    stacked = _stack([layer[n] for n in names])
+    if stacked is not None:
+        for key, value in _parameters(stacked).items():
+            stacked[key] = value[rows]
+        layer[name] = stacked
+        for n in names:
+            del layer[n]
+    return layer
+
+
+def _stack(modules: Sequence[nn.Module], axis: int = 0) -> Any:
+    """One module with all their rows; None if they are not of one kind."""
+    first = modules[0]
+    alike = all(_kind(module) == _kind(first) for module in modules) and _has_rows(first)
+    if not alike or not isinstance(
+        first, (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    ):
+        return None
+    stacked = copy.copy(first)
+    for key in _parameters(first):
+        stacked[key] = mx.concatenate([module[key] for module in modules], axis=axis)
+    return stacked
+
+
+def _append(experts: nn.Module, one: nn.Module) -> Any:
+    """A stack of experts with one more; None if that is quantized or shaped otherwise."""
+    parameters, last = _parameters(experts), _parameters(one)
+    fits = _quantization(experts) == _quantization(one) and all(
+        key in last and last[key].shape == value.shape[1:] for key, value in parameters.items()
+    )
+    if not fits:
+        return None
+    longer = copy.copy(experts)
+    for key, value in parameters.items():
+        longer[key] = mx.concatenate([value, last[key][None]])
+    return longer
+
+
+def _parameters(module: nn.Module) -> dict[str, mx.array]:
+    return {key: value for key, value in module.items() if isinstance(value, mx.array)}
+
+
+def _quantization(module: nn.Module) -> tuple[Any, ...]:
+    return tuple(getattr(module, name, None) for name in ("bits", "group_size", "mode"))
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """What must agree for modules to be stacked: the inputs' width, too, by the parameters."""
+    widths = {key: (v.shape[-1], v.dtype) for key, v in _parameters(module).items()}
+    return type(module), _quantization(module), widths
+
+
+def _has_rows(module: nn.Module) -> bool:
+    """Whether every parameter has one row an output; a scale of a whole matrix has none."""
+    return all(value.ndim >= 2 for value in _parameters(module).values())
