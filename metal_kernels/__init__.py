@@ -482,15 +482,12 @@ def router(logits: mx.array, *, experts: int, top_k: int, normalise: bool) -> Pl
     return Plan(*outputs)
 
 
-def takes_experts(gate_up: Experts, down: Experts) -> bool:
-    """Whether the expert kernels take weights of these shapes and quantizations."""
-    return all(
-        w.bits in (4, 8, 16)
-        and (w.bits == 16 or w.group_size in (32, 64, 128))
-        and w.weight.shape[1] % (2 * OUTPUTS) == 0
-        and w.weight.shape[2] * (1 if w.bits == 16 else 32 // w.bits) % 32 == 0
-        for w in (gate_up, down)
-    )
+def takes_experts(shape: tuple[int, ...], bits: int, group_size: int) -> bool:
+    """Whether the expert kernels take weights stored in this shape and quantization."""
+    _, outputs, words = shape
+    columns = words if bits == 16 else words * 32 // bits
+    known = bits == 16 or (bits in (4, 8) and group_size in (32, 64, 128))
+    return known and outputs % (2 * OUTPUTS) == 0 and columns % 32 == 0
 
 
 def expert_gate_up(x: mx.array, weights: Experts, plan: Plan) -> mx.array:

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,34 +49,35 @@ class Operation:
     name: str
     kernel: Callable[..., Any]
     composition: Callable[..., Any]
-    # Of a call's arguments: what else than the dtype sets its kind, or None if the kernel does not
-    # take them.
+    # Of a call's arguments: what decides whether the kernel takes them. Cheap: asked every time.
+    facts: Callable[..., tuple[Any, ...]]
+    # Of the facts: the kind of call, in words, or None if the kernel does not take it.
     kind: Callable[..., str | None]
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Calls the form to be used for these arguments."""
         if _mode == "off" or not metal_kernels.available():
             return self.composition(*args, **options)
-        kind = self.kind(*args, **options)
-        if kind is None:
-            return self.composition(*args, **options)
-        if _mode == "on" or self._found(kind, args, options).used:
-            return self.kernel(*args, **options)
-        return self.composition(*args, **options)
+        facts = self.name, *self.facts(*args, **options)
+        use = _choices.get(facts)
+        if use is None:
+            use = _choices[facts] = self._choose(self.kind(*facts[1:]), args, options)
+        return (self.kernel if use else self.composition)(*args, **options)
 
-    def _found(self, kind: str, args: Sequence[Any], options: dict[str, Any]) -> Finding:
-        key = f"{self.name} {kind}"
-        findings = _findings()
+    def _choose(self, kind: str | None, args: Sequence[Any], options: dict[str, Any]) -> bool:
+        if kind is None or _mode == "on":
+            return kind is not None
+        key, findings = f"{self.name} {kind}", _findings()
         if key not in findings:
             findings[key] = finding = _prove(self, args, options)
             if not finding.used:
                 logger.warning("kernel %s is not used: %s", key, finding.reason)
             _save(findings)
-        return findings[key]
+        return findings[key].used
 
 
 _mode: Mode = "auto"
-_known: dict[str, dict[str, Finding]] = {}  # by machine
+_choices: dict[tuple[Any, ...], bool] = {}  # whether to use the kernel, by name and facts
 
 
 def set_kernels(mode: Mode) -> None:
@@ -96,6 +98,7 @@ def set_kernels(mode: Mode) -> None:
             "kernels are 'on', but there is no Metal GPU in use here; choose 'auto' or 'off'"
         )
     _mode = mode
+    _choices.clear()
 
 
 def findings() -> dict[str, Finding]:
@@ -181,16 +184,15 @@ def _file() -> Path:
     return Path.home() / ".cache" / "mlx_qwen3next" / "kernels.json"
 
 
+@cache
 def _machine() -> str:
     chip = mx.device_info().get("device_name", "unknown")
     return f"{chip}, MLX {version('mlx')}, kernels {metal_kernels.source_hash()}"
 
 
+@cache
 def _findings() -> dict[str, Finding]:
-    machine = _machine()
-    if machine not in _known:
-        _known[machine] = _load(machine)
-    return _known[machine]
+    return _load(_machine())
 
 
 def _load(machine: str) -> dict[str, Finding]:

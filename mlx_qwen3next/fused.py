@@ -15,87 +15,112 @@ import numpy as np
 
 from . import metal_kernels as kernels
 from . import ops
-from .dispatch import Operation, rows_class
-from .metal_kernels import Experts
+from .dispatch import Operation
+from .metal_kernels import MAX_ROWS, Experts
 
-_FLOATS = (mx.float32, mx.bfloat16, mx.float16)
+Shape = tuple[int, ...]
 
-
-def _dtype(x: mx.array) -> str:
-    return str(x.dtype).rpartition(".")[2]
+_NAMES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
 
 
-def _rows(x: mx.array) -> int:
-    return x.size // x.shape[-1]
+def rows_class(rows: int) -> str:
+    """The kind of a step of so many rows: 1, 2, 3-4, 5-8, 9-16, or more."""
+    if rows > MAX_ROWS:
+        return f"rows>{MAX_ROWS}"
+    last = 1 << (rows - 1).bit_length()
+    first = last // 2 + 1
+    return f"rows={rows}" if first >= last else f"rows={first}-{last}"
 
 
 # --- norms ---------------------------------------------------------------------------------------
-def _norm_kind(x: mx.array, *rest: Any) -> str | None:
-    *_, weight, _ = rest
-    taken = x.dtype in _FLOATS and weight.dtype == mx.float32 and x.shape[-1] >= 8 and x.size > 0
-    return f"{_dtype(x)} {_rows_kind(x)} H={x.shape[-1]}" if taken else None
+def _norm_facts(x: mx.array, *rest: Any) -> tuple[Any, ...]:
+    return x.shape, x.dtype, rest[-2].dtype  # of the weight
 
 
-def _rows_kind(x: mx.array) -> str:
-    rows = _rows(x)
-    return rows_class(rows) if rows <= kernels.MAX_ROWS else "rows>16"
+def _norm_kind(shape: Shape, dtype: mx.Dtype, weight: mx.Dtype) -> str | None:
+    *before, H = shape
+    rows = int(np.prod(before))
+    if dtype not in _NAMES or weight != mx.float32 or H < 8 or rows == 0:
+        return None
+    return f"{_NAMES[dtype]} {rows_class(rows)} H={H}"
 
 
-rms_norm = Operation("rms_norm", kernels.rms_norm, ops.rms_norm, _norm_kind)
-add_rms_norm = Operation("add_rms_norm", kernels.add_rms_norm, ops.add_rms_norm, _norm_kind)
+rms_norm = Operation("rms_norm", kernels.rms_norm, ops.rms_norm, _norm_facts, _norm_kind)
+add_rms_norm = Operation(
+    "add_rms_norm", kernels.add_rms_norm, ops.add_rms_norm, _norm_facts, _norm_kind
+)
 
 
 # --- the gated delta step ------------------------------------------------------------------------
-def _delta_kind(
+def _delta_facts(
     x: mx.array,
     before: mx.array,
     state: mx.array,
     tape: Any,
     keep: int,
     taps: mx.array,
-    *weights: mx.array,
+    A_log: mx.array,
+    *_: mx.array,
     key_heads: int,
     lazy: bool,
     mask: mx.array | None,
     lengths: mx.array | None,
-    **_: Any,
+    **__: Any,
+) -> tuple[Any, ...]:
+    same = before.dtype == x.dtype and A_log.dtype == mx.float32
+    flags = lazy, keep > 0, mask is not None, lengths is not None
+    return x.shape, x.dtype, state.shape, key_heads, taps.shape[1], same, *flags
+
+
+def _delta_kind(
+    shape: Shape,
+    dtype: mx.Dtype,
+    state: Shape,
+    Hk: int,
+    K: int,
+    same: bool,
+    lazy: bool,
+    replays: bool,
+    masked: bool,
+    has_lengths: bool,
 ) -> str | None:
-    B, L = x.shape[:2]
-    Hv, Dv, Dk = state.shape[1:]
-    taken = (
-        x.dtype in _FLOATS
-        and before.dtype == x.dtype
-        and all(w.dtype == mx.float32 for w in weights)
-        and lengths is None
-        and kernels.takes_gated_delta(L, Dk, Dv)
-    )
-    if not taken:
+    B, L, _ = shape
+    _, Hv, Dv, Dk = state
+    if dtype not in _NAMES or not same or has_lengths or not kernels.takes_gated_delta(L, Dk, Dv):
         return None
-    sizes = f"B={B} Hk={key_heads} Hv={Hv} Dk={Dk} Dv={Dv} K={taps.shape[1]}"
-    extras = "".join(
-        (" round" if lazy else "", " after a round" if keep else "", " masked" * (mask is not None))
-    )
-    return f"{_dtype(x)} {rows_class(L)} {sizes}{extras}"
+    sizes = f"B={B} Hk={Hk} Hv={Hv} Dk={Dk} Dv={Dv} K={K}"
+    extras = " round" * lazy + " replay" * replays + " masked" * masked
+    return f"{_NAMES[dtype]} {rows_class(L)} {sizes}{extras}"
 
 
 def _delta_kernel(*args: Any, lengths: None = None, **options: Any) -> list[mx.array]:
     return kernels.gated_delta_step(*args, **options)
 
 
-gated_delta_step = Operation("gated_delta_step", _delta_kernel, ops.gated_delta_step, _delta_kind)
+gated_delta_step = Operation(
+    "gated_delta_step", _delta_kernel, ops.gated_delta_step, _delta_facts, _delta_kind
+)
 
 
-def _replay_kind(
+def _replay_facts(
     state: mx.array, g: mx.array, k: mx.array, delta: mx.array, keep: int
-) -> str | None:
-    B, Hv, Dv, Dk = state.shape
+) -> tuple[Any, ...]:
+    return state.shape, k.shape[2], keep
+
+
+def _replay_kind(state: Shape, Hk: int, keep: int) -> str | None:
+    B, Hv, Dv, Dk = state
     if not kernels.takes_gated_delta(1, Dk, Dv):
         return None
-    return f"{rows_class(keep)} B={B} Hk={k.shape[2]} Hv={Hv} Dk={Dk} Dv={Dv}"
+    return f"{rows_class(keep)} B={B} Hk={Hk} Hv={Hv} Dk={Dk} Dv={Dv}"
 
 
 gated_delta_replay = Operation(
-    "gated_delta_replay", kernels.gated_delta_replay, ops.gated_delta_replay, _replay_kind
+    "gated_delta_replay",
+    kernels.gated_delta_replay,
+    ops.gated_delta_replay,
+    _replay_facts,
+    _replay_kind,
 )
 
 
@@ -122,7 +147,7 @@ def _heads_kernel(
     return kernels.attention_heads(x, q_weight, k_weight, frequencies, offsets, **options)
 
 
-def _heads_kind(
+def _heads_facts(
     x: mx.array,
     q_weight: mx.array,
     k_weight: mx.array,
@@ -132,32 +157,47 @@ def _heads_kind(
     kv_heads: int,
     rotary_dims: int,
     **_: Any,
+) -> tuple[Any, ...]:
+    positions = mx.int32 if isinstance(offset, int) else offset.dtype
+    types = q_weight.dtype, positions
+    return x.shape, x.dtype, q_weight.shape[0], heads, kv_heads, rotary_dims, types
+
+
+def _heads_kind(
+    shape: Shape,
+    dtype: mx.Dtype,
+    hd: int,
+    nh: int,
+    nkv: int,
+    rotary: int,
+    types: tuple[mx.Dtype, mx.Dtype],
 ) -> str | None:
-    hd = q_weight.shape[0]
-    taken = (
-        x.dtype in _FLOATS
-        and q_weight.dtype == k_weight.dtype == mx.float32
-        and 8 <= hd <= 1024
-        and x.shape[1] <= kernels.MAX_ROWS
-        and (isinstance(offset, int) or (offset.ndim == 1 and offset.dtype == mx.int32))
-    )
-    if not taken:
+    B, L, _ = shape
+    fits = 8 <= hd <= 1024 and L <= MAX_ROWS and types == (mx.float32, mx.int32)
+    if dtype not in _NAMES or not fits:
         return None
-    sizes = f"B={x.shape[0]} nh={heads} nkv={kv_heads} hd={hd} rotary={rotary_dims}"
-    return f"{_dtype(x)} {rows_class(x.shape[1])} {sizes}"
+    return f"{_NAMES[dtype]} {rows_class(L)} B={B} nh={nh} nkv={nkv} hd={hd} rotary={rotary}"
 
 
-attention_heads = Operation("attention_heads", _heads_kernel, ops.attention_heads, _heads_kind)
+attention_heads = Operation(
+    "attention_heads", _heads_kernel, ops.attention_heads, _heads_facts, _heads_kind
+)
 
 
-def _gate_kind(o: mx.array, x: mx.array, *, kv_heads: int) -> str | None:
-    B, nh, L, hd = o.shape
-    if o.dtype not in _FLOATS or x.dtype != o.dtype or L > kernels.MAX_ROWS:
+def _gate_facts(o: mx.array, x: mx.array, *, kv_heads: int) -> tuple[Any, ...]:
+    return o.shape, o.dtype, x.dtype == o.dtype, kv_heads
+
+
+def _gate_kind(shape: Shape, dtype: mx.Dtype, same: bool, nkv: int) -> str | None:
+    B, nh, L, hd = shape
+    if dtype not in _NAMES or not same or L > MAX_ROWS:
         return None
-    return f"{_dtype(o)} {rows_class(L)} B={B} nh={nh} nkv={kv_heads} hd={hd}"
+    return f"{_NAMES[dtype]} {rows_class(L)} B={B} nh={nh} nkv={nkv} hd={hd}"
 
 
-attention_gate = Operation("attention_gate", kernels.attention_gate, ops.attention_gate, _gate_kind)
+attention_gate = Operation(
+    "attention_gate", kernels.attention_gate, ops.attention_gate, _gate_facts, _gate_kind
+)
 
 
 # --- sparse experts ------------------------------------------------------------------------------
@@ -174,7 +214,7 @@ def _experts_kernel(
     return kernels.expert_down(y, down, plan, residual)
 
 
-def _experts_kind(
+def _experts_facts(
     x: mx.array,
     logits: mx.array,
     gate_up: Experts,
@@ -184,26 +224,37 @@ def _experts_kind(
     experts: int,
     top_k: int,
     normalise: bool,
+) -> tuple[Any, ...]:
+    types = [a.dtype for a in (logits, residual)]
+    types += [(w.weight if w.scales is None else w.scales).dtype for w in (gate_up, down)]
+    stored = [(w.weight.shape, w.bits, w.group_size) for w in (gate_up, down)]
+    return x.shape, x.dtype, (*types,), (*stored,), logits.shape[1], experts, top_k
+
+
+def _experts_kind(
+    shape: Shape,
+    dtype: mx.Dtype,
+    types: tuple[mx.Dtype, ...],
+    stored: tuple[tuple[Shape, int, int], ...],
+    columns: int,
+    E: int,
+    top_k: int,
 ) -> str | None:
-    R, H = x.shape
-    floats = [x, logits, residual, *(a for w in (gate_up, down) for a in _floats(w))]
+    R, H = shape
     taken = (
-        x.dtype in _FLOATS
-        and all(a.dtype == x.dtype for a in floats)
-        and kernels.takes_router(R, experts, top_k)
-        and kernels.takes_experts(gate_up, down)
+        dtype in _NAMES
+        and all(t == dtype for t in types)
+        and kernels.takes_router(R, E, top_k)
+        and all(kernels.takes_experts(*of) for of in stored)
     )
     if not taken:
         return None
-    I = gate_up.weight.shape[1] // 2
-    bits = f"bits={gate_up.bits}/{gate_up.group_size},{down.bits}/{down.group_size}"
-    shared = " shared" if logits.shape[1] > experts else ""
-    return f"{_dtype(x)} {rows_class(R)} E={experts} top={top_k} H={H} I={I} {bits}{shared}"
+    bits = ",".join(f"{bits}/{group}" for _, bits, group in stored)
+    shared = " shared" * (columns > E)
+    sizes = f"E={E} top={top_k} H={H} I={stored[0][0][1] // 2} bits={bits}"
+    return f"{_NAMES[dtype]} {rows_class(R)} {sizes}{shared}"
 
 
-def _floats(weights: Experts) -> list[mx.array]:
-    stored = (weights.weight, weights.scales, weights.biases)
-    return [a for a in stored if a is not None and mx.issubdtype(a.dtype, mx.floating)]
-
-
-sparse_experts = Operation("sparse_experts", _experts_kernel, ops.sparse_experts, _experts_kind)
+sparse_experts = Operation(
+    "sparse_experts", _experts_kernel, ops.sparse_experts, _experts_facts, _experts_kind
+)

@@ -31,5 +31,8 @@ def executed(*, build="fast", **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metal_kernels, "launch", launch)
         patch.setattr(metal_kernels, "available", lambda: True)
-        patch.setattr(dispatch, "_mode", "on")
-        yield launches
+        dispatch.set_kernels("on")
+        try:
+            yield launches
+        finally:
+            dispatch.set_kernels("auto")
