@@ -1,0 +1,24 @@
+"""How many GPU launches a step queues, counted in its graph."""
+
+import launches
+import pytest
+
+
+@pytest.mark.parametrize("rows, speculating, most", [(1, False, 43), (4, True, 50), (9, True, 50)])
+def test_a_period_with_kernels(rows, speculating, most):
+    counted = launches.per_period(launches.ours, rows, kernels=True, speculating=speculating)
+    assert 0 < counted.total() <= most
+
+
+def test_a_period_of_mlx_lm():
+    """The count that the others stand beside."""
+    assert launches.per_period(launches.mlx_lm, 1).total() == 160
+
+
+def test_each_launch_is_counted_once():
+    """A layer's launches as they are documented: nine, and thirteen with attention."""
+    counted = launches.per_period(launches.ours, 1, kernels=True)
+    assert counted["QuantizedMatmul"] == 4 * 3  # two projections and the router
+    assert counted["SliceUpdate"] == 2  # keys and values
+    kernels_and_attention = 3 * (2 + 1 + 3) + (2 + 1 + 1 + 1 + 3)
+    assert counted["Erf"] == kernels_and_attention == 26
