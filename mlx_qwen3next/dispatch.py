@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -127,8 +128,10 @@ def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -
     try:
         ours = kernel()
         mx.eval(ours)
-    except (RuntimeError, ValueError) as error:  # what Metal's compiler says
+    except Exception as error:  # what Metal's compiler says, or whatever it is
         return Finding(False, f"it does not run: {_first_line(error)}")
+    if len(ours) != len(plain):
+        return Finding(False, f"it is wrong: {len(ours)} results, not {len(plain)}")
     for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
         off, bound = _error(a, c), max(2 * _error(b, c), TOLERANCE)
         if not off <= bound:  # a NaN is not
@@ -220,4 +223,5 @@ def _save(findings: dict[str, Finding]) -> None:
         beside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         beside.replace(file)
     except OSError:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()

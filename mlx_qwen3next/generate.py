@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 from mlx_lm.generate import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT, setup_arg_parser
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .cache import Cache
 from .command import Parser
+from .dispatch import Mode, set_kernels
 from .generation import (
     GenerationResponse,
     check_depth,
@@ -114,6 +115,13 @@ def parser() -> argparse.ArgumentParser:
         "measures what pays on this machine, drafting nothing included (default: %(default)s). "
         "Changes the speed, not the answer.",
     )
+    essential.add_argument(
+        "--kernels",
+        choices=get_args(Mode),
+        default="auto",
+        help="Metal kernels of this package: 'auto' uses each where it proved right and fast on "
+        "this machine, 'on' wherever there is one, 'off' nowhere (default: %(default)s).",
+    )
     return result
 
 
@@ -154,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, flag) != stock.get_default(flag):
             raise ValueError(f"--{flag.replace('_', '-')} is not supported: {reason}")
     check_max_tokens(args.max_tokens)
+    set_kernels(args.kernels)
     sampling = {name: getattr(args, name) for name in SAMPLING}
     Sampling(**sampling)
     template_options = _json_object("--chat-template-config", args.chat_template_config)

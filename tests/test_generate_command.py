@@ -25,7 +25,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_adapters
 
 import mlx_qwen3next
-from mlx_qwen3next import load, stream_generate
+from mlx_qwen3next import dispatch, load, stream_generate
 from mlx_qwen3next.generate import DEMO_PROMPT, main, parser
 from mlx_qwen3next.load import BUNDLED
 
@@ -287,6 +287,20 @@ def test_verbose_frames_the_answer_and_adds_statistics(run, model_dir):
         r"Peak memory: [\d.]+ GB\n"
         r"(Speculation: .*\n)?",
         out,
+    )
+
+
+def test_kernels(run, answer, model_dir, monkeypatch):
+    expected = library_answer(model_dir, "import os\n", 20)
+    assert answer("--model", model_dir, *RAW, "-m", 20, "--kernels", "off") == expected
+    assert dispatch._mode == "off"
+    assert answer("--model", model_dir, *RAW, "-m", 20) == expected
+    assert dispatch._mode == "auto"
+    status, out, err = run("--model", model_dir, *RAW, "--kernels", "on")
+    assert (status, out) == (2, "")
+    assert (
+        err.startswith("error: kernels are 'on', but there is no Metal GPU")
+        and err.count("\n") == 1
     )
 
 
