@@ -108,7 +108,7 @@ def test_stock_flags_are_understood_as_in_mlx_lm(dest):
 
 def test_defaults_are_mlx_lms():
     ours, stock = vars(parser().parse_args([])), vars(setup_arg_parser().parse_args([]))
-    assert ours.pop("mtp") == "auto"
+    assert (ours.pop("mtp"), ours.pop("kernels")) == ("auto", "auto")
     assert ours.pop("prompt") is None  # mlx-lm's, or the demo model's own question
     del stock["prompt"]
     assert ours == stock

@@ -1,0 +1,57 @@
+"""What the kernels read and write at the 80B model's shapes, against formulas."""
+
+from functools import cache
+
+import kernel_bytes
+import pytest
+from kernel_bytes import HV, TOP, C, D, H, I, K, P
+
+MOST = 1.3  # times the compulsory minimum, for weights and state
+STATE = HV * D * D * 4
+experts = cache(kernel_bytes.experts)
+
+
+def assert_moved_once(counted, expected):
+    """All of it and nothing else, and no line by two threadgroups."""
+    read_or_written = counted.unique_read + counted.unique_written
+    assert read_or_written == expected
+    assert kernel_bytes.ratio(counted) <= MOST
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_an_experts_weights_are_read_once_a_step(rows):
+    counted, distinct = experts(rows), kernel_bytes.chosen(rows)
+    assert TOP < distinct <= rows * TOP + 1
+    for kernel, values in (("expert_gate_up", 2 * I * H), ("expert_down", H * I)):
+        buffers = counted[kernel]
+        assert_moved_once(buffers["weight"], distinct * values // 2)  # 4 bits
+        for name in ("scales", "biases"):
+            assert_moved_once(buffers[name], distinct * values // 64 * 2)
+
+
+def test_rows_share_what_they_can():
+    """Four rows choose fewer experts than four times one row's."""
+    one, four = (experts(rows)["expert_gate_up"]["weight"].unique_read for rows in (1, 4))
+    assert one < four < 4 * one
+    assert kernel_bytes.chosen(4) * one == (TOP + 1) * four
+
+
+@pytest.mark.parametrize("rows, lazy", [(1, False), (5, False), (1, True), (4, True), (9, True)])
+def test_the_state_goes_in_and_out_once(rows, lazy):
+    (buffers,) = kernel_bytes.gated_delta(rows, lazy).values()
+    for name in ("state", "state_out"):
+        assert_moved_once(buffers[name], STATE)
+    assert buffers["state"].read == buffers["state_out"].written == STATE
+    assert buffers["x"].unique_read == rows * P * 2
+    assert buffers["before"].unique_read == (K - 1) * C * 2
+    kept = K - 1 + rows if lazy else K - 1
+    assert buffers["rows_out"].unique_written == kept * C * 2
+    small = sum(b.lines_read + b.lines_written for n, b in buffers.items() if "state" not in n)
+    assert small < 0.3 * 2 * STATE  # up to nine rows, the state is what costs
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_activations_are_moved_once(rows):
+    for kernel, buffers in (kernel_bytes.norms(rows) | kernel_bytes.attention(rows)).items():
+        for name in buffers.keys() & {"x", "y", "o", "sum", "normed", "q", "k", "v"}:
+            assert kernel_bytes.ratio(buffers[name]) == 1, (kernel, name)
