@@ -189,7 +189,7 @@ def takes_gated_delta(L: int, Dk: int, Dv: int) -> bool:
         1 <= L <= MAX_ROWS
         and Dk % LANES == 0
         and Dv >= 8
-        and Dv // _simdgroups(Dv) * Dk <= 32 * LANES  # registers: 32 floats a lane
+        and _simdgroups(Dk, Dv) > 0
         and 4 * (2 * Dk + 2 * Dv + 2) <= THREADGROUP_BYTES
     )
 
@@ -234,7 +234,7 @@ def gated_delta_step(
     B, L, _ = x.shape
     Hv, Dv, Dk = state.shape[1:]
     C, K = taps.shape[:2]
-    groups = _simdgroups(Dv)
+    groups = _simdgroups(Dk, Dv)
     chunk = min(8, THREADGROUP_BYTES // (4 * (2 * Dk + 2 * Dv + 2)))
     none = _constant(0, mx.float32, 8)
     outputs = [((B, L, Hv * Dv), x.dtype), (state.shape, mx.float32)]
@@ -247,7 +247,7 @@ def gated_delta_step(
         inputs=[
             *(x, before, taps, A_log, dt_bias, norm_weight, _constant(eps, mx.float32)),
             _constant(1, mx.bool_, 8) if mask is None else mask,
-            *(state, *(tape or (none, none, none)), mx.array([keep], mx.int32)),
+            *(state, *(tape or (none, none, none)), _constant(keep, mx.int32)),
         ],
         template=[
             *(("T", x.dtype), ("W", taps.dtype), ("HK", key_heads), ("HV", Hv), ("DK", Dk)),
@@ -269,10 +269,10 @@ def gated_delta_replay(
     Arguments as :func:`gated_delta_step`.
     """
     B, Hv, Dv, Dk = state.shape
-    groups = _simdgroups(Dv)
+    groups = _simdgroups(Dk, Dv)
     (after,) = launch(
         GATED_DELTA_REPLAY,
-        inputs=[state, g, k, delta, mx.array([keep], mx.int32)],
+        inputs=[state, g, k, delta, _constant(keep, mx.int32)],
         template=[("HK", k.shape[2]), ("HV", Hv), ("DK", Dk), ("DV", Dv), ("SG", groups)],
         grid=(LANES * groups, Hv, B),
         threadgroup=(LANES * groups, 1, 1),
@@ -282,9 +282,15 @@ def gated_delta_replay(
     return after
 
 
-def _simdgroups(Dv: int) -> int:
-    """Simdgroups a head: as many as share its rows evenly, 32 at most."""
-    return next(n for n in range(min(Dv, 32), 0, -1) if Dv % n == 0)
+@cache
+def _simdgroups(Dk: int, Dv: int) -> int:
+    """Simdgroups a head, which share its rows evenly; 0 if none of these numbers will do.
+
+    16 where they can hold the state in 32 registers a lane: threads that need more registers may
+    not be as many as 1,024 in a threadgroup.
+    """
+    shares = [n for n in range(1, 33) if Dv % n == 0 and Dv // n * Dk <= 32 * LANES]
+    return next((n for n in shares if n >= 16), shares[-1] if shares else 0)
 
 
 # --- attention -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ and :mod:`mlx_qwen3next.dispatch` chooses; arguments and results are documented 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -132,6 +132,11 @@ def inverse_frequencies(rotary_dims: int, base: float) -> mx.array:
     return mx.array((base**-exponents).astype(np.float32))
 
 
+@lru_cache(maxsize=8)  # all layers have the same
+def _positions(offset: int, B: int) -> mx.array:
+    return mx.array([offset] * B, mx.int32)
+
+
 def _heads_kernel(
     x: mx.array,
     q_weight: mx.array,
@@ -142,7 +147,7 @@ def _heads_kernel(
     base: float,
     **options: Any,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    offsets = mx.array([offset] * x.shape[0], mx.int32) if isinstance(offset, int) else offset
+    offsets = _positions(offset, x.shape[0]) if isinstance(offset, int) else offset
     frequencies = inverse_frequencies(rotary_dims, base)
     return kernels.attention_heads(x, q_weight, k_weight, frequencies, offsets, **options)
 
