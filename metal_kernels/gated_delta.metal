@@ -268,8 +268,7 @@ inline void gated_delta_step(
         const float normed = norm_weight[d] * (o_shared[t * Dv + d] * scale);
         o[(token * Hv + at.head) * Dv + d] = static_cast<T>(normed * silu(z));
       }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    }  // no barrier: the next chunk's staging leaves o_shared alone
   }
 
   if (!Lazy) {

@@ -21,13 +21,9 @@ TRUNK, DRAFTER = (
 )
 DRAFTER = (TRUNK + 0.7 * DRAFTER).astype(np.float32)
 OPTIONS = [
-    {"temp": 0.7},
     {"temp": 1.5},
     {"temp": 0.7, "top_k": 3},
-    {"temp": 1.5, "top_k": 3},
     {"temp": 0.7, "top_p": 0.8},
-    {"temp": 1.5, "top_p": 0.8},
-    {"temp": 0.7, "repetition_penalty": 1.5, "repetition_context_size": 2},
     {"temp": 1.5, "repetition_penalty": 1.5, "repetition_context_size": 2},
 ]
 

@@ -24,7 +24,7 @@ typedef half float16_t;
 #define device __global
 #define constant __constant
 #define threadgroup __local
-#define thread
+#define thread __private
 #define METAL_FUNC inline
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")

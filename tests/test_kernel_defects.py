@@ -1,0 +1,497 @@
+"""The harness against the package's own kernels: mistakes made in their text, each of them found.
+
+A defect changes a few words of a kernel. The check that is to find it says what is wrong, and
+finds nothing in the text as it is.
+"""
+
+import re
+from functools import cache
+from typing import NamedTuple
+
+import helpers_metal
+import metal_host
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_qwen3next import metal_kernels
+
+EPS = 0.1  # of the norms, large, so that it is not taken for another
+
+# ---- cases: a few small launches; returned are pairs of arrays that must have the same bits ----
+
+
+def numbers_from(seed, dtype):
+    """A source of normal numbers that bfloat16 can hold."""
+    generator = np.random.default_rng(seed)
+
+    def normal(*shape, scale=1.0, kind=dtype):
+        values = mx.array(generator.normal(0, scale, shape), mx.float32)
+        return values.astype(mx.bfloat16).astype(kind)
+
+    return normal
+
+
+def rms_norm(dtype):
+    normal = numbers_from(0, dtype)
+    metal_kernels.rms_norm(normal(3, 328), normal(328, kind=mx.float32), EPS)
+
+
+def add_rms_norm(dtype):
+    normal = numbers_from(0, dtype)
+    weight = normal(328, kind=mx.float32)
+    total, normed = metal_kernels.add_rms_norm(normal(3, 328), normal(3, 328), weight, EPS)
+    return [("normed", normed, metal_kernels.rms_norm(total, weight, EPS))]
+
+
+class Delta:
+    """Inputs of a Gated DeltaNet layer: 2 sequences, 2 value heads that share a key head."""
+
+    B, Hk, Hv, Dk, Dv, K = 2, 1, 2, 64, 8, 4
+    C = 2 * Hk * Dk + Hv * Dv
+
+    def __init__(self, L, dtype):
+        self.normal = normal = numbers_from(1, dtype)
+        self.x = normal(self.B, L, self.C + self.Hv * self.Dv + 2 * self.Hv)
+        self.before = normal(self.B, self.K - 1, self.C)
+        self.state = normal(self.B, self.Hv, self.Dv, self.Dk, kind=mx.float32)
+        self.A_log, self.dt_bias, self.weight = (
+            normal(size, kind=mx.float32) for size in (self.Hv, self.Hv, self.Dv)
+        )
+        self.taps = normal(self.C, self.K, 1)
+
+    def step(self, x, before, state, tape=(), keep=0, mask=None, lazy=False):
+        return metal_kernels.gated_delta_step(
+            *(x, before, state, tape, keep, self.taps, self.A_log, self.dt_bias, self.weight),
+            **{"eps": EPS, "key_heads": self.Hk, "mask": mask, "lazy": lazy},
+        )
+
+
+def delta_step(dtype):
+    """One sequence begins with padding."""
+    d = Delta(10, dtype)
+    mask = mx.array([[True] * 10, [False] * 3 + [True] * 7])
+    d.step(d.x, d.before, d.state, mask=mask)
+
+
+def delta_round(dtype):
+    """After a round of which all three tokens are kept."""
+    d = Delta(10, dtype)
+    shapes = ((d.Hv,), (d.Hk, d.Dk), (d.Hv, d.Dv))
+    g, k, delta = (d.normal(d.B, 3, *shape, kind=mx.float32) for shape in shapes)
+    before = mx.concatenate([d.before, d.normal(d.B, 3, d.C)], 1)
+    d.step(d.x, before, d.state, (-mx.abs(g), 0.1 * k, delta), 3, lazy=True)
+
+
+def delta_replay(dtype):
+    """Two of three tokens kept, by a step and by the replay alone, against two plain tokens."""
+    d = Delta(4, dtype)
+    _, state, rows, *tape = d.step(d.x[:, :3], d.before, d.state, lazy=True)
+    _, kept_state, kept_rows = d.step(d.x[:, :2], d.before, d.state)
+    replayed = metal_kernels.gated_delta_replay(state, *tape, 2)
+    after = d.step(d.x[:, 3:], rows, state, tape, 2)
+    expected = d.step(d.x[:, 3:], kept_rows, kept_state)
+    names = ("o", "state after a step", "rows")
+    return [("replayed state", replayed, kept_state), *zip(names, after, expected, strict=True)]
+
+
+def heads(dtype):
+    normal = numbers_from(2, dtype)
+    x, weights = normal(2, 2, 6 * 128), normal(2, 128, kind=mx.float32)
+    frequencies = mx.array(10.0 ** -np.arange(0, 4, 0.25), mx.float32)
+    metal_kernels.attention_heads(
+        *(x, *weights, frequencies, mx.array([5, 0])), eps=EPS, heads=2, kv_heads=1
+    )
+
+
+def gate(dtype):
+    normal = numbers_from(3, dtype)
+    metal_kernels.attention_gate(normal(2, 2, 3, 32), normal(2, 3, 6 * 32), kv_heads=1)
+
+
+EXPERTS, TOP = 64, 3
+
+
+def plan(dtype):
+    """Three rows that share experts. Row 0's third best is a tie in a lane, row 1's of lanes."""
+    logits = np.random.default_rng(4).normal(0, 1, (3, EXPERTS + 1))
+    logits[:, [7, 20]] = [[9, 8], [8, 9], [9, 8]]
+    logits[0, [5, 37]] = logits[1, [12, 11]] = 6
+    return metal_kernels.router(
+        mx.array(logits).astype(mx.bfloat16).astype(dtype),
+        **{"experts": EXPERTS, "top_k": TOP, "normalise": True},
+    )
+
+
+def stack(normal, outputs, bits):
+    weight = normal(EXPERTS + 1, outputs, 256, scale=1 / 16)
+    if bits == 16:
+        return metal_kernels.Experts(weight)
+    words, *groups = mx.quantize(weight.astype(mx.bfloat16), 64, bits)
+    return metal_kernels.Experts(words, *(g.astype(weight.dtype) for g in groups), 64, bits)
+
+
+def gate_up(dtype, bits=4):
+    normal = numbers_from(5, dtype)
+    metal_kernels.expert_gate_up(normal(3, 256), stack(normal, 24, bits), plan(dtype))
+
+
+def gate_up_16(dtype):
+    gate_up(dtype, 16)
+
+
+def down(dtype):
+    normal = numbers_from(6, dtype)
+    x, residual = normal(3 * (TOP + 1), 256), normal(3, 24)
+    metal_kernels.expert_down(x, stack(normal, 24, 4), plan(dtype), residual)
+
+
+# ---- running them, with the text changed ----
+
+
+class Defect(NamedTuple):
+    family: str  # whose kernels are changed
+    old: str
+    new: str
+    case: object
+    check: object
+    message: str  # a pattern
+
+
+def changed(kernel, defect):
+    """The kernel as MLX's object, with the defect in its text if it is of the family."""
+    header = metal_kernels._text("common") + metal_kernels._text(kernel.family)
+    text = f"{header}\0{kernel.body}"
+    if defect and kernel.family == defect.family:
+        assert text.count(defect.old) == 1, f"{text.count(defect.old)} times: {defect.old}"
+        text = text.replace(defect.old, defect.new)
+    header, source = text.split("\0")
+    return mx.fast.metal_kernel(kernel.name, kernel.inputs, kernel.outputs, source, header)
+
+
+def execute(case, defect, dtype=mx.float32, build="fast", order=0):
+    """A case's launches (kernel, launch, result), and what it returns; None runs nothing."""
+    ran = []
+
+    def launch(kernel, **arguments):
+        made = helpers_metal.capture(kernel, **arguments)
+        if build:
+            result = metal_host.run(made, build, order=order)
+        else:
+            result = metal_host.Result([mx.zeros(*output) for output in made.outputs])
+        ran.append((kernel, made, result))
+        return result.outputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metal_kernels, "launch", launch)
+        patch.setattr(metal_kernels, "compiled", lambda kernel: changed(kernel, defect))
+        returned = case(dtype)
+    assert not defect or defect.family in [kernel.family for kernel, *_ in ran]
+    return ran, returned
+
+
+def outputs(*arguments, **options):
+    """The outputs of all launches of a case, by name."""
+    ran, _ = execute(*arguments, **options)
+    pairs = [zip(kernel.outputs, result.outputs, strict=True) for kernel, _, result in ran]
+    return [pair for launch in pairs for pair in launch]
+
+
+@cache
+def right(case):
+    return outputs(case, None)
+
+
+def is_near(values, expected):
+    values, expected = (np.array(a, np.float64) for a in (values, expected))
+    return np.linalg.norm(values - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+# ---- checks: each returns what it has to say of a case ----
+
+
+def run(case, defect):
+    """Those of the harness while it runs the kernel."""
+    try:
+        execute(case, defect, build="check")
+    except metal_host.KernelError as found:
+        return str(found)
+    return ""
+
+
+def lint(case, defect):
+    sources = [launch.source for _, launch, _ in execute(case, defect, build=None)[0]]
+    return "; ".join(message for source in sources for message in metal_host.lint(source))
+
+
+def types(case, defect):
+    sources = [launch.source for _, launch, _ in execute(case, defect, build=None)[0]]
+    return "; ".join(metal_host.type_check(*sources))
+
+
+def numbers(case, defect, build="fast"):
+    """Results in float32 against those of the text as it is."""
+    for (name, got), (_, expected) in zip(
+        outputs(case, defect, build=build), right(case), strict=True
+    ):
+        if not is_near(got, expected):
+            return f"{name} is wrong"
+    return ""
+
+
+def pattern(case, defect):
+    """As numbers, where variables that were never set hold a pattern."""
+    return numbers(case, defect, "check")
+
+
+def rounded(case, defect):
+    """Results in bfloat16: they must be those in float32, rounded once, at the end."""
+    for (name, got), (_, exact) in zip(
+        outputs(case, defect, mx.bfloat16), right(case), strict=True
+    ):
+        if not mx.array_equal(got, exact.astype(got.dtype)):
+            return f"{name} was rounded before its end"
+    return ""
+
+
+def orders(case, defect):
+    """Whether bits depend on the schedule."""
+    first = outputs(case, defect)
+    for order in (1, 2, 8, 15):
+        for (name, a), (_, b) in zip(first, outputs(case, defect, order=order), strict=True):
+            if not mx.array_equal(a, b):
+                return f"{name} depends on the order"
+    return ""
+
+
+def bits(case, defect):
+    """What the case returns, also where a compiler fuses operations."""
+    for build in ("fast", "fma"):
+        for name, got, expected in execute(case, defect, mx.bfloat16, build)[1]:
+            if not mx.array_equal(got, expected):
+                return f"{build}: {name} has other bits"
+    return ""
+
+
+def reads(case, defect):
+    """Whether an expert's weights are read more than once."""
+    _, _, result = execute(case, defect, build="check")[0][-1]
+    weight = result.counters["weight"]
+    times = weight.lines_read / weight.unique_read
+    return f"weights read {times:.1f} times" if times > 1.3 else ""
+
+
+# By family: name | case | check | message, then the change of the text, old => new, whose lines
+# are joined; \n stands for the end of a line of it.
+TABLE = r"""
+== norms
+no barrier before partial sums are added | add_rms_norm | run | UNORDERED
+threadgroup_barrier(mem_flags::mem_threadgroup); =>
+barrier of a simdgroup there | add_rms_norm | run | UNORDERED
+threadgroup_barrier => simdgroup_barrier
+barrier for other memory there | add_rms_norm | run | race: read of byte .* of threadgroup memory
+mem_flags::mem_threadgroup => mem_flags::mem_device
+sum in order of arrival, a race | add_rms_norm | run | race: .* of threadgroup memory
+shared[simdgroup] = squares; => shared[simdgroup] = 0.0f; shared[0] += squares;
+sum in order of arrival, other bits | add_rms_norm | orders | normed depends on the order
+shared[simdgroup] = squares; => shared[simdgroup] = 0.0f; shared[0] += squares;
+partial sum not set | add_rms_norm | run | uninitialised threadgroup memory at byte 0
+if (lane == 0) { => if (lane == 0 && simdgroup > 0) {
+threads return before a sum | add_rms_norm | run | has returned|have returned
+squares = simd_sum => if (thread_index + 32 * SG >= H) { return; } squares = simd_sum
+sum of squares from no first value | add_rms_norm | types | variable 'squares' is uninitialized
+float squares = 0.0f; => float squares;
+read behind the last row | add_rms_norm | run | out of bounds read of 4 bytes at byte 3936 of 'x'
+x, y, start + i);\n    squares => x, y, start + i + 1);\n    squares
+elements not written | rms_norm | run | output 'normed' was not fully written: first byte 1024
+normed[start + i] = => normed[start + thread_index] =
+sum of squares in T | rms_norm | rounded | normed was rounded
+squares += value * value; => squares = static_cast<T>(squares + value * value);
+squares in T | rms_norm | rounded | normed was rounded
+value * value; => static_cast<T>(value) * static_cast<T>(value);
+norm of a sum that was not rounded | add_rms_norm | bits | fast: normed has other bits
+static_cast<float>(static_cast<T>(value + load(y, i))) => value + load(y, i)
+sum written over an input | add_rms_norm | types | cannot assign|read-only
+sum[start + i] = => x[start + i] =
+maximum of float and integer | add_rms_norm | types | call to 'max' is ambiguous
+metal::max(x, 0.0f) => metal::max(x, 0)
+device memory for threadgroup memory | add_rms_norm | types | no matching function for .*'rms_norm'
+device T* normed, threadgroup float* => device T* normed, device float*
+pointer without address space | add_rms_norm | lint | without address space: const T. x
+inline float residual(const device T* x => inline float residual(const T* x
+double | add_rms_norm | lint | double is not Metal
+float total = 0.0f; => double total = 0.0f;
+static variable | add_rms_norm | lint | a static variable in a function is not Metal
+float total = 0.0f; => static float total = 0.0f;
+lambda | add_rms_norm | lint | a lambda is not Metal
+value = load(x, i); => value = [&](uint j) { return load(x, j); }(i);
+
+== gated_delta
+no barrier after staging q, k and v | delta_step | run | UNORDERED
+threadgroup_barrier(mem_flags::mem_threadgroup);\n\n    // The delta => // The delta
+no barrier before the gated norm | delta_step | run | UNORDERED
+threadgroup_barrier(mem_flags::mem_threadgroup);\n\n    // The gated => // The gated
+o kept where q is | delta_step | run | UNORDERED
+o_shared = v_shared + Chunk * Dv; => o_shared = q_shared;
+heads that share a key all write its rows | delta_step | run | race: write .* of rows_out, .*another
+owns_key = at.head % r == 0; => owns_key = true;
+heads that share a key all write its tape | delta_round | run | race: write .* of k_out, .*another
+Lazy && part == 1 && owns_key => Lazy && part == 1
+convolution's inputs a row late | delta_round | run | out of bounds read .* of 'before'
+keep + (K - 1 + t) => keep + (K + t)
+wrong stride of the input | delta_step | numbers | o is wrong
+(batch * L + t) * P + c => (batch * L + t) * C + c
+wrong stride of the tape's keys | delta_round | run | out of bounds read .* of 'tape_k'
+k[(token * Hk + key_head) * Dk => k[(token * Hv + key_head) * Dk
+too little threadgroup memory | delta_step | run | out of bounds write .* of threadgroup memory
+(2 * DK + 2 * DV + 2) => (2 * DK + 2 * DV + 1)
+too much threadgroup memory | delta_step | run | threadgroup memory, which is over 32 KiB
+shared[CHUNK * => shared[8 * CHUNK *
+state not written in a round | delta_round | run | output 'state_out' was not fully written
+if (Lazy) {\n    store_state => if (!Lazy) {\n    store_state
+state written twice in a round | delta_round | numbers | state_out is wrong
+if (!Lazy) { => {
+no decay | delta_step | numbers | o is wrong
+decay_row(S[j], gamma_shared[t]); =>
+no Dk^-0.5 | delta_step | numbers | o is wrong
+scale *= metal::precise::rsqrt(static_cast<float>(Dk)); =>
+l2norm with the norm's eps | delta_step | numbers | o is wrong
+simd_sum(squares) + 1e-6f => simd_sum(squares) + load(eps, 0)
+norm with the l2norm's eps | delta_step | numbers | o is wrong
+/ Dv + load(eps, 0) => / Dv + 1e-6f
+gate before the norm | delta_step | numbers | o is wrong
+squares += o_shared =>
+o_shared[t * Dv + d] *= silu(load(x, token * P + C + at.head * Dv + d));\nsquares += o_shared
+padding written to the state | delta_step | numbers | o is wrong
+padding ? 0.0f : sigmoid(b) => sigmoid(b)
+sum of a diverged simdgroup | delta_step | run | divergent synchronisation: .* simd operation
+out = simd_sum(out);\n        if (at.lane == 0) { => if (at.lane == 0) {\nout = simd_sum(out);
+replay without the first token | delta_replay | bits | fast: replayed state has other bits
+uint t = 0; t < keep => uint t = 1; t < keep
+replay of a token too many | delta_replay | bits | fast: replayed state has other bits
+t < keep => t <= keep
+replay that rounds the product | delta_replay | bits | fast: replayed state has other bits
+write_row(S[j], key, delta[ => for (int i = 0; i < N; i++) S[j][i] += key[i] * (delta[
+replay fused by chance | delta_replay | bits | fma: replayed state has other bits
+row[i] = metal::fma(key[i], delta, row[i]); => row[i] = key[i] * delta + row[i];
+convolution's products in T | delta_round | rounded | o was rounded
+load(taps, c * K + j) * => taps[c * K + j] * (T)
+prediction's sum in T | delta_round | rounded | o was rounded
+predicted += S[j][i] * key[i]; => predicted = static_cast<T>(predicted + S[j][i] * key[i]);
+reference without address space | delta_step | lint | without address space: const Tape& tape
+thread const Tape& tape => const Tape& tape
+
+== attention
+no barrier between norm and rotation | heads | run | UNORDERED
+simdgroup_barrier(mem_flags::mem_threadgroup); =>
+lanes return before the barrier | heads | run | has returned
+simdgroup_barrier => if (lane >= Rd / 4) { return; } simdgroup_barrier
+wrong strides of q | heads | numbers | q is wrong
+q + ((batch * Nq + head) * L + token) * D => q + ((batch * L + token) * Nq + head) * D
+write behind the values | heads | run | out of bounds write of 4 bytes at byte 2048 of 'v'
+to[d] = from[d]; => to[d + 1] = from[d];
+position that is too large | heads | run | signed integer overflow in [*]
+offsets[batch] + => offsets[batch] * 1000000000 +
+neighbours rotated | heads | numbers | q is wrong
+second = shared[d + Rd / 2]; => second = shared[d + 1];
+sum of squares in T | heads | rounded | q was rounded
+squares += value * value; => squares = static_cast<T>(squares + value * value);
+device memory for constant memory | heads | types | cannot initialize a variable
+const device T* from = x => const constant T* from = x
+gate of the next token | gate | run | out of bounds read of 4 bytes at byte .* of 'x'
+row * P + (Nq => (row + 1) * P + (Nq
+gate's product in T | gate | rounded | y was rounded
+value * sigmoid(gate) => static_cast<T>(value) * static_cast<T>(sigmoid(gate))
+
+== router
+no barrier between keys and rank | plan | run | UNORDERED
+E));\n    }\n  }\n  threadgroup_barrier(mem_flags::mem_threadgroup); => E)); } }
+no barrier between rank and starts | plan | run | UNORDERED
+pair_weights[i];\n  }\n  threadgroup_barrier(mem_flags::mem_threadgroup); => pair_weights[i]; }
+end written behind the starts | plan | run | out of bounds write of 4 bytes at byte 52 of 'starts'
+starts[N] = N; => starts[N + 1] = N;
+unused experts not written | plan | run | output 'experts' was not fully written: first byte 24
+experts[i] = 0; =>
+tie in a lane to the highest index | plan | numbers | experts is wrong
+values[v] > best => values[v] >= best
+tie of lanes to the highest index | plan | numbers | experts is wrong
+simd_min(best == top ? index : static_cast<uint>(E - 1)) => simd_max(best == top ? index : 0u)
+shared expert's weight without sigmoid | plan | numbers | weights is wrong
+sigmoid(load(from, E)) => load(from, E)
+sum of a diverged simdgroup | plan | run | divergent synchronisation: .* simd operation
+if (Normalise) { => if (lane < 3) {
+expert listed for every pair | gate_up | reads | weights read
+sorted[i] / R != sorted[i - 1] / R) { => true) { distinct = i + 1; all = N;
+
+== experts
+misaligned words | gate_up | run | misaligned
+weight + (row * Columns + c) / places => weight + 1 + (row * Columns + c) / places
+shift by more than a word | gate_up | run | shift by a negative or too large amount
+word_mask << (i * Bits % 32) => word_mask << (i * Bits)
+up's rows too far | gate_up | run | out of bounds read of 8 bytes at byte .* of 'weight'
+output, I - kPairs, x => output, I, x
+wrong stride of the scales | gate_up | run | out of bounds read of 4 bytes at byte .* of 'scales'
+(row * Columns + c) / G => (row * Columns + c) / V
+sums from no first value | gate_up | pattern | y is wrong
+acc[o][n] = 0.0f; =>
+last pair not computed | gate_up | run | output 'y' was not fully written
+if (pair < end) {\n    gate_up => if (pair + 1 < end) {\n    gate_up
+products in T | gate_up_16 | rounded | y was rounded
+value = load(w, i);\n#pragma unroll\n          for (int n = 0; n < Rows; n++) {\n
+            dots[n] += values[n][i] * value;
+=> value = load(w, i); for (int n = 0; n < Rows; n++) { dots[n] += (T)values[n][i] * (T)value;
+threadgroup for every pair | gate_up | reads | weights read
+const uint end = starts[distinct + 1];\n  if (output >= I) {\n    return;\n  }\n  const Weights<T>
+ own = of_expert<T, Bits, G, 2 * I, H>(weights, experts[distinct]);\n  uint pair = starts[distinct];
+=> uint d = 0, pair = distinct, end = pair + 1; while (starts[d + 1] <= pair) { d++; }
+ if (output >= I) { return; }
+ const Weights<T> own = of_expert<T, Bits, G, 2 * I, H>(weights, experts[d]);
+outputs that are not there | down | run | out of bounds read .* of 'weight'|race: .* of y
+if (output >= H) { => if (false) {
+lanes' sum in T | gate_up | rounded | y was rounded
+simd_sum(acc[o][n]) => simd_sum(static_cast<T>(acc[o][n]))
+weighted sum in T | down | rounded | y was rounded
+sums[o] += weight * acc[o][n]; => sums[o] = static_cast<T>(sums[o] + weight * acc[o][n]);
+rows that are not there | down | run | out of bounds read of 4 bytes at byte 288 of 'residual'
+lane < row_count => lane <= row_count
+same outputs from every simdgroup | down | run | race: write of byte 0 of y
+(block * SG + simdgroup) * kOutputs => block * SG * kOutputs
+"""
+UNORDERED = "race: .* of threadgroup memory|uninitialised threadgroup memory"
+
+
+def parsed(table):
+    """The defects of the table by family and name."""
+    found = {}
+    for part in table.split("\n== ")[1:]:
+        family, *lines = part.strip().split("\n")
+        for line in lines:
+            how = re.fullmatch(r"(.+) \| (\w+) \| (\w+) \| (.+)", line)
+            if how:
+                key = f"{family}: {how[1]}"
+                assert key not in found
+                found[key] = [family, "", globals()[how[2]], globals()[how[3]], how[4]]
+            else:
+                found[key][1] += line
+    defects = {}
+    for key, (family, text, case, check, message) in found.items():
+        old, new = (part.strip().replace("\\n", "\n") for part in text.split("=>"))
+        message = UNORDERED if message == "UNORDERED" else message
+        defects[key] = Defect(family, old, new, case, check, message)
+    return defects
+
+
+DEFECTS = parsed(TABLE)
+
+
+@cache
+def of_the_text_as_it_is(case, check):
+    return check(case, None)
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_defect_is_found(name):
+    defect = DEFECTS[name]
+    assert of_the_text_as_it_is(defect.case, defect.check) == ""
+    message = defect.check(defect.case, defect)
+    assert re.search(defect.message, message), message
