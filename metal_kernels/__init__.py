@@ -9,68 +9,22 @@ or float16.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cache
-from importlib import resources
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-MAX_ROWS = 16  # of a step, in every kernel that takes several
-LANES = 32
-THREADGROUP_BYTES = 32768
+from .kernel import LANES, THREADGROUP_BYTES, Kernel, available, compiled, constant, source_hash
 
-Template = list[tuple[str, Any]]
+__all__ = ["Kernel", "available", "source_hash"]
 
-
-class Kernel(NamedTuple):
-    """A kernel's name, its family's file, the names of its arguments, and its body."""
-
-    name: str
-    family: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    body: str
-
-
-def available() -> bool:
-    """Whether kernels can run here: on MLX's Metal backend, with the GPU as default device."""
-    return mx.metal.is_available() and mx.default_device() == mx.gpu
+MAX_ROWS = 16  # that the router and the experts take at once
 
 
 def launch(kernel: Kernel, **arguments: Any) -> list[mx.array]:
     """Queues one launch; ``arguments`` are those of a kernel made by ``mx.fast.metal_kernel``."""
     return compiled(kernel)(**arguments)
-
-
-@cache
-def compiled(kernel: Kernel) -> Any:
-    """The kernel as MLX's object, which compiles at its first launch."""
-    return mx.fast.metal_kernel(
-        name=f"qwen3next_{kernel.name}",
-        input_names=list(kernel.inputs),
-        output_names=list(kernel.outputs),
-        header=_text("common") + _text(kernel.family),
-        source=kernel.body,
-    )
-
-
-@cache
-def _text(family: str) -> str:
-    return resources.files(__package__).joinpath(f"{family}.metal").read_text(encoding="utf-8")
-
-
-@cache
-def source_hash() -> str:
-    """A hash of every kernel's text, so that what was learned of another text is not believed."""
-    text = "".join(_text(k.family) + k.body for k in KERNELS) + _text("common")
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@cache
-def _constant(value: float | int, dtype: mx.Dtype, size: int = 1) -> mx.array:
-    return mx.array([value] * size, dtype)
 
 
 # --- norms ---------------------------------------------------------------------------------------
@@ -110,7 +64,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
         ``[..., H]`` T.
     """
     (normed,) = launch(
-        RMS_NORM, inputs=[x, weight, _constant(eps, mx.float32)], **_norm_launch(x, outputs=1)
+        RMS_NORM, inputs=[x, weight, constant(eps, mx.float32)], **_norm_launch(x, outputs=1)
     )
     return normed
 
@@ -120,7 +74,7 @@ def add_rms_norm(
 ) -> tuple[mx.array, mx.array]:
     """``x + y`` and its RMSNorm in one launch; arguments as :func:`rms_norm`."""
     total, normed = launch(
-        ADD_RMS_NORM, inputs=[x, y, weight, _constant(eps, mx.float32)], **_norm_launch(x, 2)
+        ADD_RMS_NORM, inputs=[x, y, weight, constant(eps, mx.float32)], **_norm_launch(x, 2)
     )
     return total, normed
 
@@ -186,7 +140,7 @@ GATED_DELTA_REPLAY = Kernel(
 def takes_gated_delta(L: int, Dk: int, Dv: int) -> bool:
     """Whether the gated delta kernels take a step of L tokens with heads of these widths."""
     return (
-        1 <= L <= MAX_ROWS
+        L >= 1
         and Dk % LANES == 0
         and Dv >= 8
         and _simdgroups(Dk, Dv) > 0
@@ -210,7 +164,9 @@ def gated_delta_step(
     mask: mx.array | None,
     lazy: bool,
 ) -> list[mx.array]:
-    """A Gated DeltaNet layer between its projections, for up to 16 tokens, in one launch.
+    """A Gated DeltaNet layer between its projections, for any number of tokens, in one launch.
+
+    Meant for a step of few; the tokens go one after the other, eight staged at a time.
 
     Args:
         x: ``[B, L, P]`` T, rows ``[q | k | v | z | b | a]``, each head after head.
@@ -236,7 +192,7 @@ def gated_delta_step(
     C, K = taps.shape[:2]
     groups = _simdgroups(Dk, Dv)
     chunk = min(8, THREADGROUP_BYTES // (4 * (2 * Dk + 2 * Dv + 2)))
-    none = _constant(0, mx.float32, 8)
+    none = constant(0, mx.float32, 8)
     outputs = [((B, L, Hv * Dv), x.dtype), (state.shape, mx.float32)]
     outputs.append(((B, K - 1 + L if lazy else K - 1, C), x.dtype))
     if lazy:
@@ -245,9 +201,9 @@ def gated_delta_step(
     return launch(
         GATED_DELTA_ROUND if lazy else GATED_DELTA_STEP,
         inputs=[
-            *(x, before, taps, A_log, dt_bias, norm_weight, _constant(eps, mx.float32)),
-            _constant(1, mx.bool_, 8) if mask is None else mask,
-            *(state, *(tape or (none, none, none)), _constant(keep, mx.int32)),
+            *(x, before, taps, A_log, dt_bias, norm_weight, constant(eps, mx.float32)),
+            constant(1, mx.bool_, 8) if mask is None else mask,
+            *(state, *(tape or (none, none, none)), constant(keep, mx.int32)),
         ],
         template=[
             *(("T", x.dtype), ("W", taps.dtype), ("HK", key_heads), ("HV", Hv), ("DK", Dk)),
@@ -272,7 +228,7 @@ def gated_delta_replay(
     groups = _simdgroups(Dk, Dv)
     (after,) = launch(
         GATED_DELTA_REPLAY,
-        inputs=[state, g, k, delta, _constant(keep, mx.int32)],
+        inputs=[state, g, k, delta, constant(keep, mx.int32)],
         template=[("HK", k.shape[2]), ("HV", Hv), ("DK", Dk), ("DV", Dv), ("SG", groups)],
         grid=(LANES * groups, Hv, B),
         threadgroup=(LANES * groups, 1, 1),
@@ -347,7 +303,7 @@ def attention_heads(
     q, k, v = launch(
         ATTENTION_HEADS,
         inputs=[
-            *(x, q_weight, k_weight, _constant(eps, mx.float32)),
+            *(x, q_weight, k_weight, constant(eps, mx.float32)),
             *(inverse_frequencies, offsets),
         ],
         template=[
@@ -457,8 +413,12 @@ class Experts(NamedTuple):
 
 
 def takes_router(rows: int, experts: int, top_k: int) -> bool:
-    """Whether the router kernel takes so many rows, experts, and experts a row."""
-    return 1 <= rows <= MAX_ROWS and top_k < LANES and top_k <= experts <= 1024
+    """Whether the router kernel takes so many rows, experts, and experts a row.
+
+    MLX places inputs of fewer than 8 elements in another address space.
+    """
+    fits = 1 <= rows <= MAX_ROWS and top_k <= experts <= 1024 and top_k < LANES
+    return fits and rows * experts >= 8
 
 
 def router(logits: mx.array, *, experts: int, top_k: int, normalise: bool) -> Plan:
@@ -550,13 +510,15 @@ def expert_down(x: mx.array, weights: Experts, plan: Plan, residual: mx.array) -
 
 
 def _stored(weights: Experts, dtype: mx.Dtype) -> list[mx.array]:
-    none = _constant(0, dtype, 8)
+    none = constant(0, dtype, 8)
     if weights.scales is None or weights.biases is None:
         return [weights.weight, none, none]
     return [weights.weight, weights.scales, weights.biases]
 
 
-def _expert_template(weights: Experts, dtype: mx.Dtype, *, H: int, I: int, groups: int) -> Template:
+def _expert_template(
+    weights: Experts, dtype: mx.Dtype, *, H: int, I: int, groups: int
+) -> list[tuple[str, Any]]:
     return [
         *(("T", dtype), ("BITS", weights.bits), ("G", weights.group_size or 1)),
         *(("H", H), ("I", I), ("SG", groups)),

@@ -30,7 +30,7 @@ Mode = Literal["auto", "on", "off"]
 # A kernel's relative error (L2) may be twice that of the composition in the same dtype, or this:
 # rounding is below 2e-5 in float32, the smallest mistake in a formula above 1e-2.
 TOLERANCE = 1e-4
-CALLS, REPEATS = 10, 5  # timed at once; in turns
+TIMED, MOST_CALLS, REPEATS = 2e-3, 10, 5  # seconds at once, calls in them at most; in turns
 
 logger = logging.getLogger(__package__)
 
@@ -139,9 +139,10 @@ def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -
     del ours, plain, exact
 
     seconds: dict[Callable[[], list[mx.array]], list[float]] = {kernel: [], composition: []}
+    calls = max(1, min(MOST_CALLS, int(TIMED / _time(composition, 1))))
     for _ in range(REPEATS):
         for form, times in seconds.items():
-            times.append(_time(form))
+            times.append(_time(form, calls))
     fast, slow = (statistics.median(times) * 1e6 for times in seconds.values())
     figures = f"{fast:.1f} µs, MLX's own operations {slow:.1f} µs"
     return Finding(fast <= slow, figures)
@@ -171,11 +172,11 @@ def _error(a: mx.array, b: mx.array) -> float:
     return float(mx.linalg.norm(a - b).item()) / max(float(norm), 1e-30)  # type: ignore[arg-type]
 
 
-def _time(form: Callable[[], list[mx.array]]) -> float:
+def _time(form: Callable[[], list[mx.array]], calls: int) -> float:
     """Seconds a call, when several are queued."""
     start = time.perf_counter()
-    mx.eval([form() for _ in range(CALLS)])
-    return (time.perf_counter() - start) / CALLS
+    mx.eval([form() for _ in range(calls)])
+    return (time.perf_counter() - start) / calls
 
 
 def _first_line(error: Exception) -> str:
@@ -190,7 +191,9 @@ def _file() -> Path:
 @cache
 def _machine() -> str:
     chip = mx.device_info().get("device_name", "unknown")
-    return f"{chip}, MLX {version('mlx')}, kernels {metal_kernels.source_hash()}"
+    return (
+        f"{chip}, MLX {version('mlx')}, kernels {metal_kernels.source_hash(metal_kernels.KERNELS)}"
+    )
 
 
 @cache

@@ -16,7 +16,7 @@ import numpy as np
 from . import metal_kernels as kernels
 from . import ops
 from .dispatch import Operation
-from .metal_kernels import MAX_ROWS, Experts
+from .metal_kernels import Experts
 
 Shape = tuple[int, ...]
 
@@ -24,9 +24,7 @@ _NAMES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
 
 
 def rows_class(rows: int) -> str:
-    """The kind of a step of so many rows: 1, 2, 3-4, 5-8, 9-16, or more."""
-    if rows > MAX_ROWS:
-        return f"rows>{MAX_ROWS}"
+    """The kind of a step of so many rows: 1, 2, 3-4, 5-8, 9-16, …"""
     last = 1 << (rows - 1).bit_length()
     first = last // 2 + 1
     return f"rows={rows}" if first >= last else f"rows={first}-{last}"
@@ -178,7 +176,7 @@ def _heads_kind(
     types: tuple[mx.Dtype, mx.Dtype],
 ) -> str | None:
     B, L, _ = shape
-    fits = 8 <= hd <= 1024 and L <= MAX_ROWS and types == (mx.float32, mx.int32)
+    fits = 8 <= hd <= 1024 and types == (mx.float32, mx.int32)
     if dtype not in _NAMES or not fits:
         return None
     return f"{_NAMES[dtype]} {rows_class(L)} B={B} nh={nh} nkv={nkv} hd={hd} rotary={rotary}"
@@ -195,7 +193,7 @@ def _gate_facts(o: mx.array, x: mx.array, *, kv_heads: int) -> tuple[Any, ...]:
 
 def _gate_kind(shape: Shape, dtype: mx.Dtype, same: bool, nkv: int) -> str | None:
     B, nh, L, hd = shape
-    if dtype not in _NAMES or not same or L > MAX_ROWS:
+    if dtype not in _NAMES or not same:
         return None
     return f"{_NAMES[dtype]} {rows_class(L)} B={B} nh={nh} nkv={nkv} hd={hd}"
 

@@ -1,6 +1,5 @@
 """Launches of the package's kernels, executed by metal_host instead of a GPU."""
 
-import re
 from collections import Counter
 from contextlib import contextmanager
 
@@ -14,18 +13,18 @@ from mlx_qwen3next import dispatch, metal_kernels
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
-# Between two right computations in float32: sums of up to a thousand products in another order,
-# and transcendental functions a few units in the last place off.
-FLOOR = 1e-6
+# Between two right computations in float32, twice the largest measured: sums of 640 products in
+# another order, for 4-bit weights of terms several times as large as the result.
+FLOOR = 1.5e-6
+JITTER_FLOOR = 5e-6  # exp is off by up to 4 units, one way, for each of 16 tokens: 16 * 4 * 2^-24
 
-SCHEDULES = (9, 2, 5, 14)  # beside 0: between them, lanes, simdgroups and threadgroups in any order
-ROUNDINGS = (  # what Metal leaves open
-    {"build": "fma"},
-    {"sums": "sequential"},
-    {"sums": "halves"},
-    {"jitter": True},
-    {"flush": True},
+SCHEDULES = (9, 2, 12)  # beside 0: lanes, simdgroups and threadgroups in other orders
+ROUNDINGS = (  # what Metal leaves open, beside the contraction of the fma build
+    {"sums": "sequential", "flush": True},
+    {"sums": "halves", "jitter": True},
 )
+# Beside fast; each costs a compile.
+BUILDS = {mx.float32: ["fma"], mx.bfloat16: ["check"], mx.float16: []}
 
 
 def capture(kernel, **arguments):
@@ -61,20 +60,23 @@ def executed(*, build="fast", **options):
 
 
 def mistakes_in_text(*calls):
-    """What the type check and the lint say of all kernels that the calls launch; runs none."""
-    sources = {}
+    """What the type check and the lint say of all kernels that the calls launch; runs none.
+
+    The lint reads a kernel once: another instance has the same text.
+    """
+    kernels = {}
 
     def launch(kernel, **arguments):
-        sources[capture(kernel, **arguments).source] = None
+        kernels[capture(kernel, **arguments).source] = kernel
         shapes = zip(arguments["output_shapes"], arguments["output_dtypes"], strict=True)
         return [mx.zeros(shape, dtype) for shape, dtype in shapes]
 
     with launching(launch):
         for call in calls:
             call()
-    # Clang deduces a template's array from a reference only if the address space has its name.
-    typed = metal_host.type_check(*(re.sub(r"\bthread\b", "__private", s) for s in sources))
-    return typed + [mistake for source in sources for mistake in metal_host.lint(source)]
+    once = {kernel: source for source, kernel in kernels.items()}
+    mistakes = metal_host.type_check(*kernels)
+    return mistakes + [mistake for source in once.values() for mistake in metal_host.lint(source)]
 
 
 def ids(dtypes):
@@ -85,15 +87,18 @@ def normal(*shape, dtype=mx.float32):
     return mx.random.normal(shape).astype(dtype)
 
 
-def assert_close(name, result, expected):
-    """``expected`` is float32's result: ``result`` may be off by twice what rounding it once is."""
+def assert_close(name, result, expected, floor=FLOOR):
+    """``expected`` is float32's result; ``result`` may be off by its rounding, once, and the floor.
+
+    To round twice costs 1.4 times as much.
+    """
     assert result.shape == expected.shape, name
     rounded, exact, result = (
         np.array(x.astype(mx.float32), np.float64)
         for x in (expected.astype(result.dtype), expected, result)
     )
     error = relative_error(result, exact) if exact.any() else np.linalg.norm(result)
-    bound = 2 * relative_error(rounded, exact) + FLOOR if exact.any() else 0
+    bound = 1.2 * relative_error(rounded, exact) + floor if exact.any() else 0
     assert error <= bound, f"{name}: relative L2 error {error:.1e}, bound {bound:.1e}"
 
 
@@ -103,11 +108,11 @@ def assert_same_bits(name, result, expected):
     assert mx.array_equal(a, b), f"{name}: not the same bits"
 
 
-def prove(call, expected, *, checked):
+def prove(call, expected, builds):
     """Runs ``call``, whose results belong to the names in ``expected``, in every way there is.
 
-    Each way of rounding must stay close to the expected values, each schedule and, if asked for,
-    the check build must give the same bits. Returns the results.
+    Each way of rounding must stay close to the expected values; each schedule and the check build
+    must give the same bits. Returns the results.
     """
 
     def results(**options):
@@ -115,11 +120,14 @@ def prove(call, expected, *, checked):
             return dict(zip(expected, call(), strict=True))
 
     plain = results()
-    for options in ({}, *ROUNDINGS):
+    for options in ({}, *ROUNDINGS, *({"build": build} for build in builds)):
+        same = options.get("build") == "check"
+        floor = JITTER_FLOOR if "jitter" in options else FLOOR
         for name, result in (results(**options) if options else plain).items():
-            assert_close(f"{name} {options}", result, expected[name])
-    same = [{"order": order} for order in SCHEDULES] + [{"build": "check"}] * checked
-    for options in same:
-        for name, result in results(**options).items():
-            assert_same_bits(f"{name} {options}", result, plain[name])
+            if same:
+                assert_same_bits(f"{name} {options}", result, plain[name])
+            assert_close(f"{name} {options}", result, expected[name], floor)
+    for order in SCHEDULES:
+        for name, result in results(order=order).items():
+            assert_same_bits(f"{name} in order {order}", result, plain[name])
     return plain

@@ -8,6 +8,7 @@ import pytest
 
 from mlx_qwen3next import dispatch, metal_kernels, ops
 from mlx_qwen3next.dispatch import Operation
+from mlx_qwen3next.metal_kernels import kernel
 
 X = mx.arange(1, 9, dtype=mx.float32) / 8
 
@@ -47,7 +48,9 @@ def file(tmp_path, monkeypatch):
     path = tmp_path / "cache" / "kernels.json"
     monkeypatch.setattr(dispatch, "_file", lambda: path)
     monkeypatch.setattr(metal_kernels, "available", lambda: True)
-    monkeypatch.setattr(dispatch, "_time", lambda form: {"kernel": 1e-6}.get(form.__name__, 2e-6))
+    monkeypatch.setattr(
+        dispatch, "_time", lambda form, _: {"kernel": 1e-6}.get(form.__name__, 2e-6)
+    )
     new_process()
     yield path
     new_process()
@@ -124,7 +127,7 @@ def test_a_slower_kernel_is_not_used(file, caplog, monkeypatch):
     monkeypatch.setattr(
         dispatch,
         "_time",
-        lambda form: next(times[form.__name__]) if form.__name__ in times else 2e-6,
+        lambda form, _: next(times[form.__name__]) if form.__name__ in times else 2e-6,
     )
     forms = Forms()
     forms.operation(X)
@@ -206,7 +209,7 @@ def test_another_machine_is_asked_anew(file, monkeypatch, changed):
     elif changed == "mlx":
         monkeypatch.setattr(dispatch, "version", lambda package: "99")
     else:
-        monkeypatch.setattr(metal_kernels, "source_hash", lambda: "another text")
+        monkeypatch.setattr(metal_kernels, "source_hash", lambda kernels: "another text")
     new_process()
     assert dispatch.findings() == {}
 
@@ -253,14 +256,16 @@ def test_proofs_take_arguments_of_every_form(file, caplog):
 
 
 def test_source_hash_follows_the_text(monkeypatch):
-    before = metal_kernels.source_hash()
-    text = metal_kernels._text
+    def of_text():
+        return kernel.source_hash(metal_kernels.KERNELS)
+
+    before, text = of_text(), kernel.text
     for family in ("common", "norms", "gated_delta", "attention", "router", "experts"):
         monkeypatch.setattr(
-            metal_kernels,
-            "_text",
-            lambda name, family=family: text(name) + " " * (name == family),
+            kernel, "text", lambda name, family=family: text(name) + " " * (name == family)
         )
-        metal_kernels.source_hash.cache_clear()
-        assert metal_kernels.source_hash() != before, family
-    metal_kernels.source_hash.cache_clear()
+        assert of_text() != before, family
+    monkeypatch.setattr(kernel, "text", text)
+    assert of_text() == before
+    first, *rest = metal_kernels.KERNELS
+    assert kernel.source_hash((first._replace(body=first.body + " "), *rest)) != before

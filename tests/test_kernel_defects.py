@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_qwen3next import metal_kernels
+from mlx_qwen3next.metal_kernels.kernel import text as file_text
 
 EPS = 0.1  # of the norms, large, so that it is not taken for another
 
@@ -160,8 +161,7 @@ class Defect(NamedTuple):
 
 def changed(kernel, defect):
     """The kernel as MLX's object, with the defect in its text if it is of the family."""
-    header = metal_kernels._text("common") + metal_kernels._text(kernel.family)
-    text = f"{header}\0{kernel.body}"
+    text = f"{file_text('common')}{file_text(kernel.family)}\0{kernel.body}"
     if defect and kernel.family == defect.family:
         assert text.count(defect.old) == 1, f"{text.count(defect.old)} times: {defect.old}"
         text = text.replace(defect.old, defect.new)

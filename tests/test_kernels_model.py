@@ -10,6 +10,7 @@ from mlx_lm.utils import dequantize_model
 
 from mlx_qwen3next import generate_step, load, load_model, metal_kernels
 from mlx_qwen3next.cache import Round
+from mlx_qwen3next.metal_kernels import kernel
 from mlx_qwen3next.packing import pack
 
 PROMPT = "import os\nimport sys\n\ndef main(argv):\n"
@@ -44,7 +45,7 @@ def test_speculation_gives_the_same_tokens(bits):
     expected = tokens(demo(bits), 3)
     with executed() as launches:
         assert tokens(demo(bits), 3) == expected
-    used = {kernel.name for kernel in metal_kernels.KERNELS}
+    used = {of.name for of in metal_kernels.KERNELS}
     # Rounds follow each other: no plain step, and no replay but in the next round's launch.
     assert launches.keys() == used - {"gated_delta_replay"}
     assert len({from_draft for _, from_draft in expected}) == 2
@@ -103,6 +104,19 @@ def test_a_round_and_what_follows(keep):
     assert relative_error(after[True], model(mx.array([[11]]), cache)) < 1e-5
 
 
+@pytest.mark.parametrize("length", [17, 64, 100])
+def test_a_prompt(length):
+    """Longer than a step's chunk in threadgroup memory, and than the experts' kernels take."""
+    model, text = demo(4), mx.array([[*range(length)]])
+    expected, cache, theirs = model(text), model.make_cache(), model.make_cache()
+    model(text, theirs)
+    with executed() as launches:
+        assert relative_error(model(text, cache), expected) < 1e-5
+    assert (launches["gated_delta_step"], launches["router"]) == (LINEAR, 0)
+    for ours, other in zip(cache[:LINEAR], theirs[:LINEAR], strict=True):
+        assert relative_error(ours.cache[1], other.cache[1]) < 1e-5
+
+
 def test_a_ragged_batch():
     model = demo(4)
     rows = mx.array([[0, 0, 0, *range(20, 30)], [*range(40, 53)]])
@@ -148,19 +162,19 @@ def test_the_check_finds_nothing():
                 mx.eval(model(mx.array([[7, 8, 9]]), cache))
                 last.commit(2)
         mx.eval([c.state for c in cache])
-    assert launches.keys() == {kernel.name for kernel in metal_kernels.KERNELS}
+    assert launches.keys() == {of.name for of in metal_kernels.KERNELS}
 
 
 def test_a_mistake_would_be_found(monkeypatch):
     """The executions above run the text of the .metal files, nothing else."""
-    text = metal_kernels._text
+    text = kernel.text
 
     def spoilt(family):
         return text(family).replace("total / H", "total / (H + 1)")
 
     model, token = demo(4), mx.array([[5]])
     expected = model(token)
-    monkeypatch.setattr(metal_kernels, "_text", spoilt)
+    monkeypatch.setattr(kernel, "text", spoilt)
     metal_kernels.compiled.cache_clear()
     try:
         with executed():
