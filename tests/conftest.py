@@ -1,11 +1,25 @@
 """Fixtures that several test files use."""
 
+import platform
 import shutil
 
 import checkpoints
+import mlx.core as mx
 import pytest
 from helpers_convert import refusal  # noqa: F401
 from hub import hub  # noqa: F401
+
+# Where metal_host cannot run, there are its own tests to leave out, and without a Mac's GPU those
+# of the kernels as well.
+collect_ignore: list[str] = []
+if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+    collect_ignore += [
+        *("test_metal_host.py", "test_metal_host_checks.py"),
+        *("test_kernel_defects.py", "test_kernel_bytes.py"),
+    ]
+    if not mx.metal.is_available():
+        families = ("attention", "delta", "experts", "model")
+        collect_ignore += [f"test_kernels_{family}.py" for family in families]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Launches of the package's kernels, executed by metal_host instead of a GPU."""
+"""Launches of the package's kernels: on a Mac on its GPU, elsewhere executed by metal_host."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -10,6 +10,9 @@ import pytest
 from float64 import relative_error
 
 from mlx_qwen3next import dispatch, metal_kernels
+
+ON_GPU = metal_kernels.available()
+by_host = pytest.mark.skipif(ON_GPU, reason="about metal_host, which runs on x86-64 Linux")
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
@@ -39,20 +42,25 @@ def launching(launch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metal_kernels, "launch", launch)
         patch.setattr(metal_kernels, "available", lambda: True)
-        patch.setattr(dispatch, "_mode", "on")
-        yield
+        dispatch.set_kernels("on")
+        try:
+            yield
+        finally:
+            dispatch.set_kernels("auto")
 
 
 @contextmanager
 def executed(*, build="fast", **options):
-    """While active, kernels run on the CPU from their source text, wherever there is one.
+    """While active, kernels run, wherever there is one. ``build`` and options are metal_host's.
 
     Yields a Counter of the launches by kernel.
     """
-    launches = Counter()
+    launches, on_gpu = Counter(), metal_kernels.launch
 
     def launch(kernel, **arguments):
         launches[kernel.name] += 1
+        if ON_GPU:
+            return on_gpu(kernel, **arguments)
         return metal_host.run(capture(kernel, **arguments), build, **options).outputs
 
     with launching(launch):
@@ -120,6 +128,10 @@ def prove(call, expected, builds):
             return dict(zip(expected, call(), strict=True))
 
     plain = results()
+    if ON_GPU:
+        for name, result in plain.items():
+            assert_close(name, result, expected[name])
+        return plain
     for options in ({}, *ROUNDINGS, *({"build": build} for build in builds)):
         same = options.get("build") == "check"
         floor = JITTER_FLOOR if "jitter" in options else FLOOR

@@ -7,6 +7,7 @@ from helpers_metal import (
     BUILDS,
     DTYPES,
     assert_same_bits,
+    by_host,
     executed,
     ids,
     mistakes_in_text,
@@ -16,6 +17,8 @@ from helpers_metal import (
 
 from mlx_qwen3next import metal_kernels as kernels
 from mlx_qwen3next import reference
+
+pytestmark = pytest.mark.metal
 
 EPS = 1e-2  # large enough to count
 
@@ -186,6 +189,7 @@ def test_gates_far_from_zero():
 
 
 # --- the text ------------------------------------------------------------------------------------
+@by_host
 def test_text():
     def calls(dtype):
         for shape in NORMS:

@@ -9,6 +9,7 @@ from helpers_metal import (
     DTYPES,
     assert_close,
     assert_same_bits,
+    by_host,
     executed,
     ids,
     mistakes_in_text,
@@ -18,6 +19,8 @@ from helpers_metal import (
 
 from mlx_qwen3next import metal_kernels as kernels
 from mlx_qwen3next import reference
+
+pytestmark = pytest.mark.metal
 
 EPS = 1e-2  # large enough to count
 ROWS = 16
@@ -275,6 +278,7 @@ def test_a_sequence_does_not_spoil_another():
             assert_same_bits(f"output {i} of sequence {b}", result[b], value[b])
 
 
+@by_host
 def test_text():
     def calls(case, dtype):
         def call():

@@ -10,6 +10,7 @@ from helpers_metal import (
     DTYPES,
     assert_close,
     assert_same_bits,
+    by_host,
     executed,
     ids,
     mistakes_in_text,
@@ -20,6 +21,8 @@ from helpers_metal import (
 from mlx_qwen3next import metal_kernels as kernels
 from mlx_qwen3next import reference
 from mlx_qwen3next.metal_kernels import Experts, Plan
+
+pytestmark = pytest.mark.metal
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=ids(DTYPES))
 
@@ -334,6 +337,7 @@ def test_the_mixture():
 
 
 # --- the text ------------------------------------------------------------------------------------
+@by_host
 def test_text():
     def calls(dtype):
         for case in ROUTED + LIMITS:

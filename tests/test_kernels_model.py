@@ -5,13 +5,15 @@ from functools import cache
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from helpers_metal import executed
+from helpers_metal import by_host, executed
 from mlx_lm.utils import dequantize_model
 
 from mlx_qwen3next import generate_step, load, load_model, metal_kernels
 from mlx_qwen3next.cache import Round
 from mlx_qwen3next.metal_kernels import kernel
 from mlx_qwen3next.packing import pack
+
+pytestmark = pytest.mark.metal
 
 PROMPT = "import os\nimport sys\n\ndef main(argv):\n"
 LINEAR, ATTENTION = 3, 1  # layers of the demo model
@@ -150,6 +152,7 @@ def test_in_bfloat16():
     assert ours <= 2 * plain < 0.1
 
 
+@by_host
 def test_the_check_finds_nothing():
     """A step, a round and a round after it, with races, bounds and initial values checked."""
     model = demo(4)
