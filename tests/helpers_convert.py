@@ -29,3 +29,10 @@ def refusal(tmp_path):
         return message
 
     return refusal
+
+
+def options(value):
+    """A test's id of arguments; functions among them would have an address in theirs."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{k}={'…' if callable(v) else v}" for k, v in value.items())

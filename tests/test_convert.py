@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx_lm.utils
 import pytest
 from checkpoints import CASES, GOLDENS, relative_error
+from helpers_convert import options
 from mlx_lm.convert import convert as convert_by_mlx_lm
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.utils import dequantize_model
@@ -230,7 +231,7 @@ def test_mixed_recipes_are_mlx_lms_but_for_the_routers(tmp_path, recipe):
         *({"q_group_size": 32, "quant_predicate": recipe} for recipe in RECIPES),
         {"q_group_size": 32, "quant_predicate": lambda path, module: {"bits": 3, "group_size": 32}},
     ],
-    ids=str,
+    ids=options,
 )
 def test_under_every_recipe(tmp_path, arguments):
     directory = converted(tmp_path, quantize=True, dtype="bfloat16", **arguments)

@@ -8,7 +8,7 @@ import checkpoints
 import mlx.core as mx
 import pytest
 from checkpoints import GOLDENS, INDEX
-from helpers_convert import state
+from helpers_convert import options, state
 from test_load_errors import EXPERT, QUERY, edit, header, last_tensor, sharded, write_header
 
 from mlx_qwen3next import shards
@@ -322,7 +322,7 @@ def test_scales_of_another_shape(refusal, quantized, name, shape):
         ({"mtp": "off"}, "mtp must be one of keep, drop, got 'off'"),
         ({"mtp_bits": 7}, "mtp_bits must be one of None, 2, 3, 4, 5, 6, 8, 16, got 7"),
     ],
-    ids=str,
+    ids=options,
 )
 def test_arguments_that_make_no_sense(refusal, base, arguments, said):
     assert said in refusal(base, **arguments)
