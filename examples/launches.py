@@ -42,7 +42,7 @@ CONFIG = {
     "model_type": "qwen3_next",
     "hidden_size": 256,
     "intermediate_size": 512,
-    "num_attention_heads": 4,
+    "num_attention_heads": 16,
     "num_key_value_heads": 2,
     "head_dim": 64,
     "linear_num_value_heads": 4,

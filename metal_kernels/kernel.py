@@ -46,10 +46,14 @@ def text(family: str) -> str:
     return resources.files(__package__).joinpath(f"{family}.metal").read_text(encoding="utf-8")
 
 
-def source_hash(kernels: tuple[Kernel, ...]) -> str:
-    """A hash of all text, so that what was learned of another text is not believed."""
-    parts = [text("common"), *(text(k.family) + k.body for k in kernels)]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+@cache
+def source_hash() -> str:
+    """A hash of the kernels' text and launches: what was learned of others is not believed."""
+    files = [
+        f for f in resources.files(__package__).iterdir() if f.name.endswith((".metal", ".py"))
+    ]
+    parts = [f.name.encode() + f.read_bytes() for f in sorted(files, key=lambda f: f.name)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 @cache

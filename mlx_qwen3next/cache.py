@@ -69,6 +69,11 @@ class GatedDeltaCache(ArraysCache):
     def memory(self) -> Memory | None:
         """What the next token meets; None before the first."""
         self._check_closed()
+        if self.left_padding is not None or self.lengths is not None:
+            self._settle()  # what is pending has its part in them
+        return self._memory()
+
+    def _memory(self) -> Memory | None:
         rows, state = self.cache
         if self._pending is not None:
             tape, keep = self._pending
@@ -93,14 +98,17 @@ class GatedDeltaCache(ArraysCache):
 
     def store(self, rows: mx.array, state: mx.array, tokens: int) -> None:
         """Takes over the rows and state after ``tokens`` more tokens."""
-        self._replayed({"cache": [rows, state], "_pending": None})
-        self.advance(tokens)
+        self._replayed({"cache": [rows, state], "_pending": None}, tokens)
 
-    def _replayed(self, changes: dict[str, Any]) -> None:
-        """Takes over what a forward made of the memory."""
-        keep = 0 if self._pending is None else self._pending[1]
-        vars(self).update(changes)  # at once, so that no interrupt comes between
-        self.advance(keep)
+    def _replayed(self, changes: dict[str, Any], more: int = 0) -> None:
+        """Takes over what a forward made of the memory, and of ``more`` tokens after it."""
+        more += 0 if self._pending is None else self._pending[1]
+        # At once, so that no interrupt comes between; in new arrays, which an Undo may share.
+        vars(self).update(changes, **self._padding_after(more))
+
+    def _padding_after(self, tokens: int) -> dict[str, mx.array]:
+        padding = {"left_padding": self.left_padding, "lengths": self.lengths}
+        return {name: of - tokens for name, of in padding.items() if of is not None}
 
     # --- rounds --------------------------------------------------------------------------------
     def begin(self) -> None:
@@ -120,7 +128,11 @@ class GatedDeltaCache(ArraysCache):
 
     def settle(self) -> None:
         """Replays a committed tape now, so that rows and state are those of the sequence."""
-        memory = self.memory()
+        self._check_closed()
+        self._settle()
+
+    def _settle(self) -> None:
+        memory = self._memory()
         if memory is None or not memory.tape:
             return
         rows, state, (g, k, delta), keep = memory
@@ -141,12 +153,18 @@ class GatedDeltaCache(ArraysCache):
     @state.setter
     def state(self, value: Any) -> None:
         self.cache, self.left_padding, self.lengths = value
+        vars(self).update(_open=False, _tape=None, _pending=None)
 
     def make_mask(self, N: int) -> mx.array | None:
-        self._check_closed()
-        if self.left_padding is not None or self.lengths is not None:
-            self.settle()  # what is pending has its part in them
+        self.memory()  # settles what is pending if there is padding
         return super().make_mask(N)
+
+    def prepare(self, lengths: Any = None, **options: Any) -> None:
+        self.settle()
+        super().prepare(lengths, **options)
+
+    def advance(self, N: int) -> None:
+        vars(self).update(self._padding_after(N))
 
     def filter(self, batch_indices: Any) -> None:
         self.settle()

@@ -14,7 +14,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -43,6 +42,10 @@ class Finding:
     reason: str  # in words, with the figures
 
 
+def _as_called(*args: Any) -> tuple[Any, ...]:
+    return args
+
+
 @dataclass(frozen=True)
 class Operation:
     """An operation in two forms of the same arguments and results."""
@@ -54,6 +57,10 @@ class Operation:
     facts: Callable[..., tuple[Any, ...]]
     # Of the facts: the kind of call, in words, or None if the kernel does not take it.
     kind: Callable[..., str | None]
+    # What the proof holds both forms against, in float32, if not the composition.
+    exact: Callable[..., Any] | None = None
+    # Of a call's arguments: those of the proof.
+    proof: Callable[..., tuple[Any, ...]] = _as_called
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Calls the form to be used for these arguments."""
@@ -62,23 +69,28 @@ class Operation:
         facts = self.name, *self.facts(*args, **options)
         use = _choices.get(facts)
         if use is None:
-            use = _choices[facts] = self._choose(self.kind(*facts[1:]), args, options)
+            use = self._choose(facts, args, options)
         return (self.kernel if use else self.composition)(*args, **options)
 
-    def _choose(self, kind: str | None, args: Sequence[Any], options: dict[str, Any]) -> bool:
+    def _choose(self, facts: tuple[Any, ...], args: Sequence[Any], options: dict[str, Any]) -> bool:
+        kind = self.kind(*facts[1:])
         if kind is None or _mode == "on":
-            return kind is not None
+            return _choices.setdefault(facts, kind is not None)
         key, findings = f"{self.name} {kind}", _findings()
         if key not in findings:
-            findings[key] = finding = _prove(self, args, options)
+            finding = _prove(self, self.proof(*args), options)
+            if finding is None:
+                return False
+            findings[key] = finding
             if not finding.used:
                 logger.warning("kernel %s is not used: %s", key, finding.reason)
             _save(findings)
-        return findings[key].used
+        return _choices.setdefault(facts, findings[key].used)
 
 
 _mode: Mode = "auto"
 _choices: dict[tuple[Any, ...], bool] = {}  # whether to use the kernel, by name and facts
+_proofs = 0
 
 
 def set_kernels(mode: Mode) -> None:
@@ -107,26 +119,35 @@ def findings() -> dict[str, Finding]:
     return dict(_findings()) if metal_kernels.available() else {}
 
 
-def rows_class(rows: int) -> str:
-    """The kind of a step of so many rows: 1, 2, 3-4, 5-8, 9-16."""
-    last = 1 << (rows - 1).bit_length()
-    first = last // 2 + 1
-    return f"rows={rows}" if first >= last else f"rows={first}-{last}"
+def proofs() -> int:
+    """How many proofs this process has made: whoever times steps leaves those with one out."""
+    return _proofs
 
 
 # --- the proof -----------------------------------------------------------------------------------
-def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -> Finding:
-    def kernel() -> list[mx.array]:
-        return _arrays(operation.kernel(*args, **options))
+def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -> Finding | None:
+    """Compares and times the forms; None where these arguments prove nothing."""
+    global _proofs
+    _proofs += 1
+    first, *rest = args
 
-    def composition() -> list[mx.array]:
-        return _arrays(operation.composition(*args, **options))
+    def kernel(x: mx.array) -> list[mx.array]:
+        return _arrays(operation.kernel(x, *rest, **options))
 
-    plain = composition()
-    exact = _arrays(operation.composition(*_widened(args), **_widened(options)))
-    mx.eval(plain, exact)
+    def composition(x: mx.array) -> list[mx.array]:
+        return _arrays(operation.composition(x, *rest, **options))
+
+    plain = composition(first)
+    form = operation.exact or operation.composition
+    exact = _arrays(form(*_widened(args), **_widened(options)))
     try:
-        ours = kernel()
+        finite = all(mx.isfinite(a).all().item() for a in (*plain, *exact))
+    except ValueError:  # a function transformation is under way, which has no values yet
+        return None
+    if not finite:
+        return None
+    try:
+        ours = kernel(first)
         mx.eval(ours)
     except Exception as error:  # what Metal's compiler says, or whatever it is
         return Finding(False, f"it does not run: {_first_line(error)}")
@@ -138,11 +159,11 @@ def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -
             return Finding(False, f"result {i} is wrong: error {off:.1e}, bound {bound:.1e}")
     del ours, plain, exact
 
-    seconds: dict[Callable[[], list[mx.array]], list[float]] = {kernel: [], composition: []}
-    calls = max(1, min(MOST_CALLS, int(TIMED / _time(composition, 1))))
+    seconds: dict[Callable[[mx.array], list[mx.array]], list[float]] = {kernel: [], composition: []}
+    calls = max(1, min(MOST_CALLS, int(TIMED / _time(composition, first, 1))))
     for _ in range(REPEATS):
         for form, times in seconds.items():
-            times.append(_time(form, calls))
+            times.append(_time(form, first, calls))
     fast, slow = (statistics.median(times) * 1e6 for times in seconds.values())
     figures = f"{fast:.1f} µs, MLX's own operations {slow:.1f} µs"
     return Finding(fast <= slow, figures)
@@ -172,10 +193,15 @@ def _error(a: mx.array, b: mx.array) -> float:
     return float(mx.linalg.norm(a - b).item()) / max(float(norm), 1e-30)  # type: ignore[arg-type]
 
 
-def _time(form: Callable[[], list[mx.array]], calls: int) -> float:
-    """Seconds a call, when several are queued."""
+def _time(form: Callable[[mx.array], list[mx.array]], x: mx.array, calls: int) -> float:
+    """Seconds a call, each waiting for the one before, as layers do."""
     start = time.perf_counter()
-    mx.eval([form() for _ in range(calls)])
+    results: list[mx.array] = []
+    for _ in range(calls):
+        if results:
+            (x,) = mx.depends([x], results)
+        results = form(x)
+    mx.eval(results)
     return (time.perf_counter() - start) / calls
 
 
@@ -191,9 +217,7 @@ def _file() -> Path:
 @cache
 def _machine() -> str:
     chip = mx.device_info().get("device_name", "unknown")
-    return (
-        f"{chip}, MLX {version('mlx')}, kernels {metal_kernels.source_hash(metal_kernels.KERNELS)}"
-    )
+    return f"{chip}, MLX {version('mlx')}, kernels {metal_kernels.source_hash()}"
 
 
 @cache
@@ -208,23 +232,24 @@ def _load(machine: str) -> dict[str, Finding]:
         if content["machine"] != machine:
             return {}
         loaded = {key: Finding(**finding) for key, finding in content["findings"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         return {}
     return {key: f for key, f in loaded.items() if isinstance(f.used, bool)}
 
 
 def _save(findings: dict[str, Finding]) -> None:
     """Writes the file beside its place, then renames it there. No harm if it cannot be kept."""
-    content = {
-        "machine": _machine(),
-        "findings": {key: asdict(finding) for key, finding in findings.items()},
-    }
-    file = _file()
-    beside = file.with_suffix(f".{os.getpid()}")
+    machine = _machine()
+    known = _load(machine) | dict(findings)  # another process may have learned more
+    content = {"machine": machine, "findings": {key: asdict(f) for key, f in known.items()}}
     try:
+        file = _file()
+        beside = file.with_suffix(f".{os.getpid()}")
         file.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-        beside.replace(file)
-    except OSError:
-        with suppress(OSError):
+        try:
+            beside.replace(file)
+        except OSError:
             beside.unlink()
+    except (OSError, RuntimeError):  # the latter where there is no home
+        pass

@@ -32,15 +32,15 @@ def rows_class(rows: int) -> str:
 
 # --- norms ---------------------------------------------------------------------------------------
 def _norm_facts(x: mx.array, *rest: Any) -> tuple[Any, ...]:
-    return x.shape, x.dtype, rest[-2].dtype  # of the weight
+    return x.shape, x.dtype, *(a.dtype for a in rest[:-1])
 
 
-def _norm_kind(shape: Shape, dtype: mx.Dtype, weight: mx.Dtype) -> str | None:
+def _norm_kind(shape: Shape, dtype: mx.Dtype, *others: mx.Dtype) -> str | None:
+    *y, weight = others
     *before, H = shape
     rows = int(np.prod(before))
-    if dtype not in _NAMES or weight != mx.float32 or H < 8 or rows == 0:
-        return None
-    return f"{_NAMES[dtype]} {rows_class(rows)} H={H}"
+    fits = weight == mx.float32 and all(t == dtype for t in y) and H >= 8 and rows > 0
+    return f"{_NAMES[dtype]} {rows_class(rows)} H={H}" if dtype in _NAMES and fits else None
 
 
 rms_norm = Operation("rms_norm", kernels.rms_norm, ops.rms_norm, _norm_facts, _norm_kind)
@@ -57,15 +57,14 @@ def _delta_facts(
     tape: Any,
     keep: int,
     taps: mx.array,
-    A_log: mx.array,
-    *_: mx.array,
+    *weights: mx.array,
     key_heads: int,
     lazy: bool,
     mask: mx.array | None,
     lengths: mx.array | None,
     **__: Any,
 ) -> tuple[Any, ...]:
-    same = before.dtype == x.dtype and A_log.dtype == mx.float32
+    same = before.dtype == x.dtype and all(a.dtype == mx.float32 for a in (state, *weights))
     flags = lazy, keep > 0, mask is not None, lengths is not None
     return x.shape, x.dtype, state.shape, key_heads, taps.shape[1], same, *flags
 
@@ -162,7 +161,7 @@ def _heads_facts(
     **_: Any,
 ) -> tuple[Any, ...]:
     positions = mx.int32 if isinstance(offset, int) else offset.dtype
-    types = q_weight.dtype, positions
+    types = q_weight.dtype, k_weight.dtype, positions
     return x.shape, x.dtype, q_weight.shape[0], heads, kv_heads, rotary_dims, types
 
 
@@ -173,17 +172,42 @@ def _heads_kind(
     nh: int,
     nkv: int,
     rotary: int,
-    types: tuple[mx.Dtype, mx.Dtype],
+    types: tuple[mx.Dtype, ...],
 ) -> str | None:
     B, L, _ = shape
-    fits = 8 <= hd <= 1024 and types == (mx.float32, mx.int32)
-    if dtype not in _NAMES or not fits:
+    fits = 8 <= hd <= 1024 and types == (mx.float32, mx.float32, mx.int32)
+    if dtype not in _NAMES or not fits or B * L == 0:
         return None
     return f"{_NAMES[dtype]} {rows_class(L)} B={B} nh={nh} nkv={nkv} hd={hd} rotary={rotary}"
 
 
+def _exact_heads(
+    x: mx.array,
+    q_weight: mx.array,
+    k_weight: mx.array,
+    offset: int | mx.array,
+    *,
+    rotary_dims: int,
+    base: float,
+    **options: Any,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The composition, with angles from exact frequencies: MLX's RoPE is fast rather than that."""
+    q, k, v = ops.normalised_heads(x, q_weight, k_weight, **options)
+    positions = mx.array(offset).reshape(-1, 1, 1, 1) + mx.arange(x.shape[1])[:, None]
+    angles = positions.astype(mx.float32) * inverse_frequencies(rotary_dims, base)
+    cos, sin = mx.cos(angles), mx.sin(angles)  # [B, 1, L, rotary / 2]
+
+    def rotated(y: mx.array) -> mx.array:
+        first, second, rest = mx.split(y, [rotary_dims // 2, rotary_dims], axis=-1)
+        parts = [first * cos - second * sin, second * cos + first * sin, rest]
+        return mx.concatenate(parts, axis=-1)
+
+    return rotated(q), rotated(k), v
+
+
 attention_heads = Operation(
-    "attention_heads", _heads_kernel, ops.attention_heads, _heads_facts, _heads_kind
+    *("attention_heads", _heads_kernel, ops.attention_heads, _heads_facts, _heads_kind),
+    exact=_exact_heads,
 )
 
 
@@ -193,7 +217,7 @@ def _gate_facts(o: mx.array, x: mx.array, *, kv_heads: int) -> tuple[Any, ...]:
 
 def _gate_kind(shape: Shape, dtype: mx.Dtype, same: bool, nkv: int) -> str | None:
     B, nh, L, hd = shape
-    if dtype not in _NAMES or not same:
+    if dtype not in _NAMES or not same or B * L == 0:
         return None
     return f"{_NAMES[dtype]} {rows_class(L)} B={B} nh={nh} nkv={nkv} hd={hd}"
 
@@ -229,9 +253,10 @@ def _experts_facts(
     normalise: bool,
 ) -> tuple[Any, ...]:
     types = [a.dtype for a in (logits, residual)]
-    types += [(w.weight if w.scales is None else w.scales).dtype for w in (gate_up, down)]
+    for w in (gate_up, down):
+        types += [a.dtype for a in (w.scales, w.biases) if a is not None] or [w.weight.dtype]
     stored = [(w.weight.shape, w.bits, w.group_size) for w in (gate_up, down)]
-    return x.shape, x.dtype, (*types,), (*stored,), logits.shape[1], experts, top_k
+    return x.shape, x.dtype, (*types,), (*stored,), logits.shape[1], experts, top_k, normalise
 
 
 def _experts_kind(
@@ -242,6 +267,7 @@ def _experts_kind(
     columns: int,
     E: int,
     top_k: int,
+    normalise: bool,
 ) -> str | None:
     R, H = shape
     taken = (
@@ -253,11 +279,19 @@ def _experts_kind(
     if not taken:
         return None
     bits = ",".join(f"{bits}/{group}" for _, bits, group in stored)
-    shared = " shared" * (columns > E)
+    extras = " shared" * (columns > E) + " normalised" * normalise
     sizes = f"E={E} top={top_k} H={H} I={stored[0][0][1] // 2} bits={bits}"
-    return f"{_NAMES[dtype]} {rows_class(R)} {sizes}{shared}"
+    return f"{_NAMES[dtype]} rows={R} {sizes}{extras}"
+
+
+def _without_residual(
+    x: mx.array, logits: mx.array, gate_up: Experts, down: Experts, residual: mx.array
+) -> tuple[Any, ...]:
+    """What is added would hide an error of what it is added to."""
+    return x, logits, gate_up, down, mx.zeros_like(residual)
 
 
 sparse_experts = Operation(
-    "sparse_experts", _experts_kernel, ops.sparse_experts, _experts_facts, _experts_kind
+    *("sparse_experts", _experts_kernel, ops.sparse_experts, _experts_facts, _experts_kind),
+    proof=_without_residual,
 )

@@ -292,9 +292,24 @@ class Model(nn.Module):
         Raises:
             ValueError: the model is packed for inference.
         """
-        if mode and self.packed:
-            raise ValueError("this model is packed for inference; load it with pack=False to train")
+        if mode:
+            self._check_unpacked("train")
         return super().train(mode)
+
+    def save_weights(self, file: str, **options: Any) -> None:
+        """As ``nn.Module``'s.
+
+        Raises:
+            ValueError: the model is packed for inference.
+        """
+        self._check_unpacked("save")
+        super().save_weights(file, **options)
+
+    def _check_unpacked(self, to_do: str) -> None:
+        if self.packed:
+            raise ValueError(
+                f"this model is packed for inference; load it with pack=False to {to_do} it"
+            )
 
     def make_cache(self, left_padding: list[int] | None = None) -> Cache:
         """An empty cache, one entry a layer.

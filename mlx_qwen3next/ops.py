@@ -18,10 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import precise_swiglu, swiglu
 
-from .dispatch import set_kernels
+from .dispatch import set_kernels as set_kernels  # the switch is part of this module's face
 from .metal_kernels import Experts, available
-
-__all__ = ["set_kernels"]  # the switch is part of this module's face
 
 L2_EPS = 1e-6  # fixed in the reference implementation; not rms_norm_eps
 
@@ -134,17 +132,16 @@ def sparse_experts(
         gate = mx.sigmoid(logits[:, experts:].astype(mx.float32))
         weights = mx.concatenate([weights, gate], axis=1)
     # Many rows: sorted by expert, so that MLX reads an expert's weights once.
-    is_sorted = indices.size >= 64
-    shape, order = indices.shape, mx.arange(indices.size)
-    if is_sorted:
+    shape, order = indices.shape, None
+    if indices.size < 64:
+        rows = x[:, None, None]  # [R, 1, 1, H]
+    else:
         order = mx.argsort(indices.flatten())
         indices = indices.flatten()[order, None]
         rows = x[order // shape[1], None, None]  # [pairs, 1, 1, H]
-    else:
-        rows = x[:, None, None]  # [R, 1, 1, H]
-    gate, up = mx.split(_gather(rows, gate_up, indices, is_sorted), 2, axis=-1)
-    y = _gather(swiglu(gate, up), down, indices, is_sorted)
-    if is_sorted:
+    gate, up = mx.split(_gather(rows, gate_up, indices, order is not None), 2, axis=-1)
+    y = _gather(swiglu(gate, up), down, indices, order is not None)
+    if order is not None:
         y = y[mx.argsort(order)]
     y = y.reshape(*shape, -1)
     return residual + (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
@@ -188,16 +185,23 @@ def attention_heads(
     Returns:
         q ``[B, nh, L, hd]``, k and v ``[B, nkv, L, hd]``.
     """
+    q, k, v = normalised_heads(x, q_weight, k_weight, eps=eps, heads=heads, kv_heads=kv_heads)
+    q, k = (
+        mx.fast.rope(y, rotary_dims, traditional=False, base=base, scale=1.0, offset=offset)
+        for y in (q, k)
+    )
+    return q, k, v
+
+
+def normalised_heads(
+    x: mx.array, q_weight: mx.array, k_weight: mx.array, *, eps: float, heads: int, kv_heads: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """:func:`attention_heads` before the rotation."""
     B, L, _ = x.shape
     ends = [heads, heads + kv_heads, heads + 2 * kv_heads]
     x = x.reshape(B, L, 2 * heads + 2 * kv_heads, -1)
     q, k, v, _ = (y.transpose(0, 2, 1, 3) for y in mx.split(x, ends, axis=2))
-
-    def rotated(y: mx.array, weight: mx.array) -> mx.array:
-        y = rms_norm(y, weight, eps)
-        return mx.fast.rope(y, rotary_dims, traditional=False, base=base, scale=1.0, offset=offset)
-
-    return rotated(q, q_weight), rotated(k, k_weight), v
+    return rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), v
 
 
 def attention_gate(o: mx.array, x: mx.array, *, kv_heads: int) -> mx.array:

@@ -94,7 +94,6 @@ def pack(model: Model) -> Model:
     A packed model is not for training or saving: its parameters have names of their own. Packing
     again changes nothing.
     """
-    model.packed = True
     stacks = [model.model] if model.mtp is None else [model.model, model.mtp]
     for stack in stacks:
         for i, layer in enumerate(stack.layers):
@@ -104,6 +103,7 @@ def pack(model: Model) -> Model:
         for name, module in stack.children().items():
             if isinstance(module, RMSNorm):
                 stack[name] = _recast(module, PackedRMSNorm)
+    model.packed = True
     return model
 
 
@@ -170,7 +170,8 @@ def _pack_experts(layer: SparseMoE) -> SparseMoE:
 def _is_plain(module: nn.Module) -> bool:
     """Whether it is a stack of experts that :class:`Experts` can describe."""
     affine = getattr(module, "mode", "affine") == "affine"
-    return isinstance(module, (SwitchLinear, QuantizedSwitchLinear)) and affine
+    known = isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
+    return known and affine and "bias" not in module
 
 
 def _experts(module: SwitchLinear | QuantizedSwitchLinear) -> Experts:
@@ -217,10 +218,11 @@ def _stack(modules: Sequence[nn.Module], axis: int = 0) -> Any:
 def _append(experts: nn.Module, one: nn.Module) -> Any:
     """A stack of experts with one more; None if that is quantized or shaped otherwise."""
     parameters, last = _parameters(experts), _parameters(one)
-    fits = _quantization(experts) == _quantization(one) and all(
-        key in last and last[key].shape == value.shape[1:] for key, value in parameters.items()
-    )
-    if not fits:
+
+    def row(values: dict[str, mx.array], start: int) -> dict[str, Any]:
+        return {key: (value.shape[start:], value.dtype) for key, value in values.items()}
+
+    if _quantization(experts) != _quantization(one) or row(parameters, 1) != row(last, 0):
         return None
     longer = copy.copy(experts)
     for key, value in parameters.items():

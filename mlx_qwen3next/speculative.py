@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
+from . import dispatch
 from .cache import Cache, Round, Undo, settle
 from .depth import MAX_DEPTH, Depth
 from .model import Model
@@ -133,6 +134,7 @@ class Decoding:
         self._chooser, self._depth, self._drafter = chooser, depth, drafter
         self._keep_drafter, self._after_forward = keep_drafter, after_forward
         self._since: float | None = None  # when the device was last waited for
+        self._proofs = 0  # and how many proofs there were then
         self._was_plain = True  # no round came last
         self._left = 0
 
@@ -236,10 +238,11 @@ class Decoding:
 
     def _record(self, drafted: int, accepted: int, tells: bool) -> None:
         """Tells the depth's chooser how long it took since the device was last waited for."""
-        now = time.perf_counter()
+        now, proofs = time.perf_counter(), dispatch.proofs()
+        tells = tells and proofs == self._proofs  # a kernel's proof takes far longer than a round
         seconds = now - self._since if tells and self._since is not None else None
         self._depth.record(drafted, accepted, seconds)
-        self._since = now
+        self._since, self._proofs = now, proofs
 
     def _feed(self) -> None:
         """Feeds the last token yielded, if that is still to be done."""

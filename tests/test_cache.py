@@ -17,7 +17,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_qwen3next import load_model
-from mlx_qwen3next.cache import GatedDeltaCache, Round, settle, tokens_held
+from mlx_qwen3next.cache import GatedDeltaCache, Round, Undo, settle, tokens_held
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = ["base", "eps"]  # taps 4 and 3, r = 2 and 3
@@ -320,3 +320,75 @@ def test_nbytes_counts_states_and_a_pending_tape():
     assert entry.nbytes == settled + sum(x.nbytes for x in entry._pending[0])
     settle(cache)
     assert entry.nbytes == settled
+
+
+# --- padding, with a round's tokens not yet replayed ---------------------------------------------
+
+
+def pending(lengths=None):
+    """A cache of two sequences after a round whose first two of four tokens stay."""
+    cache = model().make_cache()
+    text = mx.concatenate([tokens()[:, :20], tokens()[:, 20:40]])
+    model()(text, cache)
+    if lengths is not None:
+        prepare(cache, lengths)
+    with Round(cache, 4) as round:
+        model()(text[:, 5:9], cache)
+        round.commit(2)
+    return cache, text
+
+
+def prepare(cache, lengths):
+    for entry in cache:
+        if isinstance(entry, GatedDeltaCache):
+            entry.prepare(lengths=lengths)
+
+
+def finished(cache, text):
+    """Logits of a token after the padded ones, and all states."""
+    model()(text[:, :8], cache)
+    for entry in cache:
+        if isinstance(entry, GatedDeltaCache):
+            entry.finalize()
+    states = [c for entry in cache if isinstance(entry, GatedDeltaCache) for c in entry.cache]
+    return [model()(text[:, :1], cache), *states]
+
+
+def assert_same_bits(results, expected):
+    assert all(mx.array_equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_lengths_count_from_the_end_of_what_is_pending():
+    cache, text = pending(lengths=[10, 8])
+    expected, _ = pending(lengths=[10, 8])
+    settle(expected)
+    assert_same_bits(finished(cache, text), finished(expected, text))
+
+
+def test_lengths_given_while_something_is_pending():
+    (cache, text), (expected, _) = pending(), pending()
+    settle(expected)
+    for entry in (cache, expected):
+        prepare(entry, [8, 6])
+    assert_same_bits(finished(cache, text), finished(expected, text))
+
+
+def test_undo_restores_the_padding():
+    cache = model().make_cache(left_padding=[2, 0])
+    text = mx.concatenate([tokens()[:, :6], tokens()[:, 6:12]])
+    model()(text, cache)
+    before = [entry.left_padding.tolist() for entry in cache if isinstance(entry, GatedDeltaCache)]
+    with Undo(cache) as undo:
+        model()(text[:, :2], cache)
+        undo()
+    after = [entry.left_padding.tolist() for entry in cache if isinstance(entry, GatedDeltaCache)]
+    assert after == before
+
+
+def test_a_state_put_in_leaves_nothing_pending():
+    cache, text = pending()
+    other = model().make_cache()
+    model()(text, other)
+    for entry, source in zip(cache, other, strict=True):
+        entry.state = source.state
+    assert_same_bits([model()(text[:, :1], cache)], [model()(text[:, :1], other)])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -49,7 +50,7 @@ def file(tmp_path, monkeypatch):
     monkeypatch.setattr(dispatch, "_file", lambda: path)
     monkeypatch.setattr(metal_kernels, "available", lambda: True)
     monkeypatch.setattr(
-        dispatch, "_time", lambda form, _: {"kernel": 1e-6}.get(form.__name__, 2e-6)
+        dispatch, "_time", lambda form, *_: {"kernel": 1e-6}.get(form.__name__, 2e-6)
     )
     new_process()
     yield path
@@ -127,7 +128,7 @@ def test_a_slower_kernel_is_not_used(file, caplog, monkeypatch):
     monkeypatch.setattr(
         dispatch,
         "_time",
-        lambda form, _: next(times[form.__name__]) if form.__name__ in times else 2e-6,
+        lambda form, *_: next(times[form.__name__]) if form.__name__ in times else 2e-6,
     )
     forms = Forms()
     forms.operation(X)
@@ -153,6 +154,53 @@ def test_the_bound_is_twice_the_compositions_own_error(file):
 
     assert finding(1.0025).used  # 1.5e-3 off, where the composition is 1e-3 off
     assert not finding(1.004).used
+
+
+def test_what_proves_nothing_is_not_remembered(file, caplog):
+    """An infinity says nothing of the kernel, nor does a compiled function's tracer."""
+    forms = Forms()
+    infinite = mx.array([1.0, float("inf"), 2, 3, 4, 5, 6, 7])
+    assert mx.array_equal(forms.operation(infinite), infinite + infinite).item()
+    assert mx.array_equal(mx.compile(forms.operation)(X), X + X).item()
+    assert dispatch.findings() == {} and caplog.messages == []
+    forms.operation(X)
+    assert forms.form_of() == "kernel"
+
+
+def test_what_the_proof_is_made_of(file):
+    """An operation may name what is exact, and what to prove it on."""
+    operation = Operation(
+        *("sum", lambda x, y: x * 1.01 + y, lambda x, y: x + y, lambda *_: (), lambda: "kind"),
+        proof=lambda x, y: (x, mx.zeros_like(y)),
+    )
+    operation(X, X * 1000)  # which would hide the mistake
+    assert not dispatch.findings()["sum kind"].used
+    new_process()
+    file.unlink()
+    operation = Operation(
+        *("twice", lambda x: x * 2, lambda x: x * 2.01, lambda x: (), lambda: "kind"),
+        exact=lambda x: x * 2,
+    )
+    operation(X)
+    assert dispatch.findings()["twice kind"].used
+
+
+def test_another_process_findings_are_kept(file):
+    forms = Forms(kind=lambda shape, dtype: f"{shape[0]}")
+    forms.operation(X)
+    others = json.loads(file.read_text())
+    others["findings"]["of another process"] = {"used": True, "reason": ""}
+    file.write_text(json.dumps(others))
+    forms.operation(X[:4])
+    known = json.loads(file.read_text())["findings"]
+    assert known.keys() == {"double 8", "double 4", "of another process"}
+
+
+def test_proofs_are_counted(file):
+    before = dispatch.proofs()
+    forms = Forms()
+    forms.operation(X), forms.operation(X)
+    assert dispatch.proofs() == before + 1
 
 
 def test_kinds_are_proved_apart(file):
@@ -209,7 +257,7 @@ def test_another_machine_is_asked_anew(file, monkeypatch, changed):
     elif changed == "mlx":
         monkeypatch.setattr(dispatch, "version", lambda package: "99")
     else:
-        monkeypatch.setattr(metal_kernels, "source_hash", lambda kernels: "another text")
+        monkeypatch.setattr(metal_kernels, "source_hash", lambda: "another text")
     new_process()
     assert dispatch.findings() == {}
 
@@ -255,17 +303,17 @@ def test_proofs_take_arguments_of_every_form(file, caplog):
     assert caplog.messages == []
 
 
-def test_source_hash_follows_the_text(monkeypatch):
-    def of_text():
-        return kernel.source_hash(metal_kernels.KERNELS)
-
-    before, text = of_text(), kernel.text
-    for family in ("common", "norms", "gated_delta", "attention", "router", "experts"):
-        monkeypatch.setattr(
-            kernel, "text", lambda name, family=family: text(name) + " " * (name == family)
-        )
-        assert of_text() != before, family
-    monkeypatch.setattr(kernel, "text", text)
-    assert of_text() == before
-    first, *rest = metal_kernels.KERNELS
-    assert kernel.source_hash((first._replace(body=first.body + " "), *rest)) != before
+def test_source_hash_follows_every_file(monkeypatch, tmp_path):
+    """Of text and of launches."""
+    folder = Path(metal_kernels.__file__).parent
+    names = {f.name for f in folder.iterdir() if f.is_file()}
+    assert len(names) == 8
+    monkeypatch.setattr(kernel.resources, "files", lambda package: tmp_path)
+    hashes = set()
+    for changed in [None, *names]:
+        for name in names:
+            (tmp_path / name).write_bytes((folder / name).read_bytes() + b" " * (name == changed))
+        kernel.source_hash.cache_clear()
+        hashes.add(kernel.source_hash())
+    kernel.source_hash.cache_clear()
+    assert len(hashes) == 1 + len(names)

@@ -4,10 +4,10 @@ import launches
 import pytest
 
 
-@pytest.mark.parametrize("rows, speculating, most", [(1, False, 43), (4, True, 50), (9, True, 50)])
-def test_a_period_with_kernels(rows, speculating, most):
+@pytest.mark.parametrize("rows, speculating", [(1, False), (4, True)])
+def test_a_period_with_kernels(rows, speculating):
     counted = launches.per_period(launches.ours, rows, kernels=True, speculating=speculating)
-    assert 0 < counted.total() <= most
+    assert counted.total() == 40
 
 
 def test_a_period_of_mlx_lm():

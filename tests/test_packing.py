@@ -7,7 +7,7 @@ import pytest
 from checkpoints import GOLDENS
 from mlx.utils import tree_flatten
 
-from mlx_qwen3next import load_model
+from mlx_qwen3next import load_model, packing
 from mlx_qwen3next.cache import Round
 from mlx_qwen3next.config import Config
 from mlx_qwen3next.model import Model, SparseMoE
@@ -126,12 +126,46 @@ def test_packing_again_changes_nothing():
     assert_same(twice, load_model(GOLDENS / "base", pack=False))
 
 
-def test_training_is_refused():
-    model = load_model(GOLDENS / "base")
-    with pytest.raises(ValueError, match="packed for inference; load it with pack=False to train"):
+def test_training_and_saving_are_refused(tmp_path):
+    model, file = load_model(GOLDENS / "base"), tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match="for inference; load it with pack=False to train it"):
         model.train()
+    with pytest.raises(ValueError, match="for inference; load it with pack=False to save it"):
+        model.save_weights(str(file))
+    assert not file.exists()
     model.eval()
-    load_model(GOLDENS / "base", pack=False).train()
+    unpacked = load_model(GOLDENS / "base", pack=False)
+    unpacked.train()
+    unpacked.save_weights(str(file))
+
+
+def test_interrupted_it_is_not_packed(monkeypatch):
+    model = load_model(GOLDENS / "base", pack=False)
+
+    def interrupt(layer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packing, "_pack_layer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pack(model)
+    model.train()
+
+
+@pytest.mark.parametrize("spoil", ["bias", "dtype"])
+def test_a_shared_expert_of_another_kind_stays_apart(spoil):
+    def model():
+        made = load_model(GOLDENS / "base", dtype=mx.float32, pack=False)
+        down = made.layers[0].mlp.shared_expert.down_proj
+        if spoil == "bias":
+            down.bias = mx.ones((64,))
+        else:
+            down.weight = down.weight.astype(mx.float16)
+        return made
+
+    packed = pack(model())
+    assert "shared_expert" in packed.layers[0].mlp
+    assert packed.layers[0].mlp.down_proj.weight.dtype == mx.float32
+    assert_same(packed, model())
 
 
 def test_memory_stays_near_the_models_size():
