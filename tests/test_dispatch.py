@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from helpers_metal import by_host
 
 from mlx_qwen3next import dispatch, metal_kernels, ops
 from mlx_qwen3next.dispatch import Operation
@@ -273,6 +274,7 @@ def test_modes(file):
     assert forms.form_of() == "composition"
 
 
+@by_host
 def test_without_a_gpu_the_composition_runs():
     forms = Forms()
     assert forms.form_of() == "composition"

@@ -25,7 +25,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_adapters
 
 import mlx_qwen3next
-from mlx_qwen3next import dispatch, load, stream_generate
+from mlx_qwen3next import dispatch, load, metal_kernels, stream_generate
 from mlx_qwen3next.generate import DEMO_PROMPT, main, parser
 from mlx_qwen3next.load import BUNDLED
 
@@ -290,7 +290,8 @@ def test_verbose_frames_the_answer_and_adds_statistics(run, model_dir):
     )
 
 
-def test_kernels(run, answer, model_dir, monkeypatch):
+@pytest.mark.skipif(metal_kernels.available(), reason="about machines without a GPU")
+def test_kernels(run, answer, model_dir):
     expected = library_answer(model_dir, "import os\n", 20)
     assert answer("--model", model_dir, *RAW, "-m", 20, "--kernels", "off") == expected
     assert dispatch._mode == "off"

@@ -20,7 +20,7 @@ from mlx_lm import batch_generate
 from mlx_lm.sample_utils import make_sampler
 from speculation import rounds, simulated, simulated_rounds
 
-from mlx_qwen3next import generate_step, load_model, speculative
+from mlx_qwen3next import dispatch, generate_step, load_model, speculative
 from mlx_qwen3next.cache import tokens_held
 from mlx_qwen3next.depth import MAX_DEPTH, FixedDepth, MeasuredDepth
 from mlx_qwen3next.speculative import Acceptance
@@ -220,6 +220,23 @@ def test_auto_prepares_nothing_where_nothing_pays(monkeypatch):
     assert model.mtp.depth.idle
     monkeypatch.setattr(model, "make_draft_model", None)  # is not called any more
     assert greedy(model, prompt, 12) == expected[:12]
+
+
+@pytest.mark.parametrize("depths", [(0,), (2,)])
+def test_what_held_a_kernels_proof_is_not_timed(monkeypatch, depths):
+    """It takes far longer than the step or round it is part of."""
+    (model, _), (prompt, _) = golden("base"), golden_tokens("base")
+    proofs = itertools.chain([0, 0, 0, 1, 1, 1], itertools.repeat(2))
+    monkeypatch.setattr(dispatch, "proofs", proofs.__next__)
+    timed = []
+
+    class Timed(Cycle):
+        def record(self, depth, accepted, seconds):
+            timed.append(seconds is not None)
+
+    monkeypatch.setattr(model.mtp, "depth", Timed(*depths))
+    list(generate_step(prompt, model, max_tokens=40))
+    assert timed[:8] == [False, True, True, False, True, True, False, True]
 
 
 # --- batches, memory ----------------------------------------------------------------------------
