@@ -202,8 +202,8 @@ template <
     typename P>
 inline void expert_down(
     const device T* x, thread const Weights<T>& weights, X experts, S starts, R rows,
-    P pair_weights, const device T* residual, device T* y, uint count, uint row_count, uint block, uint lane,
-    uint simdgroup) {
+    P pair_weights, const device T* residual, device T* y, uint count, uint row_count, uint block,
+    uint lane, uint simdgroup) {
   const uint output = (block * SG + simdgroup) * kOutputs;
   if (output >= H) {
     return;
