@@ -28,29 +28,19 @@ def launch(kernel: Kernel, **arguments: Any) -> list[mx.array]:
 
 
 # --- norms ---------------------------------------------------------------------------------------
-RMS_NORM = Kernel(
-    "rms_norm",
-    "norms",
-    inputs=("x", "weight", "eps"),
-    outputs=("normed",),
-    body="""
+_NORM_BODY = """
     threadgroup float shared[SG];
-    rms_norm<T, H, SG, false>(
-        x, x, weight, eps, normed, normed, shared, threadgroup_position_in_grid.x,
+    rms_norm<T, H, SG, %s>(
+        x, %s, weight, eps, %s, normed, shared, threadgroup_position_in_grid.x,
         thread_index_in_threadgroup, thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
-    """,
+    """
+RMS_NORM = Kernel(
+    *("rms_norm", "norms", ("x", "weight", "eps"), ("normed",)),
+    body=_NORM_BODY % ("false", "x", "normed"),
 )
 ADD_RMS_NORM = Kernel(
-    "add_rms_norm",
-    "norms",
-    inputs=("x", "y", "weight", "eps"),
-    outputs=("sum", "normed"),
-    body="""
-    threadgroup float shared[SG];
-    rms_norm<T, H, SG, true>(
-        x, y, weight, eps, sum, normed, shared, threadgroup_position_in_grid.x,
-        thread_index_in_threadgroup, thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
-    """,
+    *("add_rms_norm", "norms", ("x", "y", "weight", "eps"), ("sum", "normed")),
+    body=_NORM_BODY % ("true", "y", "sum"),
 )
 
 
