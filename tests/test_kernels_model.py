@@ -9,7 +9,7 @@ from checkpoints import relative_error
 from helpers_metal import by_host, executed
 from mlx_lm.utils import dequantize_model
 
-from mlx_qwen3next import generate_step, load, load_model, metal_kernels
+from mlx_qwen3next import dispatch, generate_step, load, load_model, metal_kernels
 from mlx_qwen3next.cache import Round
 from mlx_qwen3next.metal_kernels import kernel
 from mlx_qwen3next.packing import pack
@@ -186,3 +186,23 @@ def test_a_mistake_would_be_found(monkeypatch):
             assert relative_error(model(token), expected) > 1e-3
     finally:
         metal_kernels.compiled.cache_clear()
+
+
+@by_host
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+def test_every_proof_succeeds(dtype, monkeypatch, caplog):
+    """In "auto", on the model's own arguments; as if kernels took half the time."""
+    model = load_model(dtype=dtype)
+    dispatch._findings.cache_clear()
+    monkeypatch.setattr(dispatch, "_time", lambda form, *_: 2.0 - (form.__name__ == "kernel"))
+    with executed() as launches:
+        dispatch.set_kernels("auto")
+        steps = list(generate_step(prompt(), model, max_tokens=16, mtp=3))
+        findings = dispatch.findings()
+    dispatch._findings.cache_clear()
+    assert len(steps) == 16 and caplog.messages == []
+    assert all(finding.used for finding in findings.values())
+    kinds = {key.split()[0] for key in findings}
+    assert kinds >= {"rms_norm", "gated_delta_step", "attention_heads", "sparse_experts"}
+    assert any("round replay" in key for key in findings)
+    assert launches["expert_down"] > len(findings)
