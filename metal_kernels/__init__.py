@@ -375,11 +375,6 @@ EXPERT_DOWN = Kernel(
         simdgroup_index_in_threadgroup);
     """,
 )
-KERNELS = (
-    *(RMS_NORM, ADD_RMS_NORM, GATED_DELTA_STEP, GATED_DELTA_ROUND, GATED_DELTA_REPLAY),
-    *(ATTENTION_HEADS, ATTENTION_GATE, ROUTER, EXPERT_GATE_UP, EXPERT_DOWN),
-)
-
 OUTPUTS = 4  # kPairs and kOutputs in experts.metal
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import mlx.core as mx
 
 from . import metal_kernels
+from .errors import first_line
 
 Mode = Literal["auto", "on", "off"]
 
@@ -139,8 +140,8 @@ def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -
         return _arrays(operation.composition(x, *rest, **options))
 
     plain = composition(first)
-    form = operation.exact or operation.composition
-    exact = _arrays(form(*_widened(args), **_widened(options)))
+    judge = operation.exact or operation.composition
+    exact = _arrays(judge(*_widened(args), **_widened(options)))
     try:
         finite = all(mx.isfinite(a).all().item() for a in (*plain, *exact))
     except ValueError:  # a function transformation is under way, which has no values yet
@@ -151,7 +152,7 @@ def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -
         ours = kernel(first)
         mx.eval(ours)
     except Exception as error:  # what Metal's compiler says, or whatever it is
-        return Finding(False, f"it does not run: {_first_line(error)}")
+        return Finding(False, f"it does not run: {first_line(error)}")
     if len(ours) != len(plain):
         return Finding(False, f"it is wrong: {len(ours)} results, not {len(plain)}")
     for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
@@ -204,10 +205,6 @@ def _time(form: Callable[[mx.array], list[mx.array]], x: mx.array, calls: int) -
         results = form(x)
     mx.eval(results)
     return (time.perf_counter() - start) / calls
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # --- the file ------------------------------------------------------------------------------------

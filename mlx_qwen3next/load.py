@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from . import checkpoint, memory, mtp, packing, shards
 from .config import Config
+from .errors import first_line
 from .model import Model
 
 # Context assumed for the memory check where the caller gives none.
@@ -148,7 +149,7 @@ def local_directory(path_or_repo: str | Path) -> Path | None:
     except FileNotFoundError:
         names = None
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from None
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
     if names is not None:
         if "config.json" not in names:
             raise ValueError(f"{path} is no model directory: it has no config.json")
@@ -168,16 +169,11 @@ def hub_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ValueError(f"{repo} is neither a directory nor a repository id: {reason}") from None
     except Exception as error:  # the hub's client has a dozen unrelated kinds
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ValueError(f"{repo} is no local directory and cannot be fetched: {reason}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _load_tokenizer(directory: Path, tokenizer_config: dict[str, Any] | None) -> TokenizerWrapper:
@@ -188,7 +184,7 @@ def _load_tokenizer(directory: Path, tokenizer_config: dict[str, Any] | None) ->
     try:
         return load_tokenizer(directory, tokenizer_config, eos_token_ids=eos_token_ids)
     except Exception as error:  # the tokenizer libraries raise what they like
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ValueError(f"{directory}: the tokenizer cannot be loaded: {reason}") from error
 
 

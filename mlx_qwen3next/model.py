@@ -50,15 +50,15 @@ class RMSNorm(nn.Module):
 
 
 class RMSNormGated(nn.Module):
-    """``weight norm(x) silu(z)`` over one value head; the checkpoint's weight has no ``+ 1``."""
+    """Of ``weight norm(x) silu(z)`` over one value head; the checkpoint's weight has no ``+ 1``.
+
+    Holds the weight; ops.gated_delta_step applies it.
+    """
 
     def __init__(self, dims: int, eps: float):
         super().__init__()
         self.weight = mx.ones((dims,))
         self.eps = eps
-
-    def __call__(self, x: mx.array, z: mx.array) -> mx.array:
-        return ops.gated_rms_norm(x, z, self.weight, self.eps)
 
 
 class GatedDeltaNet(nn.Module):
@@ -83,16 +83,19 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(value_dim, H, bias=False)
 
     def project(self, x: mx.array) -> mx.array:
-        """``[q | k | v | z | b | a]``, each head after head, ``[B, L, C + Hv Dv + 2 Hv]``.
+        """``[q | k | v | z | b | a]``, each head after head, ``[B, L, C + Hv Dv + 2 Hv]``."""
+        return self.arrange(self.in_proj_qkvz(x), self.in_proj_ba(x))
 
-        The projections' rows are grouped per key head: q Dk, k Dk, v r Dv, z r Dv; b r, a r.
+    def arrange(self, qkvz: mx.array, ba: mx.array) -> mx.array:
+        """What the projections give, or their rows, head after head instead of per key head.
+
+        Args:
+            qkvz, ba: ``[..., n]``; per key head q Dk, k Dk, v r Dv, z r Dv; b r, a r.
         """
-        B, L, _ = x.shape
-        Hk, Dk, Dv, r = self.Hk, self.Dk, self.Dv, self.Hv // self.Hk
-        qkvz = self.in_proj_qkvz(x).reshape(B, L, Hk, 2 * Dk + 2 * r * Dv)
-        ba = self.in_proj_ba(x).reshape(B, L, Hk, 2 * r)
-        parts = [*mx.split(qkvz, [Dk, 2 * Dk, 2 * Dk + r * Dv], axis=-1), *mx.split(ba, 2, axis=-1)]
-        return mx.concatenate([y.reshape(B, L, -1) for y in parts], axis=-1)
+        shape, Hk, Dk, rDv = qkvz.shape[:-1], self.Hk, self.Dk, self.Hv // self.Hk * self.Dv
+        parts = mx.split(qkvz.reshape(*shape, Hk, -1), [Dk, 2 * Dk, 2 * Dk + rDv], axis=-1)
+        parts += mx.split(ba.reshape(*shape, Hk, -1), 2, axis=-1)
+        return mx.concatenate([y.reshape(*shape, -1) for y in parts], axis=-1)
 
     def __call__(
         self, x: mx.array, mask: mx.array | None = None, cache: GatedDeltaCache | None = None
@@ -138,16 +141,21 @@ class GatedAttention(nn.Module):
         self.o_proj = nn.Linear(self.nh * self.hd, H, bias=False)
         self.q_norm = RMSNorm(self.hd, eps)
         self.k_norm = RMSNorm(self.hd, eps)
-        self.eps, self.rotary_dims, self.rope_theta = eps, config.rotary_dims, config.rope_theta
+        self.rotary_dims, self.rope_theta = config.rotary_dims, config.rope_theta
 
     def project(self, x: mx.array) -> mx.array:
-        """``[q | k | v | gate]``, each head after head, ``[B, L, (2 nh + 2 nkv) hd]``.
+        """``[q | k | v | gate]``, each head after head, ``[B, L, (2 nh + 2 nkv) hd]``."""
+        return self.arrange(self.q_proj(x), self.k_proj(x), self.v_proj(x))
 
-        q_proj's rows are grouped per head: q hd, gate hd.
+    def arrange(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """What the projections give, or their rows, with the gates last.
+
+        Args:
+            q: ``[..., 2 nh hd]``, per head q hd, gate hd. k, v: ``[..., nkv hd]``.
         """
-        B, L, _ = x.shape
-        q, gate = mx.split(self.q_proj(x).reshape(B, L, self.nh, -1), 2, axis=-1)
-        parts = [q.reshape(B, L, -1), self.k_proj(x), self.v_proj(x), gate.reshape(B, L, -1)]
+        shape = q.shape[:-1]
+        q, gate = mx.split(q.reshape(*shape, self.nh, -1), 2, axis=-1)
+        parts = [q.reshape(*shape, -1), k, v, gate.reshape(*shape, -1)]
         return mx.concatenate(parts, axis=-1)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
@@ -156,7 +164,7 @@ class GatedAttention(nn.Module):
         q, k, v = self.split_heads(
             row,
             *(self.q_norm.weight, self.k_norm.weight, 0 if cache is None else cache.offset),
-            eps=self.eps,
+            eps=self.q_norm.eps,
             heads=self.nh,
             kv_heads=self.nkv,
             rotary_dims=self.rotary_dims,
@@ -188,6 +196,7 @@ class SparseMoE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         H, E, I = config.hidden_size, config.num_experts, config.moe_intermediate_size
+        self.num_experts = E
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
         self.gate = nn.Linear(H, E, bias=False)
         self.switch_mlp = SwitchGLU(H, I, E)

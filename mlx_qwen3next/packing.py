@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
 from . import fused
@@ -120,26 +121,11 @@ def _pack_layer(layer: DecoderLayer) -> DecoderLayer:
 
 
 def _pack_delta_net(layer: GatedDeltaNet) -> GatedDeltaNet:
-    packed = _recast(layer, PackedGatedDeltaNet)
-    if "in_proj" in layer:
-        return packed
-    Hk, Dk, Dv, r = layer.Hk, layer.Dk, layer.Dv, layer.Hv // layer.Hk
-    per_head = 2 * Dk + 2 * r * Dv
-    qkvz = mx.arange(Hk * per_head).reshape(Hk, per_head)
-    ba = (Hk * per_head + mx.arange(2 * layer.Hv)).reshape(Hk, 2 * r)
-    parts = [*mx.split(qkvz, [Dk, 2 * Dk, 2 * Dk + r * Dv], axis=1), *mx.split(ba, 2, axis=1)]
-    rows = mx.concatenate([part.flatten() for part in parts])
-    return _replace(packed, ("in_proj_qkvz", "in_proj_ba"), "in_proj", rows)
+    return _stack_inputs(_recast(layer, PackedGatedDeltaNet), "in_proj_qkvz", "in_proj_ba")
 
 
 def _pack_attention(layer: GatedAttention) -> GatedAttention:
-    packed = _recast(layer, PackedGatedAttention)
-    if "in_proj" in layer:
-        return packed
-    heads = mx.arange(2 * layer.nh * layer.hd).reshape(layer.nh, 2, layer.hd)
-    kv = 2 * layer.nh * layer.hd + mx.arange(2 * layer.nkv * layer.hd)
-    rows = mx.concatenate([heads[:, 0].flatten(), kv, heads[:, 1].flatten()])
-    return _replace(packed, ("q_proj", "k_proj", "v_proj"), "in_proj", rows)
+    return _stack_inputs(_recast(layer, PackedGatedAttention), "q_proj", "k_proj", "v_proj")
 
 
 def _pack_experts(layer: SparseMoE) -> SparseMoE:
@@ -150,7 +136,6 @@ def _pack_experts(layer: SparseMoE) -> SparseMoE:
     if gate_up is None or not all(_is_plain(part) for part in (gate_up, routed.down_proj)):
         return layer
     packed = _recast(layer, PackedSparseMoE)
-    packed.num_experts = routed.gate_proj.num_experts
     packed.gate_up_proj, packed.down_proj = gate_up, routed.down_proj
     del packed["switch_mlp"]
 
@@ -189,15 +174,18 @@ def _recast(module: nn.Module, kind: type[M]) -> M:
     return copied
 
 
-def _replace(layer: M, names: Sequence[str], name: str, rows: mx.array) -> M:
-    """Puts ``rows`` of some modules' stack in their place, if they can be stacked."""
-    stacked = _stack([layer[n] for n in names])
-    if stacked is not None:
-        for key, value in _parameters(stacked).items():
-            stacked[key] = value[rows]
-        layer[name] = stacked
-        for n in names:
-            del layer[n]
+def _stack_inputs(layer: Any, *names: str) -> Any:
+    """Puts ``in_proj`` in the place of the named projections, if they can be stacked."""
+    if "in_proj" in layer or (stacked := _stack([layer[name] for name in names])) is None:
+        return layer
+    sizes = [layer[name].weight.shape[0] for name in names]
+    ends = np.cumsum(sizes).tolist()
+    rows = layer.arrange(*mx.split(mx.arange(ends[-1]), ends[:-1]))
+    for key, value in _parameters(stacked).items():
+        stacked[key] = value[rows]
+    layer.in_proj = stacked
+    for name in names:
+        del layer[name]
     return layer
 
 

@@ -14,6 +14,7 @@ from mlx_qwen3next import dispatch, metal_kernels
 ON_GPU = metal_kernels.available()
 by_host = pytest.mark.skipif(ON_GPU, reason="about machines without a GPU")
 
+KERNELS = [of for of in vars(metal_kernels).values() if isinstance(of, metal_kernels.Kernel)]
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 # Between two right computations in float32, twice the largest measured: sums of 640 products in

@@ -17,6 +17,7 @@ from helpers_generate import (
     golden,
     tokens_of,
 )
+from helpers_metal import by_host
 from mlx.utils import tree_flatten
 from mlx_lm import cache_prompt
 from mlx_lm.generate import setup_arg_parser
@@ -25,7 +26,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_adapters
 
 import mlx_qwen3next
-from mlx_qwen3next import dispatch, load, metal_kernels, stream_generate
+from mlx_qwen3next import dispatch, load, stream_generate
 from mlx_qwen3next.generate import DEMO_PROMPT, main, parser
 from mlx_qwen3next.load import BUNDLED
 
@@ -290,7 +291,7 @@ def test_verbose_frames_the_answer_and_adds_statistics(run, model_dir):
     )
 
 
-@pytest.mark.skipif(metal_kernels.available(), reason="about machines without a GPU")
+@by_host
 def test_kernels(run, answer, model_dir):
     expected = library_answer(model_dir, "import os\n", 20)
     assert answer("--model", model_dir, *RAW, "-m", 20, "--kernels", "off") == expected

@@ -6,10 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from checkpoints import relative_error
-from helpers_metal import by_host, executed
+from helpers_metal import KERNELS, by_host, executed
 from mlx_lm.utils import dequantize_model
 
-from mlx_qwen3next import dispatch, generate_step, load, load_model, metal_kernels
+from mlx_qwen3next import dispatch, generate_step, load, load_model
 from mlx_qwen3next.cache import Round
 from mlx_qwen3next.metal_kernels import kernel
 from mlx_qwen3next.packing import pack
@@ -48,7 +48,7 @@ def test_speculation_gives_the_same_tokens(bits):
     expected = tokens(demo(bits), 3)
     with executed() as launches:
         assert tokens(demo(bits), 3) == expected
-    used = {of.name for of in metal_kernels.KERNELS}
+    used = {of.name for of in KERNELS}
     # Rounds follow each other: no plain step, and no replay but in the next round's launch.
     assert launches.keys() == used - {"gated_delta_replay"}
     assert len({from_draft for _, from_draft in expected}) == 2
@@ -167,7 +167,7 @@ def test_the_check_finds_nothing():
                 mx.eval(model(mx.array([[7, 8, 9]]), cache))
                 last.commit(2)
         mx.eval([c.state for c in cache])
-    assert launches.keys() == {of.name for of in metal_kernels.KERNELS}
+    assert launches.keys() == {of.name for of in KERNELS}
 
 
 def test_a_mistake_would_be_found(monkeypatch):
@@ -180,12 +180,12 @@ def test_a_mistake_would_be_found(monkeypatch):
     model, token = demo(4), mx.array([[5]])
     expected = model(token)
     monkeypatch.setattr(kernel, "text", spoilt)
-    metal_kernels.compiled.cache_clear()
+    kernel.compiled.cache_clear()
     try:
         with executed():
             assert relative_error(model(token), expected) > 1e-3
     finally:
-        metal_kernels.compiled.cache_clear()
+        kernel.compiled.cache_clear()
 
 
 @by_host

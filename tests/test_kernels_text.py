@@ -3,14 +3,14 @@
 import re
 
 import pytest
+from helpers_metal import KERNELS
 
-from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.metal_kernels.kernel import text
 
 INEXACT = re.compile(
     r"(?<!precise::)\b(a?(?:sin|cos|tan)h?|exp(?:2|10)?|log(?:2|10)?|r?sqrt|powr?|divide)\("
 )
-FAMILIES = sorted({kernel.family for kernel in metal_kernels.KERNELS} | {"common"})
+FAMILIES = sorted({kernel.family for kernel in KERNELS} | {"common"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
