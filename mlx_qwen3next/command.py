@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
+
+from .dispatch import Mode
+from .generation import check_depth
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,3 +34,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def add_speed_options(group: Any) -> None:
+    """Adds ``--mtp`` and ``--kernels``."""
+    group.add_argument(
+        "--mtp",
+        type=_depth,
+        default="auto",
+        metavar="{auto,off,1..8}",
+        help="Tokens the model's own MTP head drafts ahead: a depth, 'off', or 'auto', which "
+        "measures what pays on this machine, drafting nothing included (default: %(default)s). "
+        "Changes the speed, not the answer.",
+    )
+    group.add_argument(
+        "--kernels",
+        choices=get_args(Mode),
+        default="auto",
+        help="Metal kernels of this package: 'auto' uses each where it proved right and fast on "
+        "this machine, 'on' wherever there is one, 'off' nowhere (default: %(default)s).",
+    )
+
+
+def _depth(text: str) -> Any:
+    try:
+        return check_depth(int(text) if text.isdecimal() else text)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

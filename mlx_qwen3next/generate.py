@@ -10,29 +10,25 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT, setup_arg_parser
 from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_adapters
 from tqdm import tqdm
 
 from .cache import Cache
-from .command import Parser
-from .dispatch import Mode, set_kernels
+from .command import Parser, add_speed_options
+from .dispatch import set_kernels
 from .generation import (
     GenerationResponse,
-    check_depth,
     check_max_tokens,
     generate,
     statistics,
     stream_generate,
 )
 from .load import DEFAULT_CONTEXT, load
-from .model import Model
-from .packing import pack
 from .sampling import Sampling
 
 DEMO_PROMPT = "How do I use itertools.chain?"
@@ -106,30 +102,8 @@ def parser() -> argparse.ArgumentParser:
         help="Tokens to generate at most; -1 for as many as the context takes (default: "
         "%(default)s).",
     )
-    essential.add_argument(
-        "--mtp",
-        type=_depth,
-        default="auto",
-        metavar="{auto,off,1..8}",
-        help="Tokens the model's own MTP head drafts ahead: a depth, 'off', or 'auto', which "
-        "measures what pays on this machine, drafting nothing included (default: %(default)s). "
-        "Changes the speed, not the answer.",
-    )
-    essential.add_argument(
-        "--kernels",
-        choices=get_args(Mode),
-        default="auto",
-        help="Metal kernels of this package: 'auto' uses each where it proved right and fast on "
-        "this machine, 'on' wherever there is one, 'off' nowhere (default: %(default)s).",
-    )
+    add_speed_options(essential)
     return result
-
-
-def _depth(text: str) -> Any:
-    try:
-        return check_depth(int(text) if text.isdecimal() else text)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,11 +158,8 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         context=max(DEFAULT_CONTEXT, args.max_tokens),
         tokenizer_config=tokenizer_config,
-        pack=args.adapter_path is None,
+        adapter_path=args.adapter_path,
     )
-    if args.adapter_path is not None:
-        _load_adapter(model, args.adapter_path)
-        pack(model)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
 
@@ -319,15 +290,6 @@ def _prompt_tokens(
     except UnicodeEncodeError:
         raise ValueError("the prompt is not valid UTF-8") from None
     return tokenizer.encode(text, add_special_tokens=not through_template)
-
-
-def _load_adapter(model: Model, path: str) -> None:
-    """Puts a LoRA, DoRA or full fine-tune made by ``mlx_lm.lora`` into the model."""
-    try:
-        load_adapters(model, path)
-    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"--adapter-path {path} holds no usable adapter: {error}") from error
-    model.eval()  # no dropout in the adapter's new layers
 
 
 def _json_object(flag: str, text: str | None) -> dict[str, Any]:

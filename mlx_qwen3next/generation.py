@@ -93,21 +93,13 @@ def generate_step(
     prompt = _check_prompt(prompt, model)
     check_depth(mtp, model)
     check_integer("prefill_step_size", prefill_step_size, least=1)
-    if kv_bits is not None:
-        check_integer("quantized_kv_start", quantized_kv_start, least=0)
-        if kv_bits not in KV_BITS:
-            raise ValueError(f"kv_bits must be one of {KV_BITS}, got {kv_bits!r}")
-        if kv_group_size not in KV_GROUP_SIZES or model.args.head_dim % kv_group_size:
-            raise ValueError(
-                f"kv_group_size must be one of {KV_GROUP_SIZES} and divide this model's head_dim "
-                f"({model.args.head_dim}), got {kv_group_size!r}"
-            )
+    check_kv_quantization(model, kv_bits, kv_group_size, quantized_kv_start)
     if unknown := sorted(sampling.keys() - {field.name for field in fields(Sampling)}):
         raise ValueError(f"unknown option: {', '.join(unknown)}")
     options = Sampling(**sampling)
     options.check_vocabulary(model.args.vocab_size)
     cache = model.make_cache() if prompt_cache is None else _check_cache(prompt_cache, model)
-    budget = _budget(model, tokens_held(cache) + prompt.size, max_tokens)
+    budget = token_budget(model, tokens_held(cache) + prompt.size, max_tokens)
     processors = list(logits_processors or ())
     trunk, head = cache[: len(model.layers)], cache[len(model.layers) :]
     depth: Depth = FixedDepth(mtp if isinstance(mtp, int) else 0)
@@ -152,21 +144,37 @@ def _prefill(
     try:
         for start in range(0, total - 1, step_size):
             chunk = prompt[start : min(start + step_size, total - 1)]
-            with Undo(cache):
-                hidden = forward(model, cache, chunk)
-                after_forward()
-                # With a drafter hidden, too: what waits must not refer to keys and values.
-                mx.eval([c.state for c in cache], hidden if drafter else [])
-            if drafter is not None:
-                drafter.committed(chunk, hidden)
+            prefill(model, cache, chunk, drafter, after_forward)
             progress(start + chunk.size, total)
-            mx.clear_cache()
         progress(total, total)  # the last token goes with the first step
     except BaseException:
         if drafter is not None:
             drafter.rest()
         raise
     return prompt[-1:]
+
+
+def prefill(
+    model: Model,
+    cache: Cache,
+    tokens: mx.array,
+    drafter: Drafter | None = None,
+    after_forward: Callable[[], None] = lambda: None,
+) -> None:
+    """Feeds tokens ``[n]`` of a prompt, nothing of them if interrupted, and waits for them.
+
+    Args:
+        cache: the trunk's.
+        drafter, after_forward: as for :class:`mlx_qwen3next.speculative.Decoding`.
+    """
+    with Undo(cache):
+        hidden = forward(model, cache, tokens)
+        after_forward()
+        # With a drafter hidden, too: what waits must not refer to keys and values.
+        mx.eval([c.state for c in cache], hidden if drafter else [])
+    if drafter is not None:
+        drafter.committed(tokens, hidden)
+    mx.clear_cache()
 
 
 def stream_generate(
@@ -199,7 +207,7 @@ def stream_generate(
         tokens = _check_prompt(prompt, model)
     cache = options.get("prompt_cache")
     held = 0 if cache is None else tokens_held(_check_cache(cache, model))
-    budget = _budget(model, held + tokens.size, max_tokens)
+    budget = token_budget(model, held + tokens.size, max_tokens)
     steps = generate_step(tokens, model, max_tokens=budget, **options)
     return _stream(model, tokenizer, tokens.size, budget, steps)
 
@@ -211,7 +219,7 @@ def _stream(
     budget: int,
     steps: Generator[Token],
 ) -> Iterator[GenerationResponse]:
-    pending: list[int] = []  # tokens that end within a character
+    text = TextDecoder(tokenizer)
     prompt_seconds, start = 0.0, time.perf_counter()
     drafts = Acceptance()
     with wired_limit(model), closing(steps):
@@ -223,18 +231,10 @@ def _stream(
             finish_reason = None
             if step.token in tokenizer.eos_token_ids:
                 finish_reason = "stop"
-            else:
-                pending.append(step.token)
-                if count == budget:
-                    finish_reason = "length"
-            # Not mlx-lm's detokenizer, which drops a leading space and garbles NUL bytes.
-            text = tokenizer.decode(pending)
-            if finish_reason is None and text.endswith("\ufffd"):
-                text = ""
-            else:
-                pending.clear()
+            elif count == budget:
+                finish_reason = "length"
             yield GenerationResponse(
-                text=text,
+                text=text.add(step.token, finish_reason),
                 token=step.token,
                 logprobs=step.logprobs,
                 from_draft=step.from_draft,
@@ -250,6 +250,29 @@ def _stream(
             )
             if finish_reason:
                 return
+
+
+class TextDecoder:
+    """A sequence's text, token by token; no piece of it ends within a character."""
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        self._tokenizer = tokenizer
+        self._pending: list[int] = []  # tokens that end within a character
+
+    def add(self, token: int, finish_reason: str | None = None) -> str:
+        """The text that one more token gives; a stop token has none.
+
+        Args:
+            finish_reason: mlx-lm's, if the token is the last.
+        """
+        if finish_reason != "stop":
+            self._pending.append(token)
+        # Not mlx-lm's detokenizer, which drops a leading space and garbles NUL bytes.
+        text = self._tokenizer.decode(self._pending)
+        if finish_reason is None and text.endswith("\ufffd"):
+            return ""
+        self._pending.clear()
+        return text
 
 
 def generate(
@@ -314,6 +337,26 @@ def check_depth(mtp: MTP, model: Model | None = None) -> MTP:
     if model is not None and model.mtp is None:
         raise ValueError(f"mtp is {mtp}, but this model has no MTP head; use 'auto' or 'off'")
     return mtp
+
+
+def check_kv_quantization(
+    model: Model, kv_bits: int | None, kv_group_size: int, quantized_kv_start: int
+) -> None:
+    """Checks how keys and values are to be quantized, if they are.
+
+    Raises:
+        ValueError: MLX or the model cannot do that.
+    """
+    if kv_bits is None:
+        return
+    check_integer("quantized_kv_start", quantized_kv_start, least=0)
+    if kv_bits not in KV_BITS:
+        raise ValueError(f"kv_bits must be one of {KV_BITS}, got {kv_bits!r}")
+    if kv_group_size not in KV_GROUP_SIZES or model.args.head_dim % kv_group_size:
+        raise ValueError(
+            f"kv_group_size must be one of {KV_GROUP_SIZES} and divide this model's head_dim "
+            f"({model.args.head_dim}), got {kv_group_size!r}"
+        )
 
 
 def check_max_tokens(max_tokens: int) -> int:
@@ -401,7 +444,7 @@ def _fits_head(entry: Any, c: Config) -> bool:
     )
 
 
-def _budget(model: Model, positions: int, max_tokens: int) -> int:
+def token_budget(model: Model, positions: int, max_tokens: int) -> int:
     """How many tokens to generate after ``positions`` of prompt and cache."""
     limit = model.args.max_position_embeddings
     check_max_tokens(max_tokens)

@@ -22,7 +22,7 @@ from huggingface_hub.errors import HFValidationError
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
+from mlx_lm.utils import load_adapters, load_tokenizer
 from tqdm import tqdm
 
 from . import checkpoint, memory, mtp, packing, shards
@@ -48,6 +48,7 @@ def load(
     context: int = DEFAULT_CONTEXT,
     revision: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
+    adapter_path: str | Path | None = None,
     pack: bool = True,
 ) -> tuple[Model, TokenizerWrapper]:
     """Loads a model and its tokenizer.
@@ -57,6 +58,7 @@ def load(
         dtype, context, pack: see :func:`load_model`.
         revision: branch, tag or commit of a hub repository.
         tokenizer_config: further arguments of transformers' ``AutoTokenizer``.
+        adapter_path: the directory of a LoRA, DoRA or full fine-tune made by ``mlx_lm.lora``.
 
     Raises:
         ValueError: the checkpoint cannot be loaded; the message says what is wrong where.
@@ -64,7 +66,19 @@ def load(
     directory = resolve(path_or_repo, revision)
     Config.from_file(directory / "config.json")  # what is wrong there is to be said first
     tokenizer = _load_tokenizer(directory, tokenizer_config)
-    return load_model(directory, dtype=dtype, context=context, pack=pack), tokenizer
+    if adapter_path is None:
+        return load_model(directory, dtype=dtype, context=context, pack=pack), tokenizer
+    model = load_model(directory, dtype=dtype, context=context, pack=False)
+    _load_adapter(model, adapter_path)
+    return packing.pack(model) if pack else model, tokenizer
+
+
+def _load_adapter(model: Model, path: str | Path) -> None:
+    try:
+        load_adapters(model, str(path))
+    except (RuntimeError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise ValueError(f"{path} holds no usable adapter: {first_line(error)}") from error
+    model.eval()  # no dropout in the adapter's new layers
 
 
 def load_model(

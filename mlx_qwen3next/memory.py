@@ -64,6 +64,14 @@ def check(weights: int, cache: int, context: int) -> None:
         )
 
 
+def spare() -> int:
+    """Bytes that fit into memory well beside what MLX holds now."""
+    _, comfortable = _capacity()
+    if platform.system() == "Darwin" or mx.default_device() == mx.gpu:
+        comfortable -= mx.get_active_memory()  # what a CPU's reading leaves out already
+    return max(int(comfortable), 0)
+
+
 def _capacity() -> tuple[float, float]:
     """(what can be held at all, what can be held well) in bytes."""
     info: Mapping[str, str | int] = mx.device_info()

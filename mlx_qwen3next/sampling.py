@@ -141,17 +141,23 @@ class Chooser:
         processors: mlx-lm's: ``(tokens [n], logits [1, vocab])`` to logits; they see the prompt and
             what was chosen after it, drafts included.
         prompt: the tokens ``[n]`` uint32 before the first choice.
+        key: with a position, what its random numbers are drawn from; None draws one.
+        position: how many tokens were chosen with that key before.
     """
 
-    def __init__(self, sampler: Sampler, processors: Sequence[LogitsProcessor], prompt: mx.array):
+    def __init__(
+        self,
+        sampler: Sampler,
+        processors: Sequence[LogitsProcessor],
+        prompt: mx.array,
+        key: int | None = None,
+        position: int = 0,
+    ):
         self._sampler, self._processors = sampler, processors
         self._tokens = np.array(prompt)
         self._greedy = sampler is greedy_sampler and not processors
-        self._position = 0  # tokens chosen so far
-        # One number from the global state, so that its seed decides.
-        self._key = 0
-        if not self._greedy:
-            self._key = cast(int, mx.random.randint(0, 2**31 - 1, ()).item())
+        self._position = position
+        self._key = 0 if self._greedy else draw_key() if key is None else key
 
     def choose(self, logits: mx.array, after: Sequence[mx.array] = ()) -> tuple[mx.array, mx.array]:
         """The next token ``[1]``, and its log-probabilities ``[1, vocab]``.
@@ -188,7 +194,32 @@ class Chooser:
 
     def _seed(self, ahead: int) -> None:
         if not self._greedy:
-            mx.random.seed(self._key << 32 | self._position + ahead)
+            _seed(self._key, self._position + ahead)
+
+
+class SeededSampler:
+    """A sampler that draws, call after call, what a :class:`Chooser` with its key draws.
+
+    Args:
+        key, position: the chooser's.
+    """
+
+    def __init__(self, sampler: Sampler, key: int, position: int = 0):
+        self.sampler, self.key, self.position = sampler, key, position
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        _seed(self.key, self.position)
+        self.position += 1
+        return self.sampler(logprobs)
+
+
+def draw_key() -> int:
+    """A :class:`Chooser`'s key, from the global random state, so that its seed decides."""
+    return cast(int, mx.random.randint(0, 2**31 - 1, ()).item())
+
+
+def _seed(key: int, position: int) -> None:
+    mx.random.seed(key << 32 | position)
 
 
 def check_integer(name: str, value: int, least: int) -> None:

@@ -12,7 +12,7 @@ judged is in :mod:`mlx_qwen3next.sampling`, how states roll back in :mod:`mlx_qw
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -137,20 +137,28 @@ class Decoding:
         self._proofs = 0  # and how many proofs there were then
         self._was_plain = True  # no round came last
         self._left = 0
+        self._handed_over = False
 
-    def tokens(self, count: int) -> Iterator[Token]:
+    def tokens(self, count: int) -> Generator[Token]:
         """Yields the next ``count`` tokens.
 
-        However it ends, the cache then holds every token yielded, the last one included. Until
-        then it may be in a round, and nobody else's to read.
+        However it ends, the cache then holds every token yielded, the last one included, except
+        after :meth:`hand_over`. Until then it may be in a round, and nobody else's to read.
         """
         self._left = count
         try:
-            while self._left > 0:
+            while self._left > 0 and not self._handed_over:
                 depth = self._choose(self._left - 1)
                 yield from self._round(depth) if depth else self._plain()
         finally:
             self._rest()
+
+    def hand_over(self) -> None:
+        """Ends :meth:`tokens` soon: it yields what is chosen already, and feeds it but the last.
+
+        Somebody else goes on from there, with that last token to feed.
+        """
+        self._handed_over = True
 
     def _choose(self, room: int) -> int:
         """The depth of the next round."""
@@ -197,7 +205,7 @@ class Decoding:
         pipelined = False  # whether the step was queued before the host waited for the one before
         while True:
             ahead, room = None, self._left - 2  # after this token and the next
-            if room >= 0 and self._choose(room) == 0:
+            if room >= 0 and not self._handed_over and self._choose(room) == 0:
                 ahead = self._step(step.token, [step.token])
             yielded = False
             try:
@@ -245,8 +253,8 @@ class Decoding:
         self._since, self._proofs = now, proofs
 
     def _feed(self) -> None:
-        """Feeds the last token yielded, if that is still to be done."""
-        if self._unfed is None:
+        """Feeds the last token yielded, if that is still to be done here."""
+        if self._unfed is None or self._handed_over:
             return
         with Undo(self._cache):
             hidden = forward(self._model, self._cache, self._unfed)

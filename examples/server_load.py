@@ -1,0 +1,194 @@
+"""Many clients at once, some of which leave: no wrong token, no leak, no stuck request.
+
+    python examples/server_load.py [--minutes 10] [--clients 32] [--faults]
+
+First each request of a pool is asked alone, of a server without prompt cache and drafts. Then
+clients ask them at random, and a fifth of the clients leave in the middle. Every answer that
+comes to its end is compared. With ``--faults`` forwards fail now and then, the disk under the
+prompt cache takes no more, its files are damaged, and the server is killed and started again.
+Linux only (memory is read from /proc).
+"""
+
+import argparse
+import collections
+import inspect
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+from served import OURS, Answer, Served, float32_copy
+
+LEAVE = 0.2  # of the requests, in the middle
+LEFT = "left"
+
+# A server some of whose forwards, and writes of the prompt cache, fail.
+FAULTY = """
+import errno, random, sys
+from mlx_qwen3next import prompt_files, server
+from mlx_qwen3next.model import Trunk
+forward, write = Trunk.__call__, prompt_files.write_file
+def failing(self, *args):
+    if random.random() < 1 / 3000:
+        raise RuntimeError("injected: the forward failed")
+    return forward(self, *args)
+def full(*args, **options):
+    if random.random() < 0.05:
+        raise OSError(errno.ENOSPC, "injected: no space left on device")
+    write(*args, **options)
+Trunk.__call__, prompt_files.write_file = failing, full
+sys.exit(server.main(sys.argv[1:]))
+"""
+
+
+def pool(size: int) -> list[dict]:
+    """Requests of all lengths, many of which begin alike; greedy ones, and some with a seed."""
+    rng = random.Random(1)
+    source = inspect.getsource(textwrap) + inspect.getsource(statistics)
+    systems = [None, *(source[: 4 ** rng.randint(2, 6)] for _ in range(5))]
+    requests = []
+    for i in range(size):
+        system = rng.choice(systems)
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            start = rng.randrange(len(source) - 2000)
+            content = source[start : start + 2 ** rng.randint(4, 9)]
+            messages += [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": "?"},
+            ]
+        options = {"max_tokens": rng.choice([1, 5, 20, 60, 120])}
+        if i % 4 == 0:
+            options |= {"temperature": 0.8, "top_p": 0.95, "seed": i}
+        if i % 5 == 0:
+            options |= {"stop": ["\n\n", "def "]}
+        requests.append({"messages": messages[:-1], **options})
+    return requests
+
+
+class Load:
+    """The clients, and what they saw."""
+
+    def __init__(self, served: Served, requests: list[dict], right: list[Answer]):
+        self._served, self._requests, self._right = served, requests, right
+        self.over = threading.Event()
+        self.down = threading.Event()  # the server is meant not to answer
+        self.seen: collections.Counter = collections.Counter()
+        self.wrong: list[tuple[int, str, str]] = []
+        self._lock = threading.Lock()
+
+    def client(self, number: int) -> None:
+        """Asks, one request after the other."""
+        rng = random.Random(number)
+        while not self.over.is_set():
+            i = rng.randrange(len(self._requests))
+            leave = rng.randrange(20) if rng.random() < LEAVE else None
+            seen = self._ask(i, leave)
+            with self._lock:
+                self.seen[seen] += 1
+            if seen == "no connection":
+                time.sleep(0.5)
+
+    def _ask(self, i: int, leave: int | None) -> str:
+        restarting = self.down.is_set()
+        try:
+            answer = self._served.ask(leave_after=leave, **self._requests[i])
+        except OSError as error:
+            gone = restarting or self.down.is_set()
+            return "no connection" if gone else f"connection: {type(error).__name__}"
+        if answer.status != 200:
+            return f"status {answer.status}: {answer.text[:90]}"
+        if leave is not None and answer.finish_reason is None:
+            return LEFT
+        if answer.finish_reason is None:
+            return "cut off" if self.down.is_set() or restarting else "cut off without reason"
+        right = self._right[i]
+        if (answer.text, answer.finish_reason) != (right.text, right.finish_reason):
+            with self._lock:
+                self.wrong.append((i, right.text, answer.text))
+            return "WRONG"
+        return "right"
+
+
+def damage(directory: Path, rng: random.Random) -> None:
+    """Spoils one file of the prompt cache."""
+    files = sorted(directory.rglob("*.safetensors"))
+    if files:
+        file = rng.choice(files)
+        try:
+            data = bytearray(file.read_bytes())
+            for _ in range(20):
+                data[rng.randrange(len(data))] ^= 0xFF
+            file.write_bytes(data[: rng.choice([len(data), len(data) // 2])])
+        except OSError:  # evicted in the meantime
+            pass
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=60, help="in the pool")
+    parser.add_argument("--mtp", default="2")
+    parser.add_argument("--faults", action="store_true")
+    args = parser.parse_args()
+    requests = pool(args.requests)
+    with tempfile.TemporaryDirectory() as scratch:
+        kept, model, log = Path(scratch) / "kept", Path(scratch) / "model", Path("server_load.log")
+        model.mkdir()
+        log.unlink(missing_ok=True)
+        float32_copy(model)
+        with Served(OURS, "--model", model, "--prompt-cache-bytes", 1, "--mtp", "off") as alone:
+            right = [alone.ask(**request) for request in requests]
+        print(f"{len(right)} requests alone:", collections.Counter(a.finish_reason for a in right))
+        command = [sys.executable, "-c", FAULTY] if args.faults else OURS
+        options = ["--model", model, "--mtp", args.mtp, "--prompt-cache-dir", kept]
+        options += ["--prompt-cache-bytes", "200MB"]
+        with Served(command, *options, log=log) as served:
+            load = Load(served, requests, right)
+            threads = [threading.Thread(target=load.client, args=(i,)) for i in range(args.clients)]
+            for thread in threads:
+                thread.start()
+            memory, start, rng = [], time.monotonic(), random.Random(0)
+            next_fault = 60.0
+            while (seconds := time.monotonic() - start) < 60 * args.minutes:
+                time.sleep(10)
+                memory.append(served.memory() / 1e6)
+                print(f"{seconds:5.0f} s {memory[-1]:6.0f} MB", dict(load.seen), flush=True)
+                if args.faults and seconds > next_fault:
+                    next_fault += 60
+                    damage(kept, rng)
+                    load.down.set()
+                    served.stop(signal.SIGKILL)
+                    damage(kept, rng)
+                    served.start()
+                    load.down.clear()
+            load.over.set()
+            for thread in threads:
+                thread.join(120)
+            stuck = sum(thread.is_alive() for thread in threads)
+            healthy = served.healthy()
+            last = served.ask(**requests[-1])
+            status = served.stop()
+        print("\noutcomes:", dict(load.seen))
+        print(
+            f"threads of clients that never ended: {stuck}; healthy at the end: {healthy}; ", end=""
+        )
+        print(f"one more answer right: {last.text == right[-1].text}; exit status {status}")
+        half = len(memory) // 2
+        print(
+            f"memory: {statistics.median(memory[:half]):.0f} MB in the first half (median), "
+            f"{statistics.median(memory[half:]):.0f} MB in the second, at most {max(memory):.0f} MB"
+        )
+        for i, expected, got in load.wrong[:5]:
+            print(f"request {i}: expected {expected!r}, got {got!r}")
+    return bool(load.wrong or stuck or not healthy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

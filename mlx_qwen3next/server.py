@@ -1,0 +1,385 @@
+"""The command ``python -m mlx_qwen3next.server``: mlx_lm.server, for Qwen3-Next.
+
+mlx-lm's own parser, handler and batch do the work that is not ours; nothing in mlx-lm is changed.
+A model of another type is served as by mlx_lm.server, behind the same checks of requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import ipaddress
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import Any, NoReturn
+
+import mlx.core as mx
+from huggingface_hub import hf_hub_download
+from mlx_lm import server as stock
+from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.utils import _parse_size
+
+from . import compatibility, memory
+from .api import Handler, Server, Settings
+from .command import Parser, add_speed_options
+from .config import MODEL_TYPE
+from .dispatch import set_kernels
+from .errors import first_line
+from .generation import check_kv_quantization
+from .load import default_dtype, hub_errors, load, local_directory, resolve
+from .model import Model
+from .prompt_cache import PromptCache
+from .prompt_files import fingerprint
+from .sampling import Sampling, check_integer
+from .serving import Engine
+
+DEMO = "qwen3-next-demo"  # what the bundled model is called
+LEAST_CACHE = 256 * 2**20  # bytes of the prompt cache, however full the memory is
+_TEXTS = 10  # mlx-lm's default of --prompt-cache-size
+_LAST_WORDS = 5.0  # seconds that clients have to read the end of their answers
+
+EPILOG = """examples:
+  %(prog)s
+      the bundled demo model, at http://127.0.0.1:8080/v1
+  %(prog)s --model DIR_OR_REPO --port 1234 --prompt-cache-dir ~/.cache/prompts
+      a real one, where LM Studio would be, with a prompt cache that survives restarts
+  curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+      -d '{"messages": [{"role": "user", "content": "What does math.sqrt do?"}]}'
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """mlx_lm.server's parser with our additions; every stock flag works."""
+    result = Parser(
+        _stock_parser(),
+        prog="python -m mlx_qwen3next.server",
+        usage="%(prog)s [--model DIR_OR_REPO] [--mtp DEPTH] [--prompt-cache-dir DIR] "
+        "[other options]",
+        description="Serve Qwen3-Next (Instruct, Thinking, Coder-Next) to OpenAI clients.",
+        epilog=EPILOG,
+    )
+    essential = result.add_argument_group("essential options")
+    essential.add_argument(
+        "--model",
+        metavar="DIR_OR_REPO",
+        help="A local directory or a Hugging Face repository. The only model that is served. "
+        "Without it, the small demo model that ships with this package.",
+    )
+    essential.add_argument(
+        "--model-name",
+        metavar="NAME",
+        help="What the model is called in /v1/models and answers, and may be in requests (default: "
+        "the repository, or the directory's name).",
+    )
+    add_speed_options(essential)
+    cache = result.add_argument_group("prompt cache")
+    cache.add_argument(
+        "--prompt-cache-bytes",
+        type=_bytes,
+        metavar="SIZE",
+        help="What the prompt cache and the requests being answered may take together, such as "
+        "8GB (default: a quarter of the memory the model leaves).",
+    )
+    cache.add_argument(
+        "--prompt-cache-size",
+        type=_positive,
+        metavar="N",
+        help="Different texts in the prompt cache at most (default: as many as fit).",
+    )
+    cache.add_argument(
+        "--prompt-cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="Keep the prompt cache on disk as well, so that it survives restarts. It takes as "
+        "much room there as in memory.",
+    )
+    access = result.add_argument_group("access")
+    access.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="Answer only requests that carry this key; @FILE reads it from a file.",
+    )
+    access.add_argument(
+        "--allowed-origins",
+        type=lambda text: [origin.strip() for origin in text.split(",") if origin.strip()],
+        default=[],
+        metavar="ORIGINS",
+        help="Web pages that may use the server, separated by commas, or * for all (default: "
+        "none).",
+    )
+    access.add_argument(
+        "--max-body-bytes",
+        type=_bytes,
+        default=Settings.max_body_bytes,
+        metavar="SIZE",
+        help="The largest request that is read (default: %(default)s).",
+    )
+    access.add_argument(
+        "--drain-seconds",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="After SIGTERM or Ctrl-C, how long requests are still answered (default: "
+        "%(default)s).",
+    )
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serves until it is told to stop; returns the exit status (2 for bad input)."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(
+        level=getattr(logging, args.log_level),
+        format="%(asctime)s - %(levelname)s - %(message)s",
+    )
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Loads and serves; returns the exit status.
+
+    Raises:
+        ValueError: an argument or the model is not usable.
+        OSError: the port cannot be had.
+    """
+    _check(args)
+    compatibility.check()
+    if mx.distributed.init().size() > 1:
+        raise ValueError("this server runs on one machine; start it without mlx.launch")
+    set_kernels(args.kernels)
+    settings = Settings(
+        names=_names(args),
+        adapter=args.adapter_path,
+        allowed_origins=tuple(args.allowed_origins),
+        api_key=_api_key(args.api_key),
+        max_body_bytes=args.max_body_bytes,
+    )
+    ours = _model_type(args.model) == MODEL_TYPE
+    if ours and args.draft_model is not None:
+        raise ValueError("--draft-model is not supported: the model drafts with its own MTP head")
+
+    generator: Any = None
+    errors: list[Exception] = []
+    stopping = threading.Event()
+    system = stock.get_system_fingerprint()
+
+    def handler(*connection: Any) -> Handler:
+        return Handler(generator, settings, *connection, system_fingerprint=system)
+
+    def failed(error: Exception) -> None:
+        errors.append(error)
+        stopping.set()
+
+    def stop(*_: Any) -> None:
+        if stopping.is_set() and isinstance(generator, Engine):  # told twice
+            generator.drain(0)
+        stopping.set()
+
+    with Server(args.host, args.port, handler) as server:  # the port first: loading takes long
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, stop)
+        if ours:
+            generator = Engine(Provider(args), partial(_prompt_cache, args), args.mtp, failed)
+        else:
+            texts = LRUPromptCache(args.prompt_cache_size or _TEXTS)
+            generator = stock.ResponseGenerator(stock.ModelProvider(args), texts)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        _announce(args.host, server.server_port, settings)
+        stopping.wait()
+        server.shutdown()
+        if isinstance(generator, Engine):
+            if generator.health == "loading":
+                os._exit(130)  # nothing is begun, and nothing else stops a loading
+            generator.drain(args.drain_seconds)
+            generator.join()
+        else:
+            generator.stop_and_join()
+        server.wait(_LAST_WORDS)
+    if errors:
+        raise ValueError(first_line(errors[0])) from errors[0]
+    return 0
+
+
+class Provider(stock.ModelProvider):
+    """Loads the one model there is, in place of mlx-lm's provider."""
+
+    def load_default(self) -> None:
+        """Loads the model; see ``_load``."""
+        self._load(self.cli_args.model, self.cli_args.adapter_path)
+
+    def _load(
+        self,
+        model_path: str | None,
+        adapter_path: str | None = None,
+        draft_model_path: str | None = None,
+    ) -> None:
+        """Loads a model.
+
+        Raises:
+            ValueError: it cannot be loaded, or not serve as asked for.
+        """
+        args = self.cli_args
+        model, tokenizer = load(
+            model_path, tokenizer_config=self._tokenizer_config, adapter_path=adapter_path
+        )
+        check_kv_quantization(model, args.kv_bits, args.kv_group_size, args.quantized_kv_start)
+        if args.use_default_chat_template and tokenizer.chat_template is None:
+            tokenizer.chat_template = tokenizer.default_chat_template
+        key = model_path, adapter_path, draft_model_path
+        vars(self).update(model_key=key, model=model, tokenizer=tokenizer, is_batchable=True)
+
+
+class _Parsed(Exception):
+    """Carries mlx_lm.server's parser out of its main()."""
+
+
+class _StockParser(argparse.ArgumentParser):
+    def parse_args(self, *_: Any) -> NoReturn:  # type: ignore[override]
+        raise _Parsed(self)
+
+
+def _stock_parser() -> argparse.ArgumentParser:
+    """mlx_lm.server's parser, which only its main() makes: that runs as far as the parsing."""
+    names = {**vars(stock), "argparse": SimpleNamespace(ArgumentParser=_StockParser)}
+    try:
+        FunctionType(stock.main.__code__, names)()
+    except _Parsed as parsed:
+        return parsed.args[0]
+    raise ValueError("mlx_lm.server's main() parses no arguments")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Checks mlx-lm's own flags, which are used without further checks.
+
+    Raises:
+        ValueError: one is out of its range.
+    """
+    least = {
+        "max_tokens": 1,
+        "decode_concurrency": 1,
+        "prompt_concurrency": 1,
+        "prefill_step_size": 1,
+        "num_draft_tokens": 0,
+        "port": 0,
+    }
+    for name, number in least.items():
+        check_integer(f"--{name.replace('_', '-')}", getattr(args, name), number)
+    if args.port > 65535:
+        raise ValueError(f"--port must be at most 65535, got {args.port}")
+    Sampling(temp=args.temp, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p)
+    if not isinstance(args.chat_template_args, dict):
+        raise ValueError(
+            f"--chat-template-args must be a JSON object, got {args.chat_template_args}"
+        )
+
+
+def _model_type(model: str | None) -> str:
+    """The model's type, by its config.json, which may have to be fetched.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if model is None:
+        return MODEL_TYPE
+    directory = local_directory(model)
+    if directory is None:
+        with hub_errors(model):
+            directory = Path(hf_hub_download(model, "config.json")).parent
+    try:
+        return json.loads((directory / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{model}: config.json has no model_type: {first_line(error)}") from None
+
+
+def _names(args: argparse.Namespace) -> tuple[str, ...]:
+    """What the model may be called in a request, its own name first."""
+    names = [] if args.model_name is None else [args.model_name]
+    if args.model is None:
+        return (*names, DEMO)
+    path = Path(args.model)
+    if path.exists():
+        names += [path.resolve().name, str(path.resolve())]
+    return (*names, args.model)
+
+
+def _prompt_cache(args: argparse.Namespace, model: Model) -> PromptCache:
+    """The prompt cache that the arguments ask for, for a model that is loaded."""
+    directory, name = args.prompt_cache_dir, ""
+    if directory is not None:
+        adapter = ""
+        if args.adapter_path is not None:
+            with open(Path(args.adapter_path) / "adapters.safetensors", "rb") as file:
+                adapter = hashlib.file_digest(file, "blake2b").hexdigest()
+        kv = (args.kv_bits, args.kv_group_size, args.quantized_kv_start)
+        name = fingerprint(resolve(args.model), adapter, str(default_dtype()), str(kv))
+    size = args.prompt_cache_bytes
+    if size is None:
+        size = max(memory.spare() // 4, LEAST_CACHE)
+    return PromptCache(
+        max_bytes=size,
+        max_sequences=args.prompt_cache_size,
+        directory=directory,
+        fingerprint=name,
+    )
+
+
+def _api_key(text: str | None) -> str | None:
+    """The key, from its file if that is what was given.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if text is None:
+        return None
+    key = Path(text[1:]).expanduser().read_text().strip() if text.startswith("@") else text
+    if not key:
+        raise ValueError("--api-key is empty")
+    return key
+
+
+def _announce(host: str, port: int, settings: Settings) -> None:
+    logging.info(f"{settings.names[0]} at http://{host}:{port}/v1")
+    try:
+        inside = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        inside = host == "localhost"
+    if not inside and settings.api_key is None:
+        logging.warning(f"{host} can be reached by others: --api-key keeps them out")
+
+
+def _number(text: str, least: float, convert: Callable[[str], Any]) -> Any:
+    try:
+        value = convert(text)
+    except ValueError:
+        value = None
+    if value is None or not value >= least:
+        raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text!r}")
+    return value
+
+
+def _bytes(text: str) -> int:
+    return _number(text, 1, _parse_size)
+
+
+def _positive(text: str) -> int:
+    return _number(text, 1, int)
+
+
+def _seconds(text: str) -> float:
+    return _number(text, 0, float)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

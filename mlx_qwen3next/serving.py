@@ -1,0 +1,454 @@
+"""The server's generation thread: requests in, tokens out, checkpoints kept on the way.
+
+:class:`Engine` takes the place of mlx_lm.server's ResponseGenerator for Qwen3-Next. What tokens
+come is up to :mod:`mlx_qwen3next.batching`, what is kept to :mod:`mlx_qwen3next.prompt_cache`.
+
+An error in a forward has broken the caches of all sequences that were in it. Each of them goes on
+from its checkpoint and its tokens, one after the other: the one that fails by itself is to blame,
+and its request ends with the error.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from queue import Empty, Queue
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import StopSequences
+from mlx_lm.sample_utils import LogitsProcessor, Sampler, greedy_sampler
+from mlx_lm.server import (
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+    Response,
+    ResponseGenerator,
+    _format_top_logprobs,
+)
+
+from .batching import Generated, KVQuantization, SpeculativeBatchGenerator
+from .cache import Cache
+from .depth import Depth, FixedDepth
+from .errors import first_line
+from .generation import MTP, TextDecoder, check_depth, token_budget
+from .model import Model
+from .prompt_cache import PromptCache
+from .sampling import Sampling, SeededSampler, draw_key
+
+TURN = "<|im_start|>"  # what a turn of a chat begins with
+SPACING = 256  # tokens between checkpoints at the beginnings of turns, at least…
+EVERY = 4096  # …and between any two in a long prompt, at most
+THINK_TAIL = 11  # tokens at a prompt's end that may open the model's reasoning, as in mlx-lm
+ATTEMPTS = 3  # times a sequence may be in a forward that fails
+IDLE = 0.1  # seconds between two looks at the queue when there is nothing to do
+
+
+@dataclass
+class _Live:
+    """A request that is being answered."""
+
+    queue: Queue[Any]  # mlx_lm.server's: progress, responses, an exception; None at the end
+    ctx: GenerationContext
+    tokens: list[int]  # the prompt and all that was told
+    checkpoint: int  # where the prompt's last checkpoint belongs
+    max_tokens: int
+    sampler: Sampler
+    key: int
+    processors: list[LogitsProcessor]
+    stop: StopSequences
+    text: TextDecoder
+    held_back: StopWords
+    logprobs: bool
+    top_logprobs: int
+    told: int = 0
+    failures: int = 0  # forwards that failed with it
+    proven: bool = True  # whether it has had a forward since
+
+
+class Engine(ResponseGenerator):
+    """Answers requests in a thread of its own, which also loads the model.
+
+    Args:
+        provider: mlx_lm.server's ModelProvider, whose model is one of ours.
+        prompt_cache: makes the prompt cache, once the model is loaded.
+        mtp: as for :func:`mlx_qwen3next.generate_step`.
+        failed: called with the error if the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        provider: Any,
+        prompt_cache: Callable[[Model], PromptCache],
+        mtp: MTP = "auto",
+        failed: Callable[[Exception], None] = lambda _: None,
+    ):
+        self._make_prompt_cache, self._mtp, self._failed = prompt_cache, mtp, failed
+        self._live: dict[int, _Live] = {}
+        self._waiting: deque[_Live] = deque()
+        self._loading = True
+        self._deadline = 0.0  # when draining ends
+        unused: Any = None  # mlx-lm's own prompt cache
+        super().__init__(provider, unused)
+
+    # --- for other threads ---------------------------------------------------------------------
+    @property
+    def health(self) -> str:
+        """ "ok", "loading", "draining" or "unavailable"."""
+        if not self.generation_available():
+            return "unavailable"
+        return "draining" if self._stop else "loading" if self._loading else "ok"
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.health == "ok"
+
+    def generate(
+        self,
+        request: CompletionRequest,
+        generation_args: GenerationArguments,
+        progress_callback: Callable[[int, int], None] | None = None,
+    ) -> tuple[GenerationContext, Iterator[Response]]:
+        """As mlx_lm.server's.
+
+        Raises:
+            ValueError: what is asked for cannot be done.
+            RuntimeError: the server is going down.
+        """
+        if self._stop:
+            raise RuntimeError("the server is shutting down")
+        return super().generate(request, generation_args, progress_callback)
+
+    def drain(self, seconds: float) -> None:
+        """Makes the thread answer what was asked, for so long, save the prompt cache and end.
+
+        :meth:`join` waits for that.
+        """
+        self._deadline = time.monotonic() + seconds
+        self._stop = True
+
+    # --- the thread ----------------------------------------------------------------------------
+    def _generate(self) -> None:
+        try:
+            self.model_provider.load_default()
+            provider: Any = self.model_provider
+            self._model, self._tokenizer = provider.model, provider.tokenizer
+            depth = choose_depth(self._mtp, self._model)
+            self._checkpoints = self._make_prompt_cache(self._model)
+        except Exception as error:
+            self._generation_failed = True
+            self._failed(error)
+            return
+        self._stream = mx.default_stream(mx.default_device())
+        self._start(depth)
+        self._loading = False
+        while not self._over():
+            self._take_in()
+            self._drop_gone()
+            self._fill()
+            if self._live:
+                self._step()
+        self._checkpoints.save()
+        self._batch.close()
+        del self._batch, self._checkpoints, self._model, self._tokenizer
+        self.model_provider.reset()
+
+    def _start(self, depth: Depth) -> None:
+        args = self.cli_args
+        self._batch = SpeculativeBatchGenerator(
+            self._model,
+            depth,
+            KVQuantization(args.kv_bits, args.kv_group_size, args.quantized_kv_start),
+            completion_batch_size=args.decode_concurrency,
+            prefill_batch_size=args.prompt_concurrency,
+            prefill_step_size=args.prefill_step_size,
+            stream=self._stream,
+        )
+        self._at_once = 1 if args.kv_bits is not None else args.decode_concurrency
+
+    def _over(self) -> bool:
+        if not self._stop:
+            return False
+        left = [*self._live.values(), *self._waiting]
+        if time.monotonic() < self._deadline:
+            return not left and self.requests.empty()
+        for live in left:
+            live.queue.put(RuntimeError("the server is shutting down"))
+        return True
+
+    def _take_in(self) -> None:
+        """Takes in what was asked; with nothing else to do it waits for that, or saves."""
+        busy = bool(self._live or self._waiting)
+        while True:
+            try:
+                request = self.requests.get(block=not busy, timeout=IDLE)
+            except Empty:
+                if not busy and self._checkpoints.save_next():
+                    continue
+                return
+            self._admit(*request)
+            busy = True
+
+    def _admit(
+        self, queue: Queue[Any], request: CompletionRequest, args: GenerationArguments
+    ) -> None:
+        try:
+            live = self._read(queue, request, args)
+        except Exception as error:  # templates and tokenizers raise what they like
+            queue.put(ValueError(first_line(error)))
+            return
+        queue.put(live.ctx)
+        self._waiting.append(live)
+
+    def _read(
+        self, queue: Queue[Any], request: CompletionRequest, args: GenerationArguments
+    ) -> _Live:
+        """What a request asks for.
+
+        Raises:
+            ValueError: it cannot be done (or whatever the chat template raises).
+        """
+        model, tokenizer = self._model, self._tokenizer
+        if isinstance(request.prompt, list):
+            prompt, state = request.prompt, "normal"
+        else:
+            prompt, _, _, state, _ = self._tokenize(tokenizer, request, args)
+        vocab = model.args.vocab_size
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        if not all(0 <= token < vocab for token in prompt):
+            raise ValueError(f"the prompt holds a token id outside 0…{vocab - 1}")
+        budget = token_budget(model, len(prompt), args.max_tokens)
+        sampling = Sampling(
+            temp=args.sampling.temperature,
+            top_p=args.sampling.top_p,
+            top_k=args.sampling.top_k,
+            min_p=args.sampling.min_p,
+            xtc_probability=args.sampling.xtc_probability,
+            xtc_threshold=args.sampling.xtc_threshold,
+            xtc_special_tokens=(*tokenizer.encode("\n"), *tokenizer.eos_token_ids),
+            **vars(args.logits),
+        )
+        sampling.check_vocabulary(vocab)
+        end = len(prompt) - 1
+        if tokenizer.has_thinking:
+            think = tokenizer.rfind_think_start(prompt, start=max(len(prompt) - THINK_TAIL, 0))
+            end = think if think > 0 else end
+        stop, text_states = self._make_state_machine(self.model_provider.model_key, tokenizer, ())
+        ctx = GenerationContext(
+            has_tool_calling=tokenizer.has_tool_calling,
+            has_thinking=tokenizer.has_thinking,
+            tool_parser=tokenizer.tool_parser,
+            text_sm=text_states,
+            initial_state=state,
+            prompt=prompt,
+        )
+        return _Live(
+            queue,
+            ctx,
+            list(prompt),
+            end,
+            budget,
+            sampling.sampler(),
+            _key(args.seed),
+            sampling.logits_processors(),
+            stop,
+            TextDecoder(tokenizer),
+            StopWords(args.stop_words),
+            args.logprobs,
+            args.top_logprobs,
+        )
+
+    def _drop_gone(self) -> None:
+        """Frees the places of those whose clients have gone."""
+        gone = [uid for uid, live in self._live.items() if live.ctx._should_stop]
+        for uid in gone:
+            del self._live[uid]
+        if gone:
+            self._batch.remove(gone)
+        self._waiting = deque(live for live in self._waiting if not live.ctx._should_stop)
+
+    def _fill(self) -> None:
+        """Lets in who waits, as far as there are places."""
+        while (
+            self._waiting
+            and len(self._live) < self._at_once
+            and all(live.proven for live in self._live.values())
+        ):
+            live = self._waiting.popleft()
+            try:
+                self._insert(live)
+            except Exception as error:
+                self._fail(live, error)
+
+    def _insert(self, live: _Live) -> None:
+        cache, held = self._checkpoints.fetch(live.tokens)
+        if live.ctx.prompt_cache_count < 0:
+            live.ctx.prompt_cache_count = held
+            logging.info(f"Prompt: {len(live.tokens)} tokens, {held} of them cached")
+        sampler = live.sampler
+        if sampler is not greedy_sampler:
+            sampler = SeededSampler(sampler, live.key, live.told)
+        turn = self._tokenizer.convert_tokens_to_ids(TURN)
+        (uid,) = self._batch.insert_segments(
+            [cut(live.tokens, held, turn, live.checkpoint)],
+            [live.max_tokens - live.told],
+            [cache],
+            [live.tokens[:held]],
+            [sampler],
+            [live.processors],
+            [live.stop],
+        )
+        self._live[uid] = live
+        room = self._checkpoints.max_bytes - self._batch.prompt_cache_nbytes
+        self._checkpoints.trim(max(room, 0))
+
+    def _step(self) -> None:
+        try:
+            prompted, generated = self._batch.next()
+            ended = [r.uid for r in prompted if r.end_of_segment and not r.end_of_prompt]
+            checkpoints = self._batch.extract_cache(ended)
+        except Exception as error:
+            self._recover(error)
+            return
+        for cache, tokens in checkpoints.values():
+            self._keep(tokens, cache)
+        for response in prompted:
+            self._live[response.uid].queue.put(response.progress)
+        for response in generated:
+            live = self._live.get(response.uid)
+            if live is None:  # ended by a stop word among the tokens before
+                continue
+            try:
+                self._tell(live, response)
+            except Exception as error:
+                del self._live[response.uid]
+                self._batch.remove([response.uid])
+                self._fail(live, error)
+
+    def _tell(self, live: _Live, response: Generated) -> None:
+        """Tells a client the next token, and ends what has ended."""
+        live.tokens.append(response.token)
+        live.told += 1
+        live.proven = True
+        reason = response.finish_reason
+        text, stopped = live.held_back.add(live.text.add(response.token, reason), reason)
+        logprob: Any = 0.0
+        top: Any = ()
+        if live.logprobs or live.top_logprobs > 0:
+            logprob = response.logprobs[response.token].item()
+            top = _format_top_logprobs(response.logprobs, live.top_logprobs, self._tokenizer)
+        # With the reason "stop" mlx_lm.server drops the text; "stop" is what it takes an end for.
+        told = None if stopped or (reason == "stop" and text) else reason
+        live.queue.put(Response(text, response.token, logprob, told, top))
+        if reason is None and not stopped:
+            return
+        live.queue.put(None)
+        del self._live[response.uid]
+        if response.prompt_cache is None or response.all_tokens is None:  # mlx-lm goes on
+            caches = self._batch.remove([response.uid], return_prompt_caches=True)
+            ((cache, tokens),) = caches.values()
+        else:
+            cache, tokens = response.prompt_cache, response.all_tokens
+        self._keep(tokens, cache)
+
+    def _keep(self, tokens: Sequence[int], cache: Cache) -> None:
+        try:
+            self._checkpoints.insert(tokens, cache)
+        except Exception as error:
+            logging.error(f"A checkpoint could not be kept: {first_line(error)}")
+
+    def _recover(self, error: Exception) -> None:
+        """Begins anew with all that were in the forward that failed, but the one to blame."""
+        logging.error(f"A forward failed: {first_line(error)}", exc_info=error)
+        among, self._live = list(self._live.values()), {}
+        suspects = [live for live in among if not live.proven] or among
+        for live in reversed(among):
+            if live in suspects:
+                live.failures += 1
+            if suspects == [live] or live.failures >= ATTEMPTS:
+                self._fail(live, error)
+            else:
+                live.proven = False
+                self._waiting.appendleft(live)
+        depth = self._batch.depth
+        self._batch.close()
+        mx.clear_cache()
+        self._start(depth)
+
+    def _fail(self, live: _Live, error: Exception) -> None:
+        logging.error(f"A request failed: {first_line(error)}")
+        live.queue.put(RuntimeError(first_line(error)))
+
+
+class StopWords:
+    """Holds back a text's end as long as it may be the beginning of a stop word."""
+
+    def __init__(self, words: Sequence[str]):
+        self._words = words
+        self._held = ""
+
+    def add(self, text: str, finish_reason: str | None = None) -> tuple[str, bool]:
+        """What of the text so far can be told now, and whether a stop word has ended it.
+
+        Args:
+            finish_reason: of the text, if it ends here anyway.
+        """
+        text = self._held + text
+        found = [i for word in self._words if (i := text.find(word)) >= 0]
+        if found:
+            return text[: min(found)], True
+        hold = 0
+        if finish_reason is None:
+            longest = max(map(len, self._words), default=1)
+            ends = range(1, min(longest, len(text) + 1))
+            hold = max((n for n in ends if self._begins(text[-n:])), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold], False
+
+    def _begins(self, end: str) -> bool:
+        return any(word.startswith(end) for word in self._words)
+
+
+def cut(tokens: Sequence[int], held: int, turn: int | None, end: int) -> list[list[int]]:
+    """Cuts a prompt where checkpoints are to be kept.
+
+    Args:
+        held: how many of its tokens are in the cache already.
+        turn: the token that begins a turn.
+        end: where the last checkpoint belongs, before the prompt's last token.
+
+    Returns:
+        The segments of ``tokens[held:]``.
+    """
+    cuts = [held]
+    for i in range(held + 1, end):
+        if i - cuts[-1] >= (SPACING if tokens[i] == turn else EVERY):
+            cuts.append(i)
+    if end > cuts[-1]:
+        cuts.append(end)
+    return [list(tokens[a:b]) for a, b in pairwise([*cuts, len(tokens)])]
+
+
+def choose_depth(mtp: MTP, model: Model) -> Depth:
+    """What chooses the depth of drafting, as for :func:`mlx_qwen3next.generate_step`.
+
+    Raises:
+        ValueError: the model cannot draft to that depth.
+    """
+    check_depth(mtp, model)
+    if mtp == "auto" and model.mtp is not None:
+        return model.mtp.depth
+    return FixedDepth(mtp if isinstance(mtp, int) else 0)
+
+
+def _key(seed: int | None) -> int:
+    if seed is None:
+        return secrets.randbits(31)
+    mx.random.seed(seed)
+    return draw_key()
