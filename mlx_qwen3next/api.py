@@ -105,6 +105,7 @@ class Handler(APIHandler):
         self._unread = True  # the body, if the request has one
         self._sampled: list[Response] = []  # tokens whose log-probabilities are still to be given
         self._wants_logprobs = False
+        self._context: GenerationContext | None = None
         self._text_offset = 0
         super().__init__(generator, *connection, system_fingerprint=system_fingerprint)
 
@@ -137,10 +138,10 @@ class Handler(APIHandler):
         self._check_key(path)
         if method is None:
             known = ", ".join(_ROUTES)
-            raise RequestError(f"there is no {path} here, but {known}", status=404)
+            raise RequestError(f"there is no {path[:80]} here, but {known}", status=404)
         if self.command != method and (self.command, method) != ("HEAD", "GET"):
             allow = {"Allow": f"{method}, OPTIONS"}
-            message = f"{path} takes {method}, not {self.command}"
+            message = f"{path[:80]} takes {method}, not {self.command}"
             raise RequestError(message, status=405, headers=allow)
         if is_model:
             self._send(200, self._model(unquote(path[len(_MODELS) + 1 :])))
@@ -212,7 +213,12 @@ class Handler(APIHandler):
         """mlx-lm's, watching what its generator does."""
         stand_in: Any = SimpleNamespace(generate=self._generate)
         self.response_generator = stand_in
-        super().handle_completion(request, stop_words)
+        try:
+            super().handle_completion(request, stop_words)
+        finally:
+            if self._context is not None:
+                # mlx-lm's does so too, but not if the headers cannot be sent.
+                self._context.stop()
 
     def _generate(
         self,
@@ -236,6 +242,7 @@ class Handler(APIHandler):
             raise RequestError(first_line(error)) from error
         except Exception as error:
             raise self._failure(error) from error
+        self._context = ctx
         ctx.tool_parser = _strict(ctx.tool_parser)
         return ctx, self._watch(responses)
 
@@ -433,7 +440,7 @@ class _Incoming(io.RawIOBase):
     """What a client sends, until a deadline, in however many pieces it comes."""
 
     def __init__(self, connection: socket.socket, seconds: float):
-        self._connection, self._timeout = connection, seconds
+        self._connection = connection
         self.deadline = time.monotonic() + seconds
 
     def readable(self) -> bool:
@@ -441,10 +448,7 @@ class _Incoming(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self._connection.settimeout(max(self.deadline - time.monotonic(), 1e-3))
-        try:
-            return self._connection.recv_into(buffer)
-        finally:
-            self._connection.settimeout(self._timeout)
+        return self._connection.recv_into(buffer)
 
 
 def _health(generator: Any) -> str:

@@ -9,7 +9,6 @@ what it computes, so that drafting goes on where it stopped.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -252,7 +251,8 @@ class _Alone:
     ):
         self._model, self.sequence, self._depth = model, sequence, depth
         self._step_size, self._quantization = step_size, quantization
-        self._drafter = sequence.cache[-1].rows[0].drafter
+        *self._trunk, drafts = sequence.cache
+        self._drafter = drafts.rows[0].drafter
         self._decoding: Decoding | None = None
         self._tokens: Generator[Token] | None = None
         self.finished = False
@@ -287,11 +287,14 @@ class _Alone:
         """Ends decoding; the cache then holds all tokens that were told."""
         s = self.sequence
         self.finished = True
-        if self._tokens is not None:
-            started = inspect.getgeneratorstate(self._tokens) != inspect.GEN_CREATED
-            self._tokens.close()
-            if started and s.last is not None:
-                s.tokens.append(s.last)
+        if s.told == 0 or s.last is None:  # the cache holds what it should
+            return
+        if self._decoding is None or self._tokens is None:
+            self._start()
+        assert self._decoding is not None and self._tokens is not None
+        self._tokens.close()
+        self._decoding.feed()
+        s.tokens.append(s.last)
 
     def _prompt_step(self) -> Prompted:
         s = self.sequence
@@ -352,14 +355,10 @@ class _Alone:
             response.prompt_cache, response.all_tokens = _without_drafts(s.cache), s.tokens
         return response
 
-    @property
-    def _trunk(self) -> Cache:
-        return self.sequence.cache[:-1]
-
     def _quantize(self) -> None:
-        q, trunk = self._quantization, self._trunk
-        maybe_quantize_kv_cache(trunk, q.quantized_kv_start, q.kv_group_size, q.kv_bits)
-        self.sequence.cache[:-1] = trunk
+        q = self._quantization
+        maybe_quantize_kv_cache(self._trunk, q.quantized_kv_start, q.kv_group_size, q.kv_bits)
+        self.sequence.cache[:-1] = self._trunk
 
 
 @dataclass

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from .dispatch import Mode
 from .generation import check_depth
+from .load import default_dtype, resolve
+from .prompt_files import fingerprint
+
+TURN = "<|im_start|>"  # what begins a turn in Qwen's chat templates
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,3 +67,17 @@ def _depth(text: str) -> Any:
         return check_depth(int(text) if text.isdecimal() else text)  # type: ignore[arg-type]
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def fingerprint_of(args: argparse.Namespace) -> str:
+    """Identifies what a prompt cache is good for: the model of these arguments, as they use it.
+
+    Raises:
+        ValueError: the model or its adapter cannot be read.
+    """
+    adapter = ""
+    if args.adapter_path is not None:
+        with open(Path(args.adapter_path) / "adapters.safetensors", "rb") as file:
+            adapter = hashlib.file_digest(file, "blake2b").hexdigest()
+    kv = (args.kv_bits, args.kv_group_size, args.quantized_kv_start)
+    return fingerprint(resolve(args.model), adapter, str(default_dtype()), str(kv))

@@ -60,6 +60,7 @@ _CALLS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "Response": ("text", "token", "logprob", "finish_reason", "top_tokens"),
         "ResponseGenerator": ("model_provider", "prompt_cache"),
         "ResponseGenerator._generate": (),
+        "ResponseGenerator._run_generate": (),
         "ResponseGenerator._make_state_machine": ("model_key", "tokenizer", "stop_words"),
         "ResponseGenerator._tokenize": ("tokenizer", "request", "args"),
         "_format_top_logprobs": ("logprobs", "top_n", "tokenizer"),

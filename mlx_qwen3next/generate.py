@@ -18,8 +18,9 @@ from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
+from . import memory
 from .cache import Cache
-from .command import Parser, add_speed_options
+from .command import TURN, Parser, add_speed_options, fingerprint_of
 from .dispatch import set_kernels
 from .generation import (
     GenerationResponse,
@@ -29,6 +30,8 @@ from .generation import (
     stream_generate,
 )
 from .load import DEFAULT_CONTEXT, load
+from .prompt_cache import PromptCache
+from .prompt_files import is_ours
 from .sampling import Sampling
 
 DEMO_PROMPT = "How do I use itertools.chain?"
@@ -94,6 +97,12 @@ def parser() -> argparse.ArgumentParser:
         f"Default: {DEFAULT_PROMPT!r}, or for the demo model {DEMO_PROMPT!r}.",
     )
     essential.add_argument(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="Keep there what the model makes of the prompt: the next one is processed from where "
+        "it differs. What a file of mlx_lm.cache_prompt holds is continued.",
+    )
+    essential.add_argument(
         "--max-tokens",
         "-m",
         type=int,
@@ -145,9 +154,12 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--seed must be within 0 and 2^64 - 1, got {args.seed}")
         mx.random.seed(args.seed)
 
-    cache, tokenizer_config = None, {}
-    if args.prompt_cache_file is not None:
-        cache, metadata = _load_cache(Path(args.prompt_cache_file))
+    cache: Cache | PromptCache | None = None
+    tokenizer_config = {}
+    file = None if args.prompt_cache_file is None else Path(args.prompt_cache_file)
+    of_mlx_lm = file is not None and file.exists() and not is_ours(file)
+    if file is not None and of_mlx_lm:
+        cache, metadata = _load_cache(file)
         args.model = _cached_model(args.model, metadata)
         tokenizer_config = json.loads(metadata.get("tokenizer_config", "{}"))
     if args.trust_remote_code:
@@ -163,11 +175,14 @@ def run(args: argparse.Namespace) -> int:
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
 
+    prompt = _prompt_tokens(message, args, tokenizer, template_options, continued=of_mlx_lm)
+    if file is not None and not of_mlx_lm:
+        cache = _prompt_cache(file, args, tokenizer)
     progress = _PromptProgress()
     responses = stream_generate(
         model,
         tokenizer,
-        _prompt_tokens(message, args, tokenizer, template_options, continued=cache is not None),
+        prompt,
         args.max_tokens,
         mtp=args.mtp,
         prompt_cache=cache,
@@ -184,24 +199,35 @@ def run(args: argparse.Namespace) -> int:
             "No --model given: running the bundled demo model, which knows a little Python.",
             file=sys.stderr,
         )
+    told: list[int] = []
     try:
-        return _print(responses, progress, verbose=args.verbose)
+        return _print(responses, told, progress, verbose=args.verbose)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         # As Python's documentation advises: what it flushes at its end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    finally:
+        responses.close()
+        if file is not None and isinstance(cache, PromptCache):
+            cache.export([*prompt, *told], file)
 
 
 def _print(
-    responses: Iterator[GenerationResponse], progress: _PromptProgress, *, verbose: bool
+    responses: Iterator[GenerationResponse],
+    told: list[int],
+    progress: _PromptProgress,
+    *,
+    verbose: bool,
 ) -> int:
-    """Streams the text; with ``verbose`` between rules, the statistics after it."""
+    """Streams the text, whose tokens go to ``told``; with ``verbose`` between rules, the statistics
+    after it."""
     last: GenerationResponse | None = None
     status = 0
     if verbose:
         print("=" * 10)
     try:
         for last in responses:
+            told.append(last.token)
             print(last.text, end="", flush=True)
     except KeyboardInterrupt:
         progress.close()
@@ -306,15 +332,22 @@ def _json_object(flag: str, text: str | None) -> dict[str, Any]:
 
 def _load_cache(file: Path) -> tuple[Cache, dict[str, str]]:
     """A prompt cache as mlx-lm saves it, whoever made it."""
-    if not file.exists():
-        raise ValueError(
-            f"--prompt-cache-file {file} does not exist; make it with: python -m mlx_lm "
-            f"cache_prompt --model MODEL --prompt TEXT --prompt-cache-file {file}"
-        )
     try:
         return load_prompt_cache(str(file), return_metadata=True)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{file} is no prompt cache: {error}") from None
+
+
+def _prompt_cache(file: Path, args: argparse.Namespace, tokenizer: TokenizerWrapper) -> PromptCache:
+    """What is kept in a file of ours, which need not be there yet."""
+    if not file.parent.is_dir():
+        raise ValueError(f"--prompt-cache-file {file}: there is no such directory")
+    options: dict[str, Any] = {
+        "max_bytes": memory.spare(),
+        "turn": tokenizer.convert_tokens_to_ids(TURN),
+        "fingerprint": fingerprint_of(args),
+    }
+    return PromptCache.load(file, **options) if file.exists() else PromptCache(**options)
 
 
 def _cached_model(model: str | None, metadata: dict[str, str]) -> str | None:

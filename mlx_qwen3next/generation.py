@@ -7,7 +7,7 @@ This module checks what comes in, processes the prompt and gives the results the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -28,8 +28,10 @@ from .cache import Cache, GatedDeltaCache, MTPCache, Undo, settle, tokens_held
 from .config import Config
 from .depth import MAX_DEPTH, Depth, FixedDepth
 from .model import Model
+from .prompt_cache import PromptCache
 from .sampling import Chooser, Sampling, check_integer
 from .speculative import Acceptance, Decoding, Drafter, Token, forward
+from .text import TextDecoder
 
 KV_BITS = (2, 3, 4, 5, 6, 8)  # what mx.quantize takes
 KV_GROUP_SIZES = (32, 64, 128)
@@ -44,6 +46,7 @@ class GenerationResponse(MLXGenerationResponse):
     rounds: int = 0  # passes of the trunk, plain steps included
     mean_accept_length: float = 0.0  # tokens a round
     acceptance: tuple[float, ...] = ()  # share of right drafts at depth 1, 2, …
+    cached_tokens: int = 0  # of the prompt, found in a PromptCache
 
 
 def generate_step(
@@ -52,7 +55,7 @@ def generate_step(
     *,
     max_tokens: int = 256,
     mtp: MTP = "auto",
-    prompt_cache: Cache | None = None,
+    prompt_cache: Cache | PromptCache | None = None,
     prefill_step_size: int = 2048,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
@@ -77,10 +80,13 @@ def generate_step(
             done with, it holds as many whole steps of it as were.) While tokens are being
             generated it is nobody else's to read. ``model.make_cache() + model.mtp.make_cache()``
             keeps what the MTP head knows as well; mlx-lm's own functions want the first part alone.
+            Or a PromptCache: then the prompt is whole, and what of its beginning is known there
+            need not be processed again; it is given checkpoints in the prompt and after the text.
         prefill_step_size: prompt tokens processed at a time.
         kv_bits, kv_group_size, quantized_kv_start: quantize keys and values, to 2, 3, 4, 5, 6 or 8
             bits in groups of 32, 64 or 128, once the cache holds that many tokens.
-        prompt_progress_callback: called with (processed, total) prompt tokens.
+        prompt_progress_callback: called with (processed, total) prompt tokens; those that were
+            known count as processed.
         sampler: an mlx-lm callable, instead of the options that choose a token. Must depend on
             its argument and ``mx.random`` alone.
         logits_processors: mlx-lm callables, before the penalties. With them "auto" drafts nothing:
@@ -98,28 +104,50 @@ def generate_step(
         raise ValueError(f"unknown option: {', '.join(unknown)}")
     options = Sampling(**sampling)
     options.check_vocabulary(model.args.vocab_size)
-    cache = model.make_cache() if prompt_cache is None else _check_cache(prompt_cache, model)
-    budget = token_budget(model, tokens_held(cache) + prompt.size, max_tokens)
     processors = list(logits_processors or ())
-    trunk, head = cache[: len(model.layers)], cache[len(model.layers) :]
     depth: Depth = FixedDepth(mtp if isinstance(mtp, int) else 0)
     if mtp == "auto" and model.mtp is not None and not processors:
         depth = model.mtp.depth
-    keep_head = bool(head)
-    if not keep_head and not depth.idle:
+    store, held = None, 0
+    if isinstance(prompt_cache, PromptCache):
+        store = prompt_cache
+        budget = token_budget(model, prompt.size, max_tokens)
+        known, held = store.fetch(prompt)
+        cache = known or model.make_cache()
+    else:
+        cache = model.make_cache() if prompt_cache is None else _check_cache(prompt_cache, model)
+        budget = token_budget(model, tokens_held(cache) + prompt.size, max_tokens)
+    trunk, head = cache[: len(model.layers)], cache[len(model.layers) :]
+    keep_head = bool(head) or store is not None
+    if not head and not depth.idle:
         head = model.mtp.make_cache()
 
     def steps() -> Generator[Token]:
         drafter = model.make_draft_model(head) if head else None
-        last = _prefill(
-            model, trunk, prompt, prefill_step_size, drafter, quantize, prompt_progress_callback
+        told: list[int] = []
+
+        def keep(n: int) -> None:
+            """Keeps a checkpoint after ``n`` tokens."""
+            if drafter is not None:
+                drafter.rest()
+            if store is not None and tokens_held(trunk) == n:  # not if an error has cut it short
+                text = np.append(np.array(prompt), np.array(told, np.uint32))
+                store.insert(text[:n], [*trunk, *head])
+
+        stops = () if store is None else store.places(prompt, held)
+        progress = prompt_progress_callback or (lambda *_: None)
+        _prefill(
+            model, trunk, prompt, held, prefill_step_size, drafter, quantize, stops, keep, progress
         )
         chooser = Chooser(
             sampler or options.sampler(), [*processors, *options.logits_processors()], prompt
         )
-        yield from Decoding(
-            model, trunk, last, chooser, depth, drafter, keep_head, quantize
-        ).tokens(budget)
+        decoding = Decoding(model, trunk, prompt[-1:], chooser, depth, drafter, keep_head, quantize)
+        try:
+            yield from _noted(decoding.tokens(budget), told)
+        finally:
+            if store is not None:
+                keep(prompt.size + len(told))
 
     def quantize() -> None:
         maybe_quantize_kv_cache(trunk, quantized_kv_start, kv_group_size, kv_bits)
@@ -128,30 +156,41 @@ def generate_step(
     return steps()
 
 
+def _noted(tokens: Generator[Token], told: list[int]) -> Generator[Token]:
+    with closing(tokens):
+        for token in tokens:
+            told.append(token.token)
+            yield token
+
+
 def _prefill(
     model: Model,
     cache: Cache,
     prompt: mx.array,
+    held: int,
     step_size: int,
     drafter: Drafter | None,
     after_forward: Callable[[], None],
-    progress: Callable[[int, int], None] | None,
-) -> mx.array:
-    """Feeds all of the prompt but its last token, which it returns as ``[1]``."""
-    progress = progress or (lambda *_: None)
+    stops: Sequence[int],
+    stopped: Callable[[int], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Feeds all of the prompt but its last token, from ``held`` on; calls ``stopped`` at stops."""
     total = prompt.size
-    progress(0, total)
+    progress(held, total)
     try:
-        for start in range(0, total - 1, step_size):
-            chunk = prompt[start : min(start + step_size, total - 1)]
-            prefill(model, cache, chunk, drafter, after_forward)
-            progress(start + chunk.size, total)
+        while held < total - 1:
+            end = min([held + step_size, total - 1, *(stop for stop in stops if stop > held)])
+            prefill(model, cache, prompt[held:end], drafter, after_forward)
+            held = end
+            if held in stops:
+                stopped(held)
+            progress(held, total)
         progress(total, total)  # the last token goes with the first step
     except BaseException:
         if drafter is not None:
             drafter.rest()
         raise
-    return prompt[-1:]
 
 
 def prefill(
@@ -183,7 +222,7 @@ def stream_generate(
     prompt: str | mx.array | Sequence[int],
     max_tokens: int = 256,
     **options: Any,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse]:
     """Generates text after a prompt, a response a token; ends at the tokenizer's stop tokens.
 
     The responses' texts, one after the other, are ``tokenizer.decode`` of their tokens (a stop
@@ -206,19 +245,40 @@ def stream_generate(
     else:
         tokens = _check_prompt(prompt, model)
     cache = options.get("prompt_cache")
-    held = 0 if cache is None else tokens_held(_check_cache(cache, model))
+    held = 0
+    if cache is not None and not isinstance(cache, PromptCache):
+        held = tokens_held(_check_cache(cache, model))
     budget = token_budget(model, held + tokens.size, max_tokens)
-    steps = generate_step(tokens, model, max_tokens=budget, **options)
-    return _stream(model, tokenizer, tokens.size, budget, steps)
+    progress = _Progress(options.pop("prompt_progress_callback", None))
+    steps = generate_step(
+        tokens, model, max_tokens=budget, prompt_progress_callback=progress, **options
+    )
+    return _stream(model, tokenizer, tokens.size, progress, budget, steps)
+
+
+class _Progress:
+    """Passes on the progress of a prompt, and notes how much was known at the beginning."""
+
+    known: int | None = None
+
+    def __init__(self, callback: Callable[[int, int], None] | None):
+        self._callback = callback
+
+    def __call__(self, processed: int, total: int) -> None:
+        if self.known is None:
+            self.known = processed
+        if self._callback is not None:
+            self._callback(processed, total)
 
 
 def _stream(
     model: Model,
     tokenizer: TokenizerWrapper,
     prompt_tokens: int,
+    progress: _Progress,
     budget: int,
     steps: Generator[Token],
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse]:
     text = TextDecoder(tokenizer)
     prompt_seconds, start = 0.0, time.perf_counter()
     drafts = Acceptance()
@@ -239,7 +299,7 @@ def _stream(
                 logprobs=step.logprobs,
                 from_draft=step.from_draft,
                 prompt_tokens=prompt_tokens,
-                prompt_tps=prompt_tokens / prompt_seconds,
+                prompt_tps=(prompt_tokens - (progress.known or 0)) / prompt_seconds,
                 generation_tokens=count,
                 generation_tps=count / max(time.perf_counter() - start, 1e-9),
                 peak_memory=mx.get_peak_memory() / 1e9,
@@ -247,32 +307,10 @@ def _stream(
                 rounds=drafts.rounds,
                 mean_accept_length=drafts.mean_length,
                 acceptance=drafts.by_depth,
+                cached_tokens=progress.known or 0,
             )
             if finish_reason:
                 return
-
-
-class TextDecoder:
-    """A sequence's text, token by token; no piece of it ends within a character."""
-
-    def __init__(self, tokenizer: TokenizerWrapper):
-        self._tokenizer = tokenizer
-        self._pending: list[int] = []  # tokens that end within a character
-
-    def add(self, token: int, finish_reason: str | None = None) -> str:
-        """The text that one more token gives; a stop token has none.
-
-        Args:
-            finish_reason: mlx-lm's, if the token is the last.
-        """
-        if finish_reason != "stop":
-            self._pending.append(token)
-        # Not mlx-lm's detokenizer, which drops a leading space and garbles NUL bytes.
-        text = self._tokenizer.decode(self._pending)
-        if finish_reason is None and text.endswith("\ufffd"):
-            return ""
-        self._pending.clear()
-        return text
 
 
 def generate(
@@ -310,8 +348,9 @@ def statistics(last: GenerationResponse | None) -> str:
     """mlx-lm's closing lines, from the last response, and one on the drafts if there were any."""
     if last is None:
         return "No text generated for this prompt"
+    cached = f" ({last.cached_tokens} of them cached)" if last.cached_tokens else ""
     lines = [
-        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec",
+        f"Prompt: {last.prompt_tokens} tokens{cached}, {last.prompt_tps:.3f} tokens-per-sec",
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec",
         f"Peak memory: {last.peak_memory:.3f} GB",
     ]

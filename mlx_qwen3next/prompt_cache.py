@@ -29,6 +29,10 @@ from .prompt_pieces import Arrays, Piece, assemble, read, size, take_apart
 Tokens = Sequence[int] | np.ndarray | mx.array
 T = TypeVar("T")
 
+SPACING = 256  # tokens between checkpoints at the beginnings of turns, at least…
+EVERY = 4096  # …and between any two of a prompt, at most
+OPENING = 12  # tokens that a template may open the next turn with, such as <think>
+
 
 class _Node:
     """A piece of text in the tree; it replaces the parent's child that begins alike."""
@@ -80,6 +84,7 @@ class PromptCache:
     Args:
         max_bytes: what it may hold, files included that have not been read yet; an attribute.
         max_sequences: how many texts that are no beginning of another; None for any number.
+        turn: the token that begins a turn of a chat, see :meth:`places`.
         directory: where to keep it, in a subdirectory that is called ``fingerprint``. What is there
             is taken over; what is damaged or does not belong there is removed with a warning. For
             one process at a time.
@@ -95,10 +100,11 @@ class PromptCache:
         *,
         max_bytes: int,
         max_sequences: int | None = None,
+        turn: int | None = None,
         directory: Path | None = None,
         fingerprint: str = "",
     ):
-        self.max_bytes, self._max_sequences = max_bytes, max_sequences
+        self.max_bytes, self._max_sequences, self._turn = max_bytes, max_sequences, turn
         self._fingerprint = fingerprint
         self._folder: Folder | None = None
         self._root = _Node(Piece(0, np.zeros(0, np.uint32), {}, {}, {}), None, saved=True)
@@ -107,10 +113,7 @@ class PromptCache:
         self._used: dict[_Node, float] = {}
         if directory is not None:
             if not fingerprint.isalnum():
-                raise ValueError(
-                    "fingerprint must be letters and digits where there is a directory, "
-                    f"got {fingerprint!r}"
-                )
+                raise ValueError(f"fingerprint must be letters and digits, got {fingerprint!r}")
             self._folder = Folder(directory / fingerprint, fingerprint)
             self._restore(self._folder)
             self.trim(max_bytes)
@@ -139,9 +142,7 @@ class PromptCache:
         return self._undamaged(lambda: self._fetch(_ids(tokens)[:-1]))
 
     def _fetch(self, tokens: np.ndarray) -> tuple[Cache | None, int]:
-        path = self._match(tokens)
-        while path and path[-1] not in self._used:
-            path.pop()
+        path = self._path(tokens)
         if not path:
             return None, 0
         last = path[-1]
@@ -151,17 +152,43 @@ class PromptCache:
         self._touch(last)
         return assemble([node.piece for node in path]), last.piece.end
 
-    def _match(self, tokens: np.ndarray) -> list[_Node]:
-        """The nodes, from the root's child on, whose text is a beginning of the tokens."""
+    def _path(self, tokens: np.ndarray) -> list[_Node]:
+        """The nodes, from the root's child on, to the longest beginning that has a checkpoint."""
         path, node = [], self._root
         while (end := node.piece.end) < tokens.size:
             child = node.children.get(int(tokens[end]))
             if child is None or _common(child.piece.tokens, tokens[end:]) < child.piece.tokens.size:
                 break
             path.append(node := child)
+        while path and path[-1] not in self._used:
+            path.pop()
         return path
 
     # --- keeping ---------------------------------------------------------------------------------
+    def places(self, tokens: Tokens, held: int = 0) -> list[int]:
+        """Where checkpoints of a prompt belong, for others that begin alike.
+
+        At the beginnings of turns, unless they are close together; now and then where there are
+        none; and at the end, but before the turn that the prompt only opens: what a template has
+        there may not be there once the turn is over.
+
+        Args:
+            tokens: ids ``[L]``.
+            held: how many of them are in a cache already; only places after them are given.
+        """
+        ids = _ids(tokens)
+        turns = np.flatnonzero(ids == self._turn).tolist() if self._turn is not None else []
+        end = ids.size - 1
+        if turns and end - turns[-1] < OPENING:
+            end = turns[-1]
+        places = []
+        for place in [*turns, end]:
+            while place - held > EVERY:
+                places.append(held := held + EVERY)
+            if place - held >= SPACING or (place == end and end > held):
+                places.append(held := place)
+        return places
+
     def insert(self, tokens: Tokens, cache: Cache) -> None:
         """Keeps a checkpoint, by copying what is not known of it yet.
 
@@ -230,14 +257,17 @@ class PromptCache:
 
     # --- dropping --------------------------------------------------------------------------------
     def trim(self, max_bytes: int) -> None:
-        """Drops what is worth least until no more than ``max_bytes`` are held."""
-        while self._used and self.nbytes > max_bytes:
-            self._drop([min(self._used, key=self._worth)])
-        while self._max_sequences is not None:
-            texts = [self._stem(node) for node in self._used if not node.children]
-            if len(texts) <= self._max_sequences:
-                break
-            self._drop(min(texts, key=self._best))
+        """Drops what is worth least until what is held takes no more than ``max_bytes``."""
+        while self._used:
+            leaves = [node for node in self._used if not node.children]
+            if self.nbytes > max_bytes:
+                least = [min(self._used, key=self._worth)]
+            elif self._max_sequences is not None and len(leaves) > self._max_sequences:
+                least = min(map(self._stem, leaves), key=self._best)
+            else:
+                return
+            self._clock = max(self._clock, self._best(least))
+            self._discard(least)
 
     def clear(self) -> None:
         """Drops everything, the files included."""
@@ -267,21 +297,20 @@ class PromptCache:
             stem.append(above)
         return stem
 
-    def _drop(self, nodes: list[_Node]) -> None:
-        """Drops the nodes' checkpoints, as the least worth there are; those below come first."""
-        self._clock = max(self._clock, self._best(nodes))
-        self._discard(nodes)
-
     def _discard(self, nodes: Iterable[_Node]) -> None:
-        """Drops the nodes' checkpoints, and the nodes that served no other; may meet some twice."""
+        """Drops the nodes' checkpoints, and the nodes that served no other."""
         for node in nodes:
             if self._used.pop(node, None) is not None:
                 node.piece.checkpoint, node.saved = {}, False
-            while not node.children and node not in self._used and node is not self._root:
-                node.parent.children.pop(int(node.piece.tokens[0]), None)
-                if self._folder is not None:
-                    self._folder.remove(node.name)
-                node = node.parent
+            self._prune(node)
+
+    def _prune(self, node: _Node) -> None:
+        """Removes the node, and those above it, if they serve no checkpoint; some may be gone."""
+        while not node.children and node not in self._used and node is not self._root:
+            node.parent.children.pop(int(node.piece.tokens[0]), None)
+            if self._folder is not None:
+                self._folder.remove(node.name)
+            node = node.parent
 
     def _undamaged(self, action: Callable[[], T]) -> T:
         """What the action returns once it meets no damaged node: those go, with what follows."""
@@ -335,34 +364,39 @@ class PromptCache:
                     folder.reject(name, str(error))
         for name in found:
             folder.reject(name, "what comes before it is missing")
-        self._discard(reversed([*_tree(self._root)]))
+        for node in [*_tree(self._root)]:
+            self._prune(node)
 
     def export(self, tokens: Tokens, file: Path) -> None:
-        """Writes a checkpoint, and those of its text's beginnings, to one file.
+        """Writes the checkpoints of a text's beginnings to one file; without any, it writes none.
 
         Args:
-            tokens: ids ``[L]`` of a checkpoint.
+            tokens: ids ``[L]``.
 
         Raises:
-            ValueError: there is no such checkpoint, or the file cannot be written.
+            ValueError: the file cannot be written.
         """
         pieces = self._undamaged(lambda: self._read(_ids(tokens)))
         try:
-            write_file(file, pieces, self._fingerprint)
+            if pieces:
+                write_file(file, pieces, self._fingerprint)
         except OSError as error:
             raise ValueError(f"{file} cannot be written: {error.strerror}") from None
 
     def _read(self, tokens: np.ndarray) -> list[Piece]:
-        path = self._match(tokens)
-        if not path or path[-1].piece.end != tokens.size or path[-1] not in self._used:
-            raise ValueError(f"there is no checkpoint of these {tokens.size} tokens")
+        path = self._path(tokens)
         for node in path:
             node.read()
         return [node.piece for node in path]
 
     @classmethod
-    def load(cls, file: Path, *, max_bytes: int, fingerprint: str = "") -> PromptCache:
+    def load(
+        cls, file: Path, *, max_bytes: int, turn: int | None = None, fingerprint: str = ""
+    ) -> PromptCache:
         """A cache, in memory alone, of what :meth:`export` wrote.
+
+        Args:
+            max_bytes, turn, fingerprint: as for a new one.
 
         Raises:
             ValueError: the file cannot be read, is damaged, or belongs to another model.
@@ -370,7 +404,7 @@ class PromptCache:
         parent, pieces = read_file(file, fingerprint)
         if parent:
             raise ValueError(f"{file} is a part of a prompt cache: it begins within a text")
-        cache = cls(max_bytes=max_bytes, fingerprint=fingerprint)
+        cache = cls(max_bytes=max_bytes, turn=turn, fingerprint=fingerprint)
         node = cache._root
         for piece in pieces:
             piece.read()

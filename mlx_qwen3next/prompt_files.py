@@ -51,11 +51,9 @@ def write_file(file: Path, pieces: Sequence[Piece], fingerprint: str, parent: st
         "start": str(pieces[0].start),
         "quantization": json.dumps([piece.quantization for piece in pieces]),
     }
-    checksums = {
-        name: checksum(_describe(about, name, shards.NAMES[x.dtype], x.shape), x)
-        for name, x in arrays.items()
-    }
     contents = {name: (x.dtype, x.shape) for name, x in arrays.items()}
+    about["arrays"] = _named({name: (shards.NAMES[x.dtype], x.shape) for name, x in arrays.items()})
+    checksums = {name: checksum(_described(about, name), x) for name, x in arrays.items()}
     header, _ = shards.lay_out(file, contents, about | {"checksums": json.dumps(checksums)})
     unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex}{_UNFINISHED}")
     try:
@@ -87,11 +85,12 @@ def read_file(file: Path, fingerprint: str) -> tuple[str, list[Piece]]:
     try:
         checksums = json.loads(about.pop("checksums"))
         parts: dict[int, dict[str, Arrays]] = {}
+        if about["arrays"] != _named({name: (x.dtype, x.shape) for name, x in tensors.items()}):
+            raise ValueError
         for name, tensor in tensors.items():
-            described = _describe(about, name, tensor.dtype, tensor.shape)
             number, part, *key = name.split(".", 2)
             arrays = parts.setdefault(int(number), {}).setdefault(part, {})
-            arrays["".join(key)] = Stored(tensor, described, checksums[name])
+            arrays["".join(key)] = Stored(tensor, _described(about, name), checksums[name])
         pieces, start = [], int(about["start"])
         for i, quantization in enumerate(json.loads(about["quantization"])):
             tokens = np.array(parts[i]["tokens"][""].read())
@@ -99,9 +98,9 @@ def read_file(file: Path, fingerprint: str) -> tuple[str, list[Piece]]:
             quantized = quantization and (quantization[0], quantization[1])
             pieces.append(Piece(start, tokens, kv, head, checkpoint, quantized))
             start += tokens.size
+        return about["parent"], pieces
     except (LookupError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{file} is damaged") from None
-    return about["parent"], pieces
 
 
 def is_ours(file: Path) -> bool:
@@ -110,13 +109,18 @@ def is_ours(file: Path) -> bool:
     mlx-lm's own prompt caches are safetensors files as well.
     """
     try:
-        return shards.read_metadata(file).get("format", "").startswith(_FORMAT)
+        return str(shards.read_metadata(file).get("format")).startswith(_FORMAT)
     except ValueError:
         return False
 
 
-def _describe(about: dict[str, str], name: str, dtype: str, shape: tuple[int, ...]) -> str:
-    return json.dumps([about, name, dtype, shape], sort_keys=True)
+def _named(arrays: dict[str, tuple[str, tuple[int, ...]]]) -> str:
+    """Stands for the arrays' names, dtypes and shapes."""
+    return hashlib.blake2b(json.dumps(arrays, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _described(about: dict[str, str], name: str) -> str:
+    return json.dumps([about, name], sort_keys=True)
 
 
 def fingerprint(directory: Path, *options: str) -> str:

@@ -30,7 +30,7 @@ class Stored:
     """An array that is still in its file."""
 
     tensor: Tensor
-    described: str  # what the file says of itself and of the array; the checksum covers it
+    described: str  # the array's name and what the file says of itself, in the checksum as well
     checksum: int
 
     @property
@@ -45,7 +45,6 @@ class Stored:
             ValueError: the file cannot be read, or holds something else.
         """
         array = shards.read_rows(self.tensor)
-        mx.eval(array)
         if checksum(self.described, array) != self.checksum:
             raise ValueError(f"{self.tensor.file} is damaged: its checksums do not agree")
         return array
@@ -190,6 +189,7 @@ def assemble(path: list[Piece]) -> Cache:
     """
     n = path[-1].end
     states = {name: mx.array(x) for name, x in path[-1].checkpoint.items()}
+    mx.eval(states)
     # A cache is quantized when it has become long, so plain pieces may come before such ones.
     quantization = next((piece.quantization for piece in path if piece.quantization), None)
     kv = _join([_quantized(piece, quantization) for piece in path])
@@ -208,13 +208,13 @@ def assemble(path: list[Piece]) -> Cache:
     if "hidden" in states and all(piece.head for piece in path):
         head = _join([piece.head for piece in path])
         cache.append(MTPCache.from_state((head["0"], head["1"], n - 1, states["hidden"])))
-        mx.eval(head)
-    mx.eval(states, kv)
     return cache
 
 
 def _join(parts: list[Arrays]) -> Arrays:
-    return {name: mx.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
+    joined = {name: mx.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
+    mx.eval(joined)
+    return joined
 
 
 def _quantized(piece: Piece, quantization: Quantization | None) -> Arrays:
@@ -230,7 +230,7 @@ def _quantized(piece: Piece, quantization: Quantization | None) -> Arrays:
 
 
 def checksum(described: str, array: mx.array) -> int:
-    """Of an array (contiguous), and of what is said about it."""
+    """Of an array (contiguous), which is evaluated for it, and of what is said about it."""
     return zlib.crc32(data(array), zlib.crc32(described.encode()))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -228,7 +227,7 @@ def _logit_bias(path: str, value: Any) -> dict[str, float]:
         if not (token.isascii() and token.isdigit() and len(token) <= 10):
             raise _unfit(path, token, "an object whose keys are token ids")
         _integer(0)(f"{path}'s token id", int(token))
-        if type(x) not in (int, float) or not abs(x) <= 100 or not math.isfinite(x):
+        if type(x) not in (int, float) or not abs(x) <= 100:
             raise _unfit(f"{path}.{token}", x, "a number from -100 to 100")
     return bias
 

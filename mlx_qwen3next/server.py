@@ -7,11 +7,11 @@ A model of another type is served as by mlx_lm.server, behind the same checks of
 from __future__ import annotations
 
 import argparse
-import hashlib
 import ipaddress
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -28,16 +28,14 @@ from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.utils import _parse_size
 
 from . import compatibility, memory
-from .api import Handler, Server, Settings
-from .command import Parser, add_speed_options
+from .api import MAX_CONNECTIONS, Handler, Server, Settings
+from .command import TURN, Parser, add_speed_options, fingerprint_of
 from .config import MODEL_TYPE
 from .dispatch import set_kernels
 from .errors import first_line
 from .generation import check_kv_quantization
-from .load import default_dtype, hub_errors, load, local_directory, resolve
-from .model import Model
+from .load import hub_errors, load, local_directory
 from .prompt_cache import PromptCache
-from .prompt_files import fingerprint
 from .sampling import Sampling, check_integer
 from .serving import Engine
 
@@ -159,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
     if mx.distributed.init().size() > 1:
         raise ValueError("this server runs on one machine; start it without mlx.launch")
     set_kernels(args.kernels)
+    _allow_files()
     settings = Settings(
         names=_names(args),
         adapter=args.adapter_path,
@@ -314,24 +313,17 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
     return (*names, args.model)
 
 
-def _prompt_cache(args: argparse.Namespace, model: Model) -> PromptCache:
-    """The prompt cache that the arguments ask for, for a model that is loaded."""
-    directory, name = args.prompt_cache_dir, ""
-    if directory is not None:
-        adapter = ""
-        if args.adapter_path is not None:
-            with open(Path(args.adapter_path) / "adapters.safetensors", "rb") as file:
-                adapter = hashlib.file_digest(file, "blake2b").hexdigest()
-        kv = (args.kv_bits, args.kv_group_size, args.quantized_kv_start)
-        name = fingerprint(resolve(args.model), adapter, str(default_dtype()), str(kv))
+def _prompt_cache(args: argparse.Namespace, tokenizer: Any) -> PromptCache:
+    """The prompt cache that the arguments ask for, once the model is loaded."""
     size = args.prompt_cache_bytes
     if size is None:
         size = max(memory.spare() // 4, LEAST_CACHE)
     return PromptCache(
         max_bytes=size,
         max_sequences=args.prompt_cache_size,
-        directory=directory,
-        fingerprint=name,
+        turn=tokenizer.convert_tokens_to_ids(TURN),
+        directory=args.prompt_cache_dir,
+        fingerprint=fingerprint_of(args),
     )
 
 
@@ -347,6 +339,15 @@ def _api_key(text: str | None) -> str | None:
     if not key:
         raise ValueError("--api-key is empty")
     return key
+
+
+def _allow_files() -> None:
+    """A connection takes one, and macOS allows a shell's programs 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 4 * MAX_CONNECTIONS
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        most = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _announce(host: str, port: int, settings: Settings) -> None:

@@ -31,20 +31,18 @@ from mlx_lm.server import (
     ResponseGenerator,
     _format_top_logprobs,
 )
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .batching import Generated, KVQuantization, SpeculativeBatchGenerator
 from .cache import Cache
 from .depth import Depth, FixedDepth
 from .errors import first_line
-from .generation import MTP, TextDecoder, check_depth, token_budget
+from .generation import MTP, check_depth, token_budget
 from .model import Model
 from .prompt_cache import PromptCache
 from .sampling import Sampling, SeededSampler, draw_key
+from .text import StopWords, TextDecoder
 
-TURN = "<|im_start|>"  # what a turn of a chat begins with
-SPACING = 256  # tokens between checkpoints at the beginnings of turns, at least…
-EVERY = 4096  # …and between any two in a long prompt, at most
-THINK_TAIL = 11  # tokens at a prompt's end that may open the model's reasoning, as in mlx-lm
 ATTEMPTS = 3  # times a sequence may be in a forward that fails
 IDLE = 0.1  # seconds between two looks at the queue when there is nothing to do
 
@@ -56,7 +54,6 @@ class _Live:
     queue: Queue[Any]  # mlx_lm.server's: progress, responses, an exception; None at the end
     ctx: GenerationContext
     tokens: list[int]  # the prompt and all that was told
-    checkpoint: int  # where the prompt's last checkpoint belongs
     max_tokens: int
     sampler: Sampler
     key: int
@@ -76,7 +73,7 @@ class Engine(ResponseGenerator):
 
     Args:
         provider: mlx_lm.server's ModelProvider, whose model is one of ours.
-        prompt_cache: makes the prompt cache, once the model is loaded.
+        prompt_cache: makes the prompt cache for a tokenizer, once the model is loaded.
         mtp: as for :func:`mlx_qwen3next.generate_step`.
         failed: called with the error if the model cannot be loaded.
     """
@@ -84,7 +81,7 @@ class Engine(ResponseGenerator):
     def __init__(
         self,
         provider: Any,
-        prompt_cache: Callable[[Model], PromptCache],
+        prompt_cache: Callable[[TokenizerWrapper], PromptCache],
         mtp: MTP = "auto",
         failed: Callable[[Exception], None] = lambda _: None,
     ):
@@ -133,13 +130,18 @@ class Engine(ResponseGenerator):
         self._stop = True
 
     # --- the thread ----------------------------------------------------------------------------
+    def _run_generate(self) -> None:
+        super()._run_generate()
+        # MLX aborts the process at its end if a thread that drew random numbers leaves its streams.
+        mx.clear_streams()
+
     def _generate(self) -> None:
         try:
             self.model_provider.load_default()
             provider: Any = self.model_provider
             self._model, self._tokenizer = provider.model, provider.tokenizer
             depth = choose_depth(self._mtp, self._model)
-            self._checkpoints = self._make_prompt_cache(self._model)
+            self._checkpoints = self._make_prompt_cache(self._tokenizer)
         except Exception as error:
             self._generation_failed = True
             self._failed(error)
@@ -235,10 +237,6 @@ class Engine(ResponseGenerator):
             **vars(args.logits),
         )
         sampling.check_vocabulary(vocab)
-        end = len(prompt) - 1
-        if tokenizer.has_thinking:
-            think = tokenizer.rfind_think_start(prompt, start=max(len(prompt) - THINK_TAIL, 0))
-            end = think if think > 0 else end
         stop, text_states = self._make_state_machine(self.model_provider.model_key, tokenizer, ())
         ctx = GenerationContext(
             has_tool_calling=tokenizer.has_tool_calling,
@@ -252,7 +250,6 @@ class Engine(ResponseGenerator):
             queue,
             ctx,
             list(prompt),
-            end,
             budget,
             sampling.sampler(),
             _key(args.seed),
@@ -270,7 +267,7 @@ class Engine(ResponseGenerator):
         for uid in gone:
             del self._live[uid]
         if gone:
-            self._batch.remove(gone)
+            self._remove(gone)
         self._waiting = deque(live for live in self._waiting if not live.ctx._should_stop)
 
     def _fill(self) -> None:
@@ -294,9 +291,9 @@ class Engine(ResponseGenerator):
         sampler = live.sampler
         if sampler is not greedy_sampler:
             sampler = SeededSampler(sampler, live.key, live.told)
-        turn = self._tokenizer.convert_tokens_to_ids(TURN)
+        cuts = [held, *self._checkpoints.places(live.tokens, held), len(live.tokens)]
         (uid,) = self._batch.insert_segments(
-            [cut(live.tokens, held, turn, live.checkpoint)],
+            [[live.tokens[a:b] for a, b in pairwise(cuts)]],
             [live.max_tokens - live.told],
             [cache],
             [live.tokens[:held]],
@@ -327,9 +324,9 @@ class Engine(ResponseGenerator):
             try:
                 self._tell(live, response)
             except Exception as error:
-                del self._live[response.uid]
-                self._batch.remove([response.uid])
+                self._live.pop(response.uid, None)
                 self._fail(live, error)
+                self._remove([response.uid])
 
     def _tell(self, live: _Live, response: Generated) -> None:
         """Tells a client the next token, and ends what has ended."""
@@ -352,10 +349,10 @@ class Engine(ResponseGenerator):
         del self._live[response.uid]
         if response.prompt_cache is None or response.all_tokens is None:  # mlx-lm goes on
             caches = self._batch.remove([response.uid], return_prompt_caches=True)
-            ((cache, tokens),) = caches.values()
+            for cache, tokens in caches.values():  # none if it ends among the tokens to come
+                self._keep(tokens, cache)
         else:
-            cache, tokens = response.prompt_cache, response.all_tokens
-        self._keep(tokens, cache)
+            self._keep(response.all_tokens, response.prompt_cache)
 
     def _keep(self, tokens: Sequence[int], cache: Cache) -> None:
         try:
@@ -363,19 +360,32 @@ class Engine(ResponseGenerator):
         except Exception as error:
             logging.error(f"A checkpoint could not be kept: {first_line(error)}")
 
+    def _remove(self, uids: list[int]) -> None:
+        """Frees the places of sequences, whatever state they are in."""
+        try:
+            self._batch.remove(uids)
+        except Exception as error:  # their caches are brought to an end by forwards
+            logging.error(f"A sequence could not be ended: {first_line(error)}", exc_info=error)
+            self._begin_anew()
+
     def _recover(self, error: Exception) -> None:
-        """Begins anew with all that were in the forward that failed, but the one to blame."""
+        """Ends the request to blame for a forward that failed, and begins anew with the others."""
         logging.error(f"A forward failed: {first_line(error)}", exc_info=error)
-        among, self._live = list(self._live.values()), {}
-        suspects = [live for live in among if not live.proven] or among
-        for live in reversed(among):
-            if live in suspects:
-                live.failures += 1
-            if suspects == [live] or live.failures >= ATTEMPTS:
+        among = list(self._live.items())
+        suspects = [(uid, live) for uid, live in among if not live.proven] or among
+        for uid, live in suspects:
+            live.failures += 1
+            if len(suspects) == 1 or live.failures >= ATTEMPTS:
+                del self._live[uid]
                 self._fail(live, error)
-            else:
-                live.proven = False
-                self._waiting.appendleft(live)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Makes another batch, to which those in the one there was come back one by one."""
+        for live in reversed(self._live.values()):
+            live.proven = False
+            self._waiting.appendleft(live)
+        self._live = {}
         depth = self._batch.depth
         self._batch.close()
         mx.clear_cache()
@@ -384,55 +394,6 @@ class Engine(ResponseGenerator):
     def _fail(self, live: _Live, error: Exception) -> None:
         logging.error(f"A request failed: {first_line(error)}")
         live.queue.put(RuntimeError(first_line(error)))
-
-
-class StopWords:
-    """Holds back a text's end as long as it may be the beginning of a stop word."""
-
-    def __init__(self, words: Sequence[str]):
-        self._words = words
-        self._held = ""
-
-    def add(self, text: str, finish_reason: str | None = None) -> tuple[str, bool]:
-        """What of the text so far can be told now, and whether a stop word has ended it.
-
-        Args:
-            finish_reason: of the text, if it ends here anyway.
-        """
-        text = self._held + text
-        found = [i for word in self._words if (i := text.find(word)) >= 0]
-        if found:
-            return text[: min(found)], True
-        hold = 0
-        if finish_reason is None:
-            longest = max(map(len, self._words), default=1)
-            ends = range(1, min(longest, len(text) + 1))
-            hold = max((n for n in ends if self._begins(text[-n:])), default=0)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold], False
-
-    def _begins(self, end: str) -> bool:
-        return any(word.startswith(end) for word in self._words)
-
-
-def cut(tokens: Sequence[int], held: int, turn: int | None, end: int) -> list[list[int]]:
-    """Cuts a prompt where checkpoints are to be kept.
-
-    Args:
-        held: how many of its tokens are in the cache already.
-        turn: the token that begins a turn.
-        end: where the last checkpoint belongs, before the prompt's last token.
-
-    Returns:
-        The segments of ``tokens[held:]``.
-    """
-    cuts = [held]
-    for i in range(held + 1, end):
-        if i - cuts[-1] >= (SPACING if tokens[i] == turn else EVERY):
-            cuts.append(i)
-    if end > cuts[-1]:
-        cuts.append(end)
-    return [list(tokens[a:b]) for a, b in pairwise([*cuts, len(tokens)])]
 
 
 def choose_depth(mtp: MTP, model: Model) -> Depth:

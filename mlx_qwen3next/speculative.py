@@ -160,6 +160,12 @@ class Decoding:
         """
         self._handed_over = True
 
+    def feed(self) -> None:
+        """Feeds the last token where :meth:`tokens` has not: after :meth:`hand_over`, or if it
+        never began."""
+        self._handed_over = False
+        self._rest()
+
     def _choose(self, room: int) -> int:
         """The depth of the next round."""
         if self._depth.idle and not self._keep_drafter:

@@ -41,8 +41,9 @@ def test_what_there_is_to_get():
         for path in ("/v1/models/org/demo", "/v1/models/org%2Fdemo?x"):
             status, _, raw = exchange(server, "GET", path)
             assert (status, json.loads(raw)["id"]) == (200, "org/demo")
-        status, headers, raw = exchange(server, "HEAD", "/health")
-        assert (status, headers["Content-Length"], raw) == (200, "16", b"")
+        with connected(server, b"HEAD /health HTTP/1.0\r\n\r\n") as connection:
+            raw = everything(connection)
+        assert raw.startswith(b"HTTP/1.0 200 ") and raw.endswith(b"Content-Length: 16\r\n\r\n")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,13 @@ def test_a_body_too_large_is_refused_unread_and_the_client_can_read_why():
         assert ask(server, path=TEXT)[0] == 200
 
 
+def test_a_refused_client_need_not_wait_for_the_end(monkeypatch):
+    monkeypatch.setattr(api, "_LINGER", 60.0)
+    head = b"POST /nowhere HTTP/1.0\r\nContent-Length: 5000\r\n\r\n"
+    with serving() as server, connected(server, head) as connection:
+        assert everything(connection).startswith(b"HTTP/1.0 404 ")
+
+
 def test_a_body_that_ends_early_is_nothing_to_complete(caplog):
     generator = Fake()
     caplog.set_level(logging.INFO)
@@ -145,11 +153,12 @@ def test_a_request_that_never_comes_ends(monkeypatch):
         assert everything(connection) == b""
         # Nor does a byte now and then put the end off.
         with connected(server) as slow, contextlib.suppress(ConnectionError):
-            for _ in range(100):
+            until(lambda: not server.wait(0))
+            for _ in range(40):
                 slow.sendall(b"x")
                 if server.wait(0.05):
                     break
-        assert server.wait(0)
+            assert server.wait(0)
 
 
 def cors(headers):
@@ -204,7 +213,7 @@ def test_streams_and_errors_of_completions_are_for_allowed_pages_too():
 
 @pytest.mark.parametrize("given", [None, "Bearer", "Bearer wrong", "Basic käse", "käse", "\xff"])
 def test_without_the_key_nothing_but_health_is_answered(given):
-    headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+    headers = {} if given is None else {"Authorization": given.encode()}
     with serving(settings=Settings(names=NAMES, api_key="käse")) as server:
         for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("GET", "/nowhere")):
             status, got, raw = exchange(server, method, path, headers=headers)
@@ -240,7 +249,7 @@ def test_nothing_is_generated_for_a_client_that_is_gone(text, fields, caplog):
             until(lambda: len(tokens) == 2)
             connection.shutdown(socket.SHUT_WR)
         hold.set()
-    assert len(tokens) == 3
+    assert len(tokens) <= 3  # two if the second was still on its way
     assert generator.contexts[0]._should_stop
     assert [r for r in caplog.records if "is gone" in r.message]
     assert not [r for r in caplog.records if r.levelno > logging.INFO or r.exc_info]
@@ -269,17 +278,34 @@ def test_no_prompt_is_processed_for_a_client_that_is_gone(streamed):
     assert generator.contexts[0]._should_stop
 
 
-def test_a_client_that_stops_reading_does_not_hold_its_thread(monkeypatch, caplog):
+@pytest.mark.parametrize("streamed", [False, True])
+def test_generating_stops_if_not_even_the_headers_can_be_sent(streamed, monkeypatch, caplog):
+    def end_headers(self):
+        raise BrokenPipeError("gone")
+
+    monkeypatch.setattr(api.Handler, "end_headers", end_headers)
+    generator = Fake()
+    with serving(generator) as server, connected(server, post(stream=streamed)) as connection:
+        everything(connection)
+    assert generator.contexts[0]._should_stop
+    assert not [r for r in caplog.records if r.levelno > logging.INFO]
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_client_that_stops_reading_does_not_hold_its_thread(progress, monkeypatch, caplog):
     monkeypatch.setattr(api.Handler, "timeout", 0.2)
     caplog.set_level(logging.INFO)
     generator = Fake("x")
-    endless = generator._responses
+    responses = generator._responses
 
     def flood(args, callback):
-        for response in endless(args, callback):
+        for response in responses(args, callback):
+            response.text, response.finish_reason = "x" * 100_000, None
             while True:
-                response.text, response.finish_reason = "x" * 100_000, None
-                yield response
+                if progress:
+                    callback(response.text, 1)
+                else:
+                    yield response
 
     generator._responses = flood
     with serving(generator) as server, connected(server, post(stream=True)):

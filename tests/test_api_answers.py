@@ -101,11 +101,13 @@ def test_a_stream_of_nothing_is_kept_alive_by_comments():
         assert events(server)[1] == [": keepalive 0/2", ": keepalive 1/2"]
 
 
-def test_what_stock_says_of_a_bad_default_is_the_servers_fault():
+def test_what_stock_says_of_a_bad_default_is_the_servers_fault(caplog):
     with serving(Fake(temp=-1.0)) as server:
         status, answer = ask(server)
-        assert (status, answer["error"]["type"]) == (500, "server_error")
-        assert "temperature" in answer["error"]["message"]
+    assert (status, answer["error"]["type"]) == (500, "server_error")
+    assert "temperature" in answer["error"]["message"]
+    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert isinstance(record.exc_info[1], ValueError)
 
 
 WORDS = "Hé 🙂 well"

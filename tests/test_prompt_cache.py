@@ -6,13 +6,14 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers_generate import bundled, golden, golden_tokens, greedy
-from helpers_prompt_cache import WIDTH, contents, fake, kv_entry, rows, same, texts
+from helpers_generate import bundled, forward_cache, golden, golden_tokens, greedy
+from helpers_prompt_cache import WIDTH, fake, kv_entry, rows, same, texts
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from mlx_qwen3next import generate_step
-from mlx_qwen3next.cache import GatedDeltaCache, MTPCache
+from mlx_qwen3next.cache import GatedDeltaCache, MTPCache, Round
 from mlx_qwen3next.prompt_cache import PromptCache
+from mlx_qwen3next.prompt_pieces import assemble, take_apart
 
 ENOUGH = 2**40
 
@@ -191,18 +192,22 @@ def test_no_larger_array_is_kept_alive():
     assert live_bytes() - before < 1.2 * cache.nbytes
 
 
-def test_from_one_thread_to_another():
-    cache, results = cache_of([1, 2, 3], [1, 2, 4]), []
-    cache.insert([1, 2, 3, 4], fake([1, 2, 3, 4]))
+@pytest.mark.parametrize("quantized", [False, True])
+def test_from_one_thread_to_another(quantized):
+    """What one has not evaluated, another cannot."""
+    cache, results = PromptCache(max_bytes=ENOUGH), []
 
     def work():
-        results.append(contents(cache.fetch([1, 2, 3, 4, 5])[0]))
+        for text in ([1, 2, 3], [1, 2, 4]):
+            cache.insert(text, fake(text, head=True))
+        cache.insert([1, 2, 3, 4], fake([1, 2, 3, 4], True, quantized))
+        results.append(cache.fetch([1, 2, 3, 4, 5])[0])
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    for (_, _, x), (_, _, y) in zip(results[0], contents(fake([1, 2, 3, 4])), strict=True):
-        assert np.array_equal(x, y)
+    for fetched in (results[0], cache.fetch([1, 2, 3, 4, 5])[0]):
+        assert same(fetched, fake([1, 2, 3, 4], True, quantized))
 
 
 # --- quantized keys and values -------------------------------------------------------------------
@@ -246,6 +251,16 @@ def test_a_head_is_filled_in_above():
     assert len(cache.fetch([*range(9), 5, 6])[0]) == 3
 
 
+def test_a_head_with_a_gap_is_not_given_back():
+    last = take_apart(np.arange(6, dtype=np.uint32), fake(range(6), head=True))
+    first = last.cut(3)
+    first.own()
+    last.own()
+    assert same(assemble([first, last]), fake(range(6), head=True))
+    first.head = {}
+    assert same(assemble([first, last]), fake(range(6)))
+
+
 # --- what is dropped -----------------------------------------------------------------------------
 def test_a_checkpoint_that_others_follow_gives_back_its_states_only():
     cache = cache_of(range(50), range(51), range(100))
@@ -264,6 +279,16 @@ def test_a_leaf_gives_back_what_served_it_alone():
     assert cache.nbytes == fakes_bytes(range(31))
     cache.trim(cache.nbytes - 1)
     assert cache.nbytes == 0
+
+
+def test_what_a_leaf_gives_back_counts_with_it():
+    shared, other = range(30), range(100, 140)
+    cache = cache_of([*shared, 6], [*shared, 7])
+    cache.trim(cache.nbytes - 1)
+    cache.insert(other, fake(other))
+    assert cache.fetch([*shared, 7, 0])[1] == 31
+    cache.trim(cache.nbytes - 1)
+    assert texts(cache) == {tuple(other)}  # more tokens beside the same states
 
 
 def test_the_clock_lets_what_is_not_used_grow_old():
@@ -372,6 +397,19 @@ def test_going_on_from_a_checkpoint_says_what_a_fresh_run_says(case, options):
             assert greedy(model, text[n:], 12, mtp=mtp, prompt_cache=cache, **options) == fresh
             quantized = any(isinstance(entry, QuantizedKVCache) for entry in cache)
             assert quantized == bool(options)
+
+
+def test_a_round_that_was_not_replayed_yet():
+    """The tokens a round kept are in the states that are kept here."""
+    model, (prompt, expected) = golden("base")[0], golden_tokens("base")
+    kept, live = PromptCache(max_bytes=ENOUGH), forward_cache(model, prompt)
+    with Round(live, 3) as round:
+        model.model(mx.array([expected[:3]]), live)
+        round.commit(2)
+    kept.insert(prompt + expected[:2], live)
+    cache, n = kept.fetch(prompt + expected[:3])
+    assert n == len(prompt) + 2
+    assert greedy(model, expected[2:3], 8, prompt_cache=cache) == expected[3:11]
 
 
 def test_the_head_goes_on_as_if_it_had_not_stopped():

@@ -1,0 +1,59 @@
+"""From tokens to text, as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+class TextDecoder:
+    """A sequence's text, token by token; no piece of it ends within a character."""
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        self._tokenizer = tokenizer
+        self._pending: list[int] = []  # tokens that end within a character
+
+    def add(self, token: int, finish_reason: str | None = None) -> str:
+        """The text that one more token gives; a stop token has none.
+
+        Args:
+            finish_reason: mlx-lm's, if the token is the last.
+        """
+        if finish_reason != "stop":
+            self._pending.append(token)
+        # Not mlx-lm's detokenizer, which drops a leading space and garbles NUL bytes.
+        text = self._tokenizer.decode(self._pending)
+        if finish_reason is None and text.endswith("\ufffd"):
+            return ""
+        self._pending.clear()
+        return text
+
+
+class StopWords:
+    """Holds back a text's end as long as it may be the beginning of a stop word."""
+
+    def __init__(self, words: Sequence[str]):
+        self._words = words
+        self._held = ""
+
+    def add(self, text: str, finish_reason: str | None = None) -> tuple[str, bool]:
+        """What of the text so far can be told now, and whether a stop word has ended it.
+
+        Args:
+            finish_reason: of the text, if it ends here anyway.
+        """
+        text = self._held + text
+        found = [i for word in self._words if (i := text.find(word)) >= 0]
+        if found:
+            return text[: min(found)], True
+        hold = 0
+        if finish_reason is None:
+            longest = max(map(len, self._words), default=1)
+            ends = range(1, min(longest, len(text) + 1))
+            hold = max((n for n in ends if self._begins(text[-n:])), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold], False
+
+    def _begins(self, end: str) -> bool:
+        return any(word.startswith(end) for word in self._words)
