@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     mtp = int(args.mtp) if args.mtp.isdigit() else args.mtp
     model, tokenizer = load(args.model)
-    cache = PromptCache(max_bytes=2 * GB, turn=tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    cache = PromptCache(max_bytes=2 * GB, tokenizer=tokenizer)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages = list(opening)
     while True:

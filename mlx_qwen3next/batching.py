@@ -10,6 +10,7 @@ what it computes, so that drafting goes on where it stopped.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -65,9 +66,16 @@ class SpeculativeBatchGenerator(BatchGenerator):
         **options: Any,
     ):
         telling: Any = _Telling(model)
+        self._alone: _Alone | None = None
         super().__init__(telling, **options)
         self._lm, self.depth, self._quantization = model, depth, quantization
-        self._alone: _Alone | None = None
+
+    def close(self) -> None:
+        """As mlx-lm's. What is live is given up, by this thread and not by the collector's."""
+        alone, self._alone = self._alone, None
+        if alone is not None:
+            alone.give_up()
+        super().close()
 
     def insert_segments(  # type: ignore[override]
         self,
@@ -295,6 +303,14 @@ class _Alone:
         self._tokens.close()
         self._decoding.feed()
         s.tokens.append(s.last)
+
+    def give_up(self) -> None:
+        """Ends decoding; the cache is nobody's any more."""
+        self.finished = True
+        if self._decoding is not None and self._tokens is not None:
+            self._decoding.hand_over()  # nothing is to be fed
+            with suppress(Exception):
+                self._tokens.close()
 
     def _prompt_step(self) -> Prompted:
         s = self.sequence

@@ -12,8 +12,6 @@ from .generation import check_depth
 from .load import default_dtype, resolve
 from .prompt_files import fingerprint
 
-TURN = "<|im_start|>"  # what begins a turn in Qwen's chat templates
-
 
 class Parser(argparse.ArgumentParser):
     """The parser of an mlx-lm command with flags of ours; its errors are one line.

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from . import memory
 from .cache import Cache
-from .command import TURN, Parser, add_speed_options, fingerprint_of
+from .command import Parser, add_speed_options, fingerprint_of
 from .dispatch import set_kernels
 from .generation import (
     GenerationResponse,
@@ -344,7 +344,7 @@ def _prompt_cache(file: Path, args: argparse.Namespace, tokenizer: TokenizerWrap
         raise ValueError(f"--prompt-cache-file {file}: there is no such directory")
     options: dict[str, Any] = {
         "max_bytes": memory.spare(),
-        "turn": tokenizer.convert_tokens_to_ids(TURN),
+        "tokenizer": tokenizer,
         "fingerprint": fingerprint_of(args),
     }
     return PromptCache.load(file, **options) if file.exists() else PromptCache(**options)

@@ -31,7 +31,9 @@ T = TypeVar("T")
 
 SPACING = 256  # tokens between checkpoints at the beginnings of turns, at least…
 EVERY = 4096  # …and between any two of a prompt, at most
-OPENING = 12  # tokens that a template may open the next turn with, such as <think>
+TURN = "<|im_start|>"  # what begins a turn in Qwen's templates…
+THINK = "<think>"  # …and what a prompt may end with, but no turn that is over has…
+OPENING = 12  # …within so many tokens
 
 
 class _Node:
@@ -84,7 +86,7 @@ class PromptCache:
     Args:
         max_bytes: what it may hold, files included that have not been read yet; an attribute.
         max_sequences: how many texts that are no beginning of another; None for any number.
-        turn: the token that begins a turn of a chat, see :meth:`places`.
+        tokenizer: what knows how turns begin, for :meth:`places`.
         directory: where to keep it, in a subdirectory that is called ``fingerprint``. What is there
             is taken over; what is damaged or does not belong there is removed with a warning. For
             one process at a time.
@@ -100,11 +102,15 @@ class PromptCache:
         *,
         max_bytes: int,
         max_sequences: int | None = None,
-        turn: int | None = None,
+        tokenizer: Any = None,
         directory: Path | None = None,
         fingerprint: str = "",
     ):
-        self.max_bytes, self._max_sequences, self._turn = max_bytes, max_sequences, turn
+        self.max_bytes, self._max_sequences = max_bytes, max_sequences
+        self._turn, self._think = (
+            None if tokenizer is None else tokenizer.convert_tokens_to_ids(mark)
+            for mark in (TURN, THINK)
+        )
         self._fingerprint = fingerprint
         self._folder: Folder | None = None
         self._root = _Node(Piece(0, np.zeros(0, np.uint32), {}, {}, {}), None, saved=True)
@@ -169,18 +175,18 @@ class PromptCache:
         """Where checkpoints of a prompt belong, for others that begin alike.
 
         At the beginnings of turns, unless they are close together; now and then where there are
-        none; and at the end, but before the turn that the prompt only opens: what a template has
-        there may not be there once the turn is over.
+        none; and at the end, before the last token, or before the reasoning that the prompt opens:
+        templates leave it out once the turn is over.
 
         Args:
             tokens: ids ``[L]``.
             held: how many of them are in a cache already; only places after them are given.
         """
         ids = _ids(tokens)
-        turns = np.flatnonzero(ids == self._turn).tolist() if self._turn is not None else []
-        end = ids.size - 1
-        if turns and end - turns[-1] < OPENING:
-            end = turns[-1]
+        turns = [] if self._turn is None else np.flatnonzero(ids == self._turn).tolist()
+        end, opening = ids.size - 1, ids[-OPENING:].tolist()
+        if self._think in opening:
+            end -= len(opening) - 1 - opening.index(self._think)
         places = []
         for place in [*turns, end]:
             while place - held > EVERY:
@@ -391,12 +397,12 @@ class PromptCache:
 
     @classmethod
     def load(
-        cls, file: Path, *, max_bytes: int, turn: int | None = None, fingerprint: str = ""
+        cls, file: Path, *, max_bytes: int, tokenizer: Any = None, fingerprint: str = ""
     ) -> PromptCache:
         """A cache, in memory alone, of what :meth:`export` wrote.
 
         Args:
-            max_bytes, turn, fingerprint: as for a new one.
+            max_bytes, tokenizer, fingerprint: as for a new one.
 
         Raises:
             ValueError: the file cannot be read, is damaged, or belongs to another model.
@@ -404,7 +410,7 @@ class PromptCache:
         parent, pieces = read_file(file, fingerprint)
         if parent:
             raise ValueError(f"{file} is a part of a prompt cache: it begins within a text")
-        cache = cls(max_bytes=max_bytes, turn=turn, fingerprint=fingerprint)
+        cache = cls(max_bytes=max_bytes, tokenizer=tokenizer, fingerprint=fingerprint)
         node = cache._root
         for piece in pieces:
             piece.read()

@@ -29,7 +29,7 @@ from mlx_lm.utils import _parse_size
 
 from . import compatibility, memory
 from .api import MAX_CONNECTIONS, Handler, Server, Settings
-from .command import TURN, Parser, add_speed_options, fingerprint_of
+from .command import Parser, add_speed_options, fingerprint_of
 from .config import MODEL_TYPE
 from .dispatch import set_kernels
 from .errors import first_line
@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
             generator = Engine(Provider(args), partial(_prompt_cache, args), args.mtp, failed)
         else:
             texts = LRUPromptCache(args.prompt_cache_size or _TEXTS)
-            generator = stock.ResponseGenerator(stock.ModelProvider(args), texts)
+            generator = Other(stock.ModelProvider(args), texts)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         _announce(args.host, server.server_port, settings)
         stopping.wait()
@@ -238,6 +238,14 @@ class Provider(stock.ModelProvider):
             tokenizer.chat_template = tokenizer.default_chat_template
         key = model_path, adapter_path, draft_model_path
         vars(self).update(model_key=key, model=model, tokenizer=tokenizer, is_batchable=True)
+
+
+class Other(stock.ResponseGenerator):
+    """mlx-lm's generator, for models of other types."""
+
+    def _run_generate(self) -> None:
+        super()._run_generate()
+        mx.clear_streams()  # as in Engine
 
 
 class _Parsed(Exception):
@@ -321,7 +329,7 @@ def _prompt_cache(args: argparse.Namespace, tokenizer: Any) -> PromptCache:
     return PromptCache(
         max_bytes=size,
         max_sequences=args.prompt_cache_size,
-        turn=tokenizer.convert_tokens_to_ids(TURN),
+        tokenizer=tokenizer,
         directory=args.prompt_cache_dir,
         fingerprint=fingerprint_of(args),
     )
@@ -363,7 +371,7 @@ def _announce(host: str, port: int, settings: Settings) -> None:
 def _number(text: str, least: float, convert: Callable[[str], Any]) -> Any:
     try:
         value = convert(text)
-    except ValueError:
+    except (ValueError, KeyError, ArithmeticError):  # what mlx-lm's _parse_size raises
         value = None
     if value is None or not value >= least:
         raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text!r}")

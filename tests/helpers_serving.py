@@ -3,7 +3,9 @@ HTTP, and what a cache must hold."""
 
 import contextlib
 import copy
+import functools
 import itertools
+import threading
 
 import mlx.core as mx
 from helpers_generate import bundled, tokens_of
@@ -18,13 +20,12 @@ from mlx_lm.server import (
     SamplingArguments,
 )
 
+from mlx_qwen3next import api
 from mlx_qwen3next.batching import SpeculativeBatchGenerator
 from mlx_qwen3next.cache import tokens_held
-from mlx_qwen3next.prompt_cache import PromptCache
-from mlx_qwen3next.server import parser
+from mlx_qwen3next.server import _prompt_cache, parser
 from mlx_qwen3next.serving import Engine
 
-TURN = 4087  # the bundled model's <|im_start|>
 NOISE = 1e-4  # relative, between two right ways to compute the same in float32
 
 
@@ -147,10 +148,11 @@ def running(*flags, load=bundled, cache=None, mtp="off", failed=lambda _: None, 
 
     Args:
         flags: the command's.
-        cache: its prompt cache, or what makes one.
+        cache: its prompt cache, or what makes one for a tokenizer; by default the command's.
     """
-    cache = PromptCache(max_bytes=2**30, turn=TURN) if cache is None else cache
     make = cache if callable(cache) else lambda _: cache
+    if cache is None:
+        make = functools.partial(_prompt_cache, parser().parse_args([]))
     engine = Engine(Loaded(parser().parse_args(map(str, flags)), load), make, mtp, failed)
     try:
         yield engine
@@ -159,6 +161,22 @@ def running(*flags, load=bundled, cache=None, mtp="off", failed=lambda _: None, 
         engine.drain(0)
         engine.join()
     assert engine._generation_failed == dies
+
+
+@contextlib.contextmanager
+def served(engine):
+    """The engine over HTTP."""
+    settings = api.Settings(names=("demo",))
+    handler = functools.partial(api.Handler, engine, settings, system_fingerprint="test")
+    with api.Server("127.0.0.1", 0, handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield listening
+            assert listening.wait(10), "an exchange goes on"
+        finally:
+            listening.shutdown()
+            thread.join()
 
 
 def arguments(**fields):

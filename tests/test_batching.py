@@ -18,7 +18,7 @@ from mlx_qwen3next.depth import FixedDepth
 from mlx_qwen3next.mtp import MTPDrafter, MTPHead
 from mlx_qwen3next.sampling import SeededSampler
 
-N = 14  # tokens a sequence tells, unless it says something else
+N = 10  # tokens a sequence tells, unless it says something else
 
 
 def model():
@@ -30,7 +30,7 @@ def model():
 def prompts():
     """Prompts of several lengths."""
     rng = random.Random(5)
-    return [[rng.randrange(96) for _ in range(n)] for n in (1, 2, 9, 23, 6)]
+    return [[rng.randrange(96) for _ in range(n)] for n in (1, 2, 9, 17, 6)]
 
 
 def processors():
@@ -61,7 +61,7 @@ def assert_end(sequences, uid, head):
     assert_holds(model(), end.prompt_cache, end.all_tokens, head)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("temp", [0.0, 0.9])
 @pytest.mark.parametrize("depths", [(0,), (1,), (3,), (0, 0, 4)], ids=str)
 def test_joining_and_leaving_at_random(depths, temp, seed):
@@ -159,23 +159,28 @@ def test_out_of_the_batch_and_back(between, temp):
 
 
 @pytest.mark.parametrize("stop", [0, 3, 5])
-@pytest.mark.parametrize("company", [False, True])
-def test_a_stop_token_ends_a_sequence_wherever_it_comes(company, stop):
-    """Within a round, within what is told at once when another joins, in a batch."""
-    token = alone(3)[stop]
-    expected = alone(3)[: alone(3).index(token) + 1]
-    for k in steps(len(expected)):
+@pytest.mark.parametrize("company", ["none", "joins", "leaves"])
+def test_a_stop_sequence_ends_a_sequence_wherever_it_comes(company, stop):
+    """Within a round, within what is told at once when another joins, in a batch, and begun there
+    but ended outside."""
+    told = alone(3)
+    ending = tuple(told[max(stop - 1, 0) : stop + 1])
+    n = next(i for i in range(1, N) if tuple(told[:i][-len(ending) :]) == ending)
+    for k in steps(n):
         sequences = Sequences(model(), FixedDepth(4))
-        first = sequences.insert(prompts()[3], N, stop=[(token,)])
+        first = sequences.insert(prompts()[3], N, stop=[ending])
+        second = insert(sequences, 2, 4) if company == "leaves" else None
         for _ in range(k):
             sequences.step()
-        if company:
+        if company == "joins":
             second = insert(sequences, 2, 4)
+        elif second in sequences.live():
+            sequences.remove(second)
         sequences.run()
-        assert sequences.told[first] == expected
+        assert sequences.told[first] == told[:n]
         assert sequences.ends[first].finish_reason == "stop"
         assert_end(sequences, first, head=True)
-        if company:
+        if company == "joins":
             assert sequences.told[second] == alone(2, 4)
 
 
@@ -245,8 +250,8 @@ def test_progress_is_of_the_whole_prompt():
     sequences = Sequences(model(), FixedDepth(2))
     insert(sequences, 3, 2, cuts=[9])
     sequences.run()
-    reads = [4, 8, 9, 13, 17, 21, 22, 23]
-    assert [response.progress for response in sequences.prompted] == [(n, 23) for n in reads]
+    reads = [4, 8, 9, 13, 16, 17]
+    assert [response.progress for response in sequences.prompted] == [(n, 17) for n in reads]
 
 
 @pytest.mark.parametrize("leaver", [False, True])

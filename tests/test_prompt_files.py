@@ -272,8 +272,8 @@ def test_a_file_that_is_lost_while_in_use(opened, folder, tmp_path, caplog, acti
         assert opened().fetch([*LONG, 6, 0])[1] in (0, 6)
         return
     else:
-        with pytest.raises(ValueError, match="no checkpoint"):
-            cache.export(LONG, tmp_path / "file")
+        cache.export(LONG, tmp_path / "file")
+        assert not (tmp_path / "file").exists()
     assert len(warnings(caplog)) == 1
     keep(cache, LONG)
     check(opened(), LONG)
@@ -425,7 +425,7 @@ def test_one_file(tmp_path):
     assert is_ours(file)
     cache = PromptCache.load(file, max_bytes=ENOUGH, fingerprint="a")
     assert texts(cache) == {SHORT, LONG}
-    kept.export(SHORT, file)  # which the cache read goes without
+    kept.export([*SHORT, 0], file)  # as far as it is known; the cache read goes without the file
     assert files(tmp_path) == [file.name]
     check(cache, LONG)
     check(cache, SHORT)
@@ -458,8 +458,7 @@ def test_one_file_that_cannot_be_used_is_refused(opened, folder, tmp_path, monke
 def test_one_file_that_cannot_be_written(tmp_path):
     kept = keep(PromptCache(max_bytes=ENOUGH), LONG)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="no checkpoint of these 3 tokens"):
-        kept.export(SHORT, tmp_path / "x")
+    kept.export(SHORT, tmp_path / "x")  # there is nothing to write
     with pytest.raises(ValueError, match="x cannot be written: Not a directory"):
         kept.export(LONG, tmp_path / "file" / "x")
     assert files(tmp_path) == ["file"]

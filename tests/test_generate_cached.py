@@ -1,0 +1,95 @@
+"""Where checkpoints of a prompt belong, and generation that keeps and finds them."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from helpers_generate import bundled, greedy
+
+from mlx_qwen3next import generate_step, prompt_cache, stream_generate
+from mlx_qwen3next.prompt_cache import PromptCache
+
+
+# --- where checkpoints belong --------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("turns", "length", "held", "expected"),
+    [
+        ((), 10, 0, [9]),  # before the last token
+        ((), 10, 9, []),
+        ((), 1, 0, []),
+        ((0, 300, 400, 700), 800, 0, [300, 700, 799]),  # turns, but not close together
+        ((0, 300, 400, 700), 800, 100, [400, 700, 799]),
+        ((0, 100, 200), 250, 0, [249]),  # the end in any case
+        ((0, 5000), 9000, 0, [4096, 5000, 8999]),  # now and then within a turn
+        ((0,), 9000, 4000, [8096, 8999]),
+    ],
+)
+def test_places(turns, length, held, expected):
+    _, tokenizer = bundled()
+    turn = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokens = [turn if i in turns else 5 for i in range(length)]
+    assert PromptCache(max_bytes=1, tokenizer=tokenizer).places(tokens, held) == expected
+
+
+def test_turns_are_unknown_without_a_tokenizer():
+    assert PromptCache(max_bytes=1).places([1, *[5] * 300] * 2) == [601]
+
+
+def test_reasoning_that_a_prompt_opens_comes_after_its_checkpoint():
+    """In the next turn's prompt it is no more."""
+    marks = {"<|im_start|>": 1, "<think>": 2}
+    cache = PromptCache(
+        max_bytes=1, tokenizer=SimpleNamespace(convert_tokens_to_ids=lambda mark: marks[mark])
+    )
+    question = [1, *[5] * 40, 1, 6, 7]
+    assert cache.places([*question, 2, 7]) == [len(question)]
+    assert cache.places([*question, 2, *[7] * 20]) == [len(question) + 20]  # it is an answer's
+    assert cache.places([*question, 2, 7], held=len(question)) == []
+
+
+def test_generation_with_a_prompt_cache():
+    """The tokens are those without one; what a text begins with is not processed again."""
+    model, tokenizer = bundled()
+    cache = PromptCache(max_bytes=10**9, tokenizer=tokenizer)
+    chat = [{"role": "user", "content": "What does math.sqrt do?"}]
+    processed = []
+    for question in ("And math.sin?", "And now?"):
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        options = {"max_tokens": 30, "mtp": 2, "repetition_penalty": 1.1, "temp": 0.7}
+        texts = []
+        for store in (None, cache):
+            mx.random.seed(1)
+            responses = [*stream_generate(model, tokenizer, prompt, prompt_cache=store, **options)]
+            texts.append("".join(response.text for response in responses))
+        assert texts[0] == texts[1]
+        processed.append(len(prompt) - responses[-1].cached_tokens)
+        assert responses[-1].prompt_tokens == len(prompt)
+        chat += [{"role": "assistant", "content": texts[0]}, {"role": "user", "content": question}]
+    assert processed[0] == 16 and processed[1] < 16
+    # Its own answer is known to the end, the head's part as well.
+    told = [response.token for response in responses]
+    known, held = cache.fetch([*prompt, *told, 0])
+    assert held == len(prompt) + len(told)
+    assert len(known) == len(model.layers) + 1 and known[-1].offset == held - 1
+
+
+def test_generation_that_is_stopped_leaves_what_it_has(monkeypatch):
+    model, tokenizer = bundled()
+    prompt = tokenizer.encode("import os\n" * 200)
+    cache = PromptCache(max_bytes=10**9)
+    monkeypatch.setattr(prompt_cache, "EVERY", 100)
+    steps = generate_step(prompt, model, prompt_cache=cache, max_tokens=50)
+    told = [next(steps).token for _ in range(3)]
+    steps.close()
+    assert cache.fetch([*prompt, *told, 0])[1] == len(prompt) + 3
+    assert cache.fetch(prompt[:250])[1] == 200
+
+    def stop(processed, total):
+        if processed >= 300:
+            raise KeyboardInterrupt
+
+    cache.clear()
+    with pytest.raises(KeyboardInterrupt):
+        list(generate_step(prompt, model, prompt_cache=cache, prompt_progress_callback=stop))
+    assert cache.fetch(prompt)[1] == 300
+    assert greedy(model, prompt, 10, prompt_cache=cache) == greedy(model, prompt, 10)
