@@ -33,7 +33,7 @@ from mlx_lm.server import (
 )
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .batching import Generated, KVQuantization, SpeculativeBatchGenerator
+from .batching import Generated, KVQuantization, Prompted, SpeculativeBatchGenerator
 from .cache import Cache
 from .depth import Depth, FixedDepth
 from .errors import first_line
@@ -66,6 +66,7 @@ class _Live:
     told: int = 0
     failures: int = 0  # forwards that failed with it
     proven: bool = True  # whether it has had a forward since
+    places: Sequence[int] = ()  # where its prompt is to have checkpoints
 
 
 class Engine(ResponseGenerator):
@@ -176,11 +177,13 @@ class Engine(ResponseGenerator):
     def _over(self) -> bool:
         if not self._stop:
             return False
-        left = [*self._live.values(), *self._waiting]
+        left = [live.queue for live in (*self._live.values(), *self._waiting)]
         if time.monotonic() < self._deadline:
             return not left and self.requests.empty()
-        for live in left:
-            live.queue.put(RuntimeError("the server is shutting down"))
+        while not self.requests.empty():
+            left.append(self.requests.get()[0])
+        for queue in left:
+            queue.put(RuntimeError("the server is shutting down"))
         return True
 
     def _take_in(self) -> None:
@@ -291,7 +294,8 @@ class Engine(ResponseGenerator):
         sampler = live.sampler
         if sampler is not greedy_sampler:
             sampler = SeededSampler(sampler, live.key, live.told)
-        cuts = [held, *self._checkpoints.places(live.tokens, held), len(live.tokens)]
+        live.places = self._checkpoints.places(live.tokens, held)
+        cuts = [held, *live.places, len(live.tokens)]
         (uid,) = self._batch.insert_segments(
             [[live.tokens[a:b] for a, b in pairwise(cuts)]],
             [live.max_tokens - live.told],
@@ -308,8 +312,7 @@ class Engine(ResponseGenerator):
     def _step(self) -> None:
         try:
             prompted, generated = self._batch.next()
-            ended = [r.uid for r in prompted if r.end_of_segment and not r.end_of_prompt]
-            checkpoints = self._batch.extract_cache(ended)
+            checkpoints = self._batch.extract_cache([r.uid for r in prompted if self._is_place(r)])
         except Exception as error:
             self._recover(error)
             return
@@ -327,6 +330,11 @@ class Engine(ResponseGenerator):
                 self._live.pop(response.uid, None)
                 self._fail(live, error)
                 self._remove([response.uid])
+
+    def _is_place(self, response: Prompted) -> bool:
+        """Whether a prompt has come to where a checkpoint belongs."""
+        live, (done, total) = self._live[response.uid], response.progress
+        return not response.end_of_prompt and len(live.tokens) - (total - done) in live.places
 
     def _tell(self, live: _Live, response: Generated) -> None:
         """Tells a client the next token, and ends what has ended."""

@@ -15,6 +15,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_qwen3next.batching import KVQuantization
 from mlx_qwen3next.cache import tokens_held
 from mlx_qwen3next.depth import FixedDepth
+from mlx_qwen3next.model import Trunk
 from mlx_qwen3next.mtp import MTPDrafter, MTPHead
 from mlx_qwen3next.sampling import SeededSampler
 
@@ -378,6 +379,20 @@ def test_the_bytes_of_what_is_live():
     assert generator.prompt_cache_nbytes > single
     sequences.run()
     assert generator.prompt_cache_nbytes == 0
+
+
+def test_closing_gives_up_what_is_live(monkeypatch):
+    """At once: what is left to the garbage collector runs in whichever thread that is."""
+    sequences = Sequences(model(), FixedDepth(3))
+    insert(sequences, 3)
+    while not sequences.told[0]:
+        sequences.step()
+    tokens = sequences.generator._alone._tokens
+    monkeypatch.setattr(Trunk, "__call__", None)  # nothing is to be computed any more
+    sequences.generator.close()
+    assert tokens.gi_frame is None
+    assert sequences.generator.prompt_cache_nbytes == 0
+    sequences.generator.close()  # the collector does so again
 
 
 # --- handing over, without a batch --------------------------------------------------------------
