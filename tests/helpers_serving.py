@@ -20,12 +20,14 @@ from mlx_lm.server import (
     SamplingArguments,
 )
 
-from mlx_qwen3next import api
+from mlx_qwen3next import api, stream_generate
 from mlx_qwen3next.batching import SpeculativeBatchGenerator
 from mlx_qwen3next.cache import tokens_held
 from mlx_qwen3next.server import _prompt_cache, parser
 from mlx_qwen3next.serving import Engine
 
+TEXTS = ("import os\n", "class Queue:\n    def put(self", "def merge(left, right):\n", "x = [")
+ENDLESS = {4086: -100.0, 4088: -100.0}  # a bias against both stop tokens
 NOISE = 1e-4  # relative, between two right ways to compute the same in float32
 
 
@@ -259,3 +261,29 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
+
+
+def encode(text):
+    return bundled()[1].encode(text)
+
+
+def chat(*messages):
+    return bundled()[1].apply_chat_template(list(messages), add_generation_prompt=True)
+
+
+@functools.cache
+def _expected(prompt, n, options, seed):
+    if seed is not None:
+        mx.random.seed(seed)
+    prompt = list(prompt) if isinstance(prompt, tuple) else prompt
+    return list(stream_generate(*bundled(), prompt, n, mtp="off", **dict(options)))
+
+
+def expected(prompt, n=16, seed=None, **options):
+    """What the command generates: the responses."""
+    prompt = tuple(prompt) if isinstance(prompt, list) else prompt
+    return _expected(prompt, n, tuple(options.items()), seed)
+
+
+def expected_text(*args, **options):
+    return "".join(response.text for response in expected(*args, **options))

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import time
 
 import mlx.core as mx
 import pytest
@@ -14,7 +13,7 @@ from helpers_prompt_cache import fake, same, texts
 from mlx_lm.models.cache import save_prompt_cache
 
 from mlx_qwen3next import prompt_files, prompt_pieces
-from mlx_qwen3next.prompt_cache import PromptCache
+from mlx_qwen3next.prompt_cache import PromptCache, _tree
 from mlx_qwen3next.prompt_files import fingerprint, is_ours
 
 ENOUGH = 2**40
@@ -176,6 +175,10 @@ def test_a_stop_anywhere_within_a_split(opened, tmp_path, shift):
         assert {long, (*long, 6, 7)} <= texts(after)
         for text in texts(after):
             check(after, text)
+        after.save()
+        found = prompt_files.Folder(moment / "model", "model").read().values()
+        held = sum(node.piece.tokens.size for node in _tree(after._root))
+        assert sum(piece.tokens.size for _, piece in found) == held  # nothing twice
         for text in (other, short):
             after.insert(text, fake(text, head=True))
         after.save()
@@ -516,13 +519,7 @@ def test_how_the_files_are_cut_does_not_matter(base):
     assert fingerprint(base) == first
 
 
-def test_the_fingerprint_of_many_tensors_is_quick(tmp_path):
-    mx.save_safetensors(
-        str(tmp_path / "model.safetensors"), {f"x{i}": mx.zeros(300) for i in range(2000)}
-    )
+def test_a_fingerprint_needs_a_config(tmp_path):
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x": mx.zeros(3)})
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         fingerprint(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    start = time.perf_counter()
-    fingerprint(tmp_path)
-    assert time.perf_counter() - start < 0.5
