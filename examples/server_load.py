@@ -136,12 +136,12 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=60, help="in the pool")
     parser.add_argument("--mtp", default="2")
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--log", type=Path, help="the server's output goes there")
     args = parser.parse_args()
     requests = pool(args.requests)
     with tempfile.TemporaryDirectory() as scratch:
-        kept, model, log = Path(scratch) / "kept", Path(scratch) / "model", Path("server_load.log")
+        kept, model = Path(scratch) / "kept", Path(scratch) / "model"
         model.mkdir()
-        log.unlink(missing_ok=True)
         float32_copy(model)
         with Served(OURS, "--model", model, "--prompt-cache-bytes", 1, "--mtp", "off") as alone:
             right = [alone.ask(**request) for request in requests]
@@ -149,25 +149,25 @@ def main() -> int:
         command = [sys.executable, "-c", FAULTY] if args.faults else OURS
         options = ["--model", model, "--mtp", args.mtp, "--prompt-cache-dir", kept]
         options += ["--prompt-cache-bytes", "200MB"]
-        with Served(command, *options, log=log) as served:
+        with Served(command, *options, log=args.log) as served:
             load = Load(served, requests, right)
             threads = [threading.Thread(target=load.client, args=(i,)) for i in range(args.clients)]
             for thread in threads:
                 thread.start()
             memory, start, rng = [], time.monotonic(), random.Random(0)
-            next_fault = 60.0
+            next_fault = 90.0
             while (seconds := time.monotonic() - start) < 60 * args.minutes:
                 time.sleep(10)
                 memory.append(served.memory() / 1e6)
                 print(f"{seconds:5.0f} s {memory[-1]:6.0f} MB", dict(load.seen), flush=True)
                 if args.faults and seconds > next_fault:
-                    next_fault += 60
                     damage(kept, rng)
                     load.down.set()
                     served.stop(signal.SIGKILL)
                     damage(kept, rng)
                     served.start()
                     load.down.clear()
+                    next_fault = time.monotonic() - start + 90
             load.over.set()
             for thread in threads:
                 thread.join(120)

@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,12 +36,14 @@ from mlx_lm.server import (
 )
 
 from . import logprobs
-from .errors import first_line
+from .errors import ContextLengthError, first_line
 from .request import RequestError, normalise, parse, unknown_model
 
 MAX_CONNECTIONS = 512  # at a time; each has a thread
 
 _RETRY = {"Retry-After": "5"}  # seconds
+_LARGE = 2**20  # bytes of a body; parsed, they may take 30 times as many
+_large_bodies = threading.Semaphore(2)  # that are parsed at a time
 _LINGER = 2.0  # seconds that a refused client has to send the rest, so that it reads the answer
 
 _MODELS = "/v1/models"
@@ -106,7 +108,7 @@ class Handler(APIHandler):
         self._sampled: list[Response] = []  # tokens whose log-probabilities are still to be given
         self._wants_logprobs = False
         self._context: GenerationContext | None = None
-        self._text_offset = 0
+        self._told = self._text_offset = 0  # tokens, characters
         super().__init__(generator, *connection, system_fingerprint=system_fingerprint)
 
     def setup(self) -> None:
@@ -146,8 +148,7 @@ class Handler(APIHandler):
         if is_model:
             self._send(200, self._model(unquote(path[len(_MODELS) + 1 :])))
         elif path == _MODELS:
-            models = [self._model(name) for name in self.settings.names]
-            self._send(200, {"object": "list", "data": models})
+            self._send(200, {"object": "list", "data": [self._model(self.settings.names[0])]})
         elif path == "/health":
             health = _health(self.generator)
             self._send(200 if health == "ok" else 503, {"status": health})
@@ -157,7 +158,7 @@ class Handler(APIHandler):
     def _check_origin(self) -> None:
         origin = self.headers.get("Origin")
         if origin is not None and not self._is_allowed(origin):
-            message = f"web pages of {origin} may not use this server; see --allowed-origins"
+            message = f"web pages of {origin[:80]} may not use this server; see --allowed-origins"
             raise RequestError(message, status=403)
 
     def _is_allowed(self, origin: str) -> bool:
@@ -185,9 +186,11 @@ class Handler(APIHandler):
     def _complete(self, path: str) -> None:
         """Checks the body, and gives mlx-lm's handler one that needs no further checks."""
         names, adapter = self.settings.names, self.settings.adapter
-        chat = path.endswith("/chat/completions")
-        body = normalise(parse(self._read_body()), chat=chat, names=names, adapter=adapter)
-        raw = json.dumps(body).encode()
+        raw = self._read_body()
+        with _large_bodies if len(raw) > _LARGE else nullcontext():
+            fields = normalise(parse(raw), chat="chat" in path, names=names, adapter=adapter)
+            raw = json.dumps(fields).encode()
+        del fields
         self.path = path
         self.rfile = io.BytesIO(raw)
         del self.headers["Content-Length"]
@@ -238,25 +241,38 @@ class Handler(APIHandler):
 
         try:
             ctx, responses = self.generator.generate(request, args, progress_callback=progress)
+        except ContextLengthError as error:
+            raise RequestError(first_line(error), code="context_length_exceeded") from error
         except (ValueError, TemplateError) as error:
             raise RequestError(first_line(error)) from error
         except Exception as error:
             raise self._failure(error) from error
         self._context = ctx
+        self._tokenizer = self.generator.model_provider.tokenizer  # which forgets it when draining
         ctx.tool_parser = _strict(ctx.tool_parser)
         return ctx, self._watch(responses)
 
     def _watch(self, responses: Iterator[Response]) -> Iterator[Response]:
+        reason = None
         try:
             for response in responses:
                 self._check_client()
+                self._told += 1
                 if self._wants_logprobs:
                     self._sampled.append(response)
+                reason = response.finish_reason
+                if reason == "stop" and response.token in self._tokenizer.eos_token_ids:
+                    reason, response = None, replace(response, finish_reason=None)
                 yield response
         except ClientGone:
             raise
         except Exception as error:
             raise self._failure(error) from error
+        if reason is None:
+            # mlx-lm's handler drops the text's end if it may begin a marker, save after "length".
+            # Only its own generator's stop words, cut at tokens, may leave what is to be dropped.
+            yield Response("", 0, 0.0, "length", ({},))
+            yield Response("", 0, 0.0, "stop", ({},))
 
     def _failure(self, error: Exception) -> RequestError:
         health = _health(self.generator)
@@ -267,6 +283,7 @@ class Handler(APIHandler):
 
     def _check_client(self) -> None:
         """Raises ClientGone if the client has closed the connection."""
+        # One that has only ended its own side (SHUT_WR) looks the same; HTTP clients do not do it.
         # Not select, which refuses the numbers of descriptors that a busy process has.
         self.connection.settimeout(0)
         try:
@@ -281,21 +298,24 @@ class Handler(APIHandler):
 
     def generate_response(self, *args: Any, **options: Any) -> dict[str, Any]:
         """mlx-lm's, with log-probabilities in OpenAI's form, and when streaming too."""
-        response = super().generate_response(*args, **options)
+        response = super().generate_response(*args[:2], *self._counts(*args[2:]), **options)
         if self._wants_logprobs:
             sampled, self._sampled = self._sampled, []
-            tokenizer = self.generator.model_provider.tokenizer
             response["choices"][0]["logprobs"] = (
-                logprobs.chat_form(tokenizer, sampled)
+                logprobs.chat_form(self._tokenizer, sampled)
                 if self.object_type.startswith("chat")
-                else logprobs.text_form(tokenizer, sampled, self._text_offset)
+                else logprobs.text_form(self._tokenizer, sampled, self._text_offset)
             )
             self._text_offset += sum(len(token.text) for token in sampled)
         return response
 
     def completion_usage_response(self, *counts: Any) -> dict[str, Any]:
         """mlx-lm's, whose kind is always a chat's."""
-        return super().completion_usage_response(*counts) | {"object": self.object_type}
+        response = super().completion_usage_response(*self._counts(*counts))
+        return response | {"object": self.object_type}
+
+    def _counts(self, prompt: Any = None, _: Any = None, cached: Any = None) -> tuple[Any, ...]:
+        return prompt, self._told, cached  # mlx-lm counts what _watch adds
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         # Whatever mlx-lm's handler answers in its own form, it has just caught.
@@ -324,6 +344,8 @@ class Handler(APIHandler):
     def _refuse(self, error: RequestError) -> None:
         if error.status >= 500:
             logging.error("%s: %s", error.status, error, exc_info=error.__cause__)
+        elif error.status in (401, 403):  # which applications seldom show
+            logging.warning("%s: %s", error.status, ascii(str(error)))
         if self._streams:
             self.wfile.write(f"data: {json.dumps(error.body)}\n\n".encode())
             return

@@ -113,6 +113,17 @@ class SpeculativeBatchGenerator(BatchGenerator):
         return caches
 
     @property
+    def prefill_step_size(self) -> int:
+        """Prompt tokens processed at a time, no more than the shortest prompt's segment has left:
+        mlx-lm pads the others to the longest, in time and memory."""
+        left = [len(segments[0]) for segments, *_ in self._currently_processing]
+        return min([self._step_size, *left])
+
+    @prefill_step_size.setter
+    def prefill_step_size(self, tokens: int) -> None:
+        self._step_size = tokens
+
+    @property
     def prompt_cache_nbytes(self) -> int:
         """Bytes of the live sequences' caches."""
         alone = () if self._alone is None else self._alone.sequence.cache

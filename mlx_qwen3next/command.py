@@ -73,9 +73,11 @@ def fingerprint_of(args: argparse.Namespace) -> str:
     Raises:
         ValueError: the model or its adapter cannot be read.
     """
-    adapter = ""
+    digest = hashlib.blake2b()
     if args.adapter_path is not None:
-        with open(Path(args.adapter_path) / "adapters.safetensors", "rb") as file:
-            adapter = hashlib.file_digest(file, "blake2b").hexdigest()
-    kv = (args.kv_bits, args.kv_group_size, args.quantized_kv_start)
-    return fingerprint(resolve(args.model), adapter, str(default_dtype()), str(kv))
+        for name in ("adapter_config.json", "adapters.safetensors"):
+            digest.update((Path(args.adapter_path) / name).read_bytes())
+    options = [digest.hexdigest(), str(default_dtype())]
+    if args.kv_bits is not None:
+        options.append(f"{args.kv_bits} {args.kv_group_size} {args.quantized_kv_start}")
+    return fingerprint(resolve(args.model), *options)

@@ -62,7 +62,8 @@ _CALLS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "ResponseGenerator._generate": (),
         "ResponseGenerator._run_generate": (),
         "ResponseGenerator._make_state_machine": ("model_key", "tokenizer", "stop_words"),
-        "ResponseGenerator._tokenize": ("tokenizer", "request", "args"),
+        "ResponseGenerator._await_response": ("response_queue",),
+        "convert_chat": ("messages", "role_mapping"),
         "_format_top_logprobs": ("logprobs", "top_n", "tokenizer"),
     },
 }

@@ -1,4 +1,8 @@
-"""What other libraries' errors say, in one line."""
+"""Errors of our own, and what other libraries' say, in one line."""
+
+
+class ContextLengthError(ValueError):
+    """A prompt is longer than the model's context."""
 
 
 def first_line(error: Exception) -> str:

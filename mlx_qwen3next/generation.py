@@ -27,6 +27,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .cache import Cache, GatedDeltaCache, MTPCache, Undo, settle, tokens_held
 from .config import Config
 from .depth import MAX_DEPTH, Depth, FixedDepth
+from .errors import ContextLengthError
 from .model import Model
 from .prompt_cache import PromptCache
 from .sampling import Chooser, Sampling, check_integer
@@ -99,7 +100,7 @@ def generate_step(
     prompt = _check_prompt(prompt, model)
     check_depth(mtp, model)
     check_integer("prefill_step_size", prefill_step_size, least=1)
-    check_kv_quantization(model, kv_bits, kv_group_size, quantized_kv_start)
+    check_kv_quantization(model.args.head_dim, kv_bits, kv_group_size, quantized_kv_start)
     if unknown := sorted(sampling.keys() - {field.name for field in fields(Sampling)}):
         raise ValueError(f"unknown option: {', '.join(unknown)}")
     options = Sampling(**sampling)
@@ -379,7 +380,7 @@ def check_depth(mtp: MTP, model: Model | None = None) -> MTP:
 
 
 def check_kv_quantization(
-    model: Model, kv_bits: int | None, kv_group_size: int, quantized_kv_start: int
+    head_dim: int, kv_bits: int | None, kv_group_size: int, quantized_kv_start: int
 ) -> None:
     """Checks how keys and values are to be quantized, if they are.
 
@@ -391,10 +392,10 @@ def check_kv_quantization(
     check_integer("quantized_kv_start", quantized_kv_start, least=0)
     if kv_bits not in KV_BITS:
         raise ValueError(f"kv_bits must be one of {KV_BITS}, got {kv_bits!r}")
-    if kv_group_size not in KV_GROUP_SIZES or model.args.head_dim % kv_group_size:
+    if kv_group_size not in KV_GROUP_SIZES or head_dim % kv_group_size:
         raise ValueError(
             f"kv_group_size must be one of {KV_GROUP_SIZES} and divide this model's head_dim "
-            f"({model.args.head_dim}), got {kv_group_size!r}"
+            f"({head_dim}), got {kv_group_size!r}"
         )
 
 
@@ -488,7 +489,7 @@ def token_budget(model: Model, positions: int, max_tokens: int) -> int:
     limit = model.args.max_position_embeddings
     check_max_tokens(max_tokens)
     if positions > limit:
-        raise ValueError(
+        raise ContextLengthError(
             f"the prompt is {positions} tokens long (cached ones included), but this model's "
             f"max_position_embeddings is {limit}; shorten it"
         )

@@ -13,8 +13,7 @@ what is dropped moves on, so that nothing stays for what it was once worth.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +23,8 @@ import numpy as np
 
 from .cache import Cache
 from .prompt_files import Folder, logger, read_file, write_file
-from .prompt_pieces import Arrays, Piece, assemble, read, size, take_apart
+from .prompt_pieces import Piece, assemble, size, take_apart
+from .prompt_tree import Damaged, Node, common, tree
 
 Tokens = Sequence[int] | np.ndarray | mx.array
 T = TypeVar("T")
@@ -36,50 +36,6 @@ THINK = "<think>"  # …and what a prompt may end with, but no turn that is over
 OPENING = 12  # …within so many tokens
 
 
-class _Node:
-    """A piece of text in the tree; it replaces the parent's child that begins alike."""
-
-    def __init__(self, piece: Piece, parent: _Node | None, saved: bool):
-        self.piece = piece
-        self.parent = parent or self  # the root is its own
-        self.children: dict[int, _Node] = {}  # by their first token
-        self.saved = saved  # whether its file says what it holds
-        self._text = parent.text(piece) if parent else hashlib.blake2b(digest_size=16)
-        if parent:
-            parent.children[int(piece.tokens[0])] = self
-
-    @property
-    def name(self) -> str:
-        """Its file's: a hash of all tokens up to its end."""
-        return self._text.hexdigest()
-
-    def text(self, piece: Piece) -> hashlib.blake2b:
-        """The hash of all tokens up to the end of a piece that comes next."""
-        text = self._text.copy()
-        text.update(piece.tokens.tobytes())
-        return text
-
-    def read(self, *parts: Arrays) -> None:
-        """Reads these parts of the piece, by default all, if they are still in the node's file.
-
-        Raises:
-            _Damaged: they cannot be read.
-        """
-        try:
-            for arrays in parts or self.piece.parts.values():
-                read(arrays)
-        except ValueError as error:
-            raise _Damaged(self, str(error)) from None
-
-
-class _Damaged(ValueError):
-    """A node's file does not say what the node held."""
-
-    def __init__(self, node: _Node, reason: str):
-        super().__init__(reason)
-        self.node = node
-
-
 class PromptCache:
     """Checkpoints of texts, in memory and, if wanted, on disk as well. For one thread at a time.
 
@@ -88,8 +44,9 @@ class PromptCache:
         max_sequences: how many texts that are no beginning of another; None for any number.
         tokenizer: what knows how turns begin, for :meth:`places`.
         directory: where to keep it, in a subdirectory that is called ``fingerprint``. What is there
-            is taken over; what is damaged or does not belong there is removed with a warning. For
-            one process at a time.
+            is taken over; what is damaged or does not belong there is removed with a warning. It is
+            locked as long as this is referred to; if another process has it, or it cannot be
+            locked, there is a warning, and all is kept in memory alone.
         fingerprint: of the model and its options, see
             :func:`mlx_qwen3next.prompt_files.fingerprint`.
 
@@ -113,21 +70,22 @@ class PromptCache:
         )
         self._fingerprint = fingerprint
         self._folder: Folder | None = None
-        self._root = _Node(Piece(0, np.zeros(0, np.uint32), {}, {}, {}), None, saved=True)
-        self._clock = 0.0
+        self._root = Node(Piece(0, np.zeros(0, np.uint32), {}, {}, {}), None, saved=True)
+        self._nbytes, self._clock = 0, 0.0
         # The nodes with a checkpoint, least recently used first, and the clock at that time.
-        self._used: dict[_Node, float] = {}
+        self._used: dict[Node, float] = {}
         if directory is not None:
             if not fingerprint.isalnum():
                 raise ValueError(f"fingerprint must be letters and digits, got {fingerprint!r}")
-            self._folder = Folder(directory / fingerprint, fingerprint)
+            self._folder = Folder.take(directory / fingerprint, fingerprint)
+        if self._folder is not None:
             self._restore(self._folder)
             self.trim(max_bytes)
 
     @property
     def nbytes(self) -> int:
         """Size of what is held, in bytes, whether it has been read from its files or not."""
-        return sum(node.piece.nbytes for node in _tree(self._root))
+        return self._nbytes
 
     def __len__(self) -> int:
         """How many checkpoints there are."""
@@ -158,12 +116,12 @@ class PromptCache:
         self._touch(last)
         return assemble([node.piece for node in path]), last.piece.end
 
-    def _path(self, tokens: np.ndarray) -> list[_Node]:
+    def _path(self, tokens: np.ndarray) -> list[Node]:
         """The nodes, from the root's child on, to the longest beginning that has a checkpoint."""
         path, node = [], self._root
         while (end := node.piece.end) < tokens.size:
             child = node.children.get(int(tokens[end]))
-            if child is None or _common(child.piece.tokens, tokens[end:]) < child.piece.tokens.size:
+            if child is None or common(child.piece.tokens, tokens[end:]) < child.piece.tokens.size:
                 break
             path.append(node := child)
         while path and path[-1] not in self._used:
@@ -174,9 +132,11 @@ class PromptCache:
     def places(self, tokens: Tokens, held: int = 0) -> list[int]:
         """Where checkpoints of a prompt belong, for others that begin alike.
 
-        At the beginnings of turns, unless they are close together; now and then where there are
-        none; and at the end, before the last token, or before the reasoning that the prompt opens:
-        templates leave it out once the turn is over.
+        At the beginnings of turns, now and then where there are none, and at the end: before the
+        last token, or before the reasoning that the prompt opens, which templates leave out once
+        the turn is over. The further from the end, the further apart: a checkpoint is left out if
+        to go on from the one before takes a quarter more, or few tokens. Their number thus grows
+        with the logarithm of the prompt's length.
 
         Args:
             tokens: ids ``[L]``.
@@ -189,9 +149,12 @@ class PromptCache:
             end -= len(opening) - 1 - opening.index(self._think)
         places = []
         for place in [*turns, end]:
-            while place - held > EVERY:
-                places.append(held := held + EVERY)
-            if place - held >= SPACING or (place == end and end > held):
+            # A fifth of what comes after one checkpoint is a quarter of that after the next.
+            while place - held > (step := max(EVERY, (end - held) // 5)):
+                places.append(held := held + step)
+            # Other chats begin with the same system prompt.
+            apart = SPACING if place in turns[:2] else max(SPACING, (end - place) // 4)
+            if place - held >= apart or (place == end and end > held):
                 places.append(held := place)
         return places
 
@@ -213,51 +176,66 @@ class PromptCache:
         self._touch(self._undamaged(lambda: self._add(self._root, take_apart(ids, cache))))
         self.trim(self.max_bytes)
 
-    def _add(self, parent: _Node, piece: Piece, saved: bool = False) -> _Node:
-        """Adds a piece and its checkpoint after ``parent``; returns the node that ends with it."""
-        while (known := parent.children.get(int(piece.tokens[0]))) is not None:
-            n = _common(known.piece.tokens, piece.tokens)
-            if n < known.piece.tokens.size:
-                known = self._split(known, n)
-            if n == piece.tokens.size:
-                self._merge(known, piece)
-                return known
-            self._merge(known, piece.cut(n))
-            parent, saved = known, False
-        piece.own()
-        node = _Node(piece, parent, saved)
-        if piece.checkpoint:
-            self._used[node] = self._clock
+    def _add(self, node: Node, piece: Piece, saved: bool = False) -> Node:
+        """Adds a piece and its checkpoint after ``node``; returns the node that ends with it."""
+        while (end := node.piece.end) < piece.end:
+            rest = piece.tokens[end - piece.start :]
+            known = node.children.get(int(rest[0]))
+            if known is None:
+                new = piece.part(end, piece.end)
+                new.own()
+                node = Node(new, node, saved)
+                if new.checkpoint:
+                    self._used[node] = self._clock
+                self._weigh(node)
+            else:
+                n = common(known.piece.tokens, rest)
+                node = known if n == known.piece.tokens.size else self._split(known, n)
+                self._merge(node, piece)
+                saved = False
         return node
 
-    def _split(self, node: _Node, n: int) -> _Node:
+    def _split(self, node: Node, n: int) -> Node:
         """Gives the node's first ``n`` tokens a node of their own above it, which is returned."""
         node.read(node.piece.kv, node.piece.head)
-        first = node.piece.cut(n)
+        start, end = node.piece.start, node.piece.end
+        first, node.piece = node.piece.part(start, start + n), node.piece.part(start + n, end)
         first.own()
         node.piece.own()
-        above = _Node(first, node.parent, saved=False)
+        above = Node(first, node.parent, saved=False)
         above.children[int(node.piece.tokens[0])] = node
         node.parent, node.saved = above, False
+        self._weigh(above)
+        self._weigh(node)
         return above
 
-    def _merge(self, node: _Node, piece: Piece) -> None:
-        """Adds to a node what another piece of the same text has beyond it."""
+    def _merge(self, node: Node, piece: Piece) -> None:
+        """Adds to a node what a piece that holds its text as well has beyond it."""
         known = node.piece
-        new: dict[str, Any] = {}
-        if piece.head and not known.head:
-            new["head"] = piece.head
-        if known.quantization and not piece.quantization:
-            new |= {"kv": piece.kv, "quantization": None}
-        if not piece.checkpoint.keys() <= known.checkpoint.keys():
-            new["checkpoint"] = piece.checkpoint
+        head = piece.head and not known.head
+        plain = known.quantization and not piece.quantization
+        states = known.end == piece.end and not piece.checkpoint.keys() <= known.checkpoint.keys()
+        if not (head or plain or states):
+            return
+        part = piece.part(known.start, known.end)
+        if head:
+            known.head = part.head
+        if plain:
+            known.kv, known.quantization = part.kv, None
+        if states:
+            known.checkpoint = part.checkpoint
             self._used.setdefault(node, self._clock)
-        if new:
-            vars(known).update(new)
-            known.own()
-            node.saved = False
+        known.own()
+        node.saved = False
+        self._weigh(node)
 
-    def _touch(self, node: _Node) -> None:
+    def _weigh(self, node: Node) -> None:
+        """Notes the sizes of what a node holds, which has changed."""
+        before, node.nbytes = node.nbytes, node.piece.nbytes
+        node.states = size(node.piece.checkpoint)
+        self._nbytes += node.nbytes - before
+
+    def _touch(self, node: Node) -> None:
         del self._used[node]
         self._used[node] = self._clock
 
@@ -277,9 +255,9 @@ class PromptCache:
 
     def clear(self) -> None:
         """Drops everything, the files included."""
-        self._discard(reversed([*_tree(self._root)]))
+        self._discard(reversed([*tree(self._root)]))
 
-    def _worth(self, node: _Node) -> float:
+    def _worth(self, node: Node) -> float:
         """The tokens a byte that would have to be processed again, from the clock at its last use.
 
         A checkpoint that others follow takes its states alone: they need the keys and values.
@@ -287,35 +265,37 @@ class PromptCache:
         above = node.parent
         while above is not self._root and above not in self._used:
             above = above.parent
-        freed = size(node.piece.checkpoint)
+        freed = node.states
         if not node.children:
             bare = takewhile(lambda n: n not in self._used, self._stem(node)[1:])
-            freed = node.piece.nbytes + sum(n.piece.nbytes for n in bare)
+            freed = node.nbytes + sum(n.nbytes for n in bare)
         return self._used[node] + (node.piece.end - above.piece.end) / freed
 
-    def _best(self, nodes: list[_Node]) -> float:
+    def _best(self, nodes: list[Node]) -> float:
         return max(self._worth(node) for node in nodes if node in self._used)
 
-    def _stem(self, leaf: _Node) -> list[_Node]:
+    def _stem(self, leaf: Node) -> list[Node]:
         """The nodes that lead to this leaf alone, the leaf first."""
         stem = [leaf]
         while (above := stem[-1].parent) is not self._root and len(above.children) == 1:
             stem.append(above)
         return stem
 
-    def _discard(self, nodes: Iterable[_Node]) -> None:
+    def _discard(self, nodes: Iterable[Node]) -> None:
         """Drops the nodes' checkpoints, and the nodes that served no other."""
         for node in nodes:
             if self._used.pop(node, None) is not None:
                 node.piece.checkpoint, node.saved = {}, False
+                self._weigh(node)
             self._prune(node)
 
-    def _prune(self, node: _Node) -> None:
+    def _prune(self, node: Node) -> None:
         """Removes the node, and those above it, if they serve no checkpoint; some may be gone."""
         while not node.children and node not in self._used and node is not self._root:
-            node.parent.children.pop(int(node.piece.tokens[0]), None)
-            if self._folder is not None:
-                self._folder.remove(node.name)
+            if node.parent.children.pop(int(node.piece.tokens[0]), None) is not None:
+                self._nbytes -= node.nbytes
+                if self._folder is not None:
+                    self._folder.remove(node.name)
             node = node.parent
 
     def _undamaged(self, action: Callable[[], T]) -> T:
@@ -323,9 +303,9 @@ class PromptCache:
         while True:
             try:
                 return action()
-            except _Damaged as error:
+            except Damaged as error:
                 logger.warning("Part of the prompt cache is dropped: %s", error)
-                self._discard(reversed([*_tree(error.node)]))
+                self._discard(reversed([*tree(error.node)]))
 
     # --- on disk ---------------------------------------------------------------------------------
     def save_next(self) -> bool:
@@ -337,7 +317,7 @@ class PromptCache:
 
     def _save_next(self) -> bool:
         # Those above come first, so that what is there can always be reached.
-        node = next((node for node in _tree(self._root) if not node.saved), None)
+        node = next((node for node in tree(self._root) if not node.saved), None)
         if self._folder is None or node is None:
             return False
         node.read()
@@ -370,7 +350,7 @@ class PromptCache:
                     folder.reject(name, str(error))
         for name in found:
             folder.reject(name, "what comes before it is missing")
-        for node in [*_tree(self._root)]:
+        for node in [*tree(self._root)]:
             self._prune(node)
 
     def export(self, tokens: Tokens, file: Path) -> None:
@@ -419,21 +399,5 @@ class PromptCache:
         return cache
 
 
-def _tree(node: _Node) -> Iterator[_Node]:
-    """The node and all below it, parents before their children."""
-    nodes = [node]
-    while nodes:
-        node = nodes.pop()
-        yield node
-        nodes += node.children.values()
-
-
 def _ids(tokens: Tokens) -> np.ndarray:
     return np.array(tokens, dtype=np.uint32)
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two texts have in common at their beginning."""
-    n = min(a.size, b.size)
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if different.size else n

@@ -6,16 +6,19 @@ lazily, array by array, and nothing damaged is taken for good.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
 import uuid
+import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
+from typing import IO
 
 import numpy as np
 
@@ -26,7 +29,10 @@ _FORMAT = "mlx_qwen3next prompt cache"
 _VERSION = "1"  # of the files, and of what the model computes; another one is not read
 _SAMPLE_BYTES = 256  # of each tensor, to tell models apart
 _PATIENCE = 60.0  # seconds until the next attempt after a failed one
-_UNFINISHED = ".part"
+_SUFFIX, _UNFINISHED = ".safetensors", ".part"
+_LOCK = "lock"
+
+_NOT_KEPT = "The prompt cache in %s is not kept: %s"
 
 logger = logging.getLogger(__package__)
 
@@ -166,10 +172,31 @@ class Folder:
     What cannot be written is tried again later, with one warning; nothing here raises.
     """
 
-    def __init__(self, directory: Path, fingerprint: str):
+    def __init__(self, directory: Path, fingerprint: str, lock: IO):
         self._directory, self._fingerprint = directory, fingerprint
         self._failed = -math.inf  # when writing did last
         self._warned = False
+        self.release = weakref.finalize(self, lock.close)
+
+    @classmethod
+    def take(cls, directory: Path, fingerprint: str) -> Folder | None:
+        """The folder, locked until it is released, or nothing refers to it, or the process ends.
+
+        None, and a warning, if it cannot be locked. What is beside it is logged.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as stack:
+                lock = stack.enter_context((directory / _LOCK).open("ab"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.pop_all()
+        except OSError as error:
+            taken = isinstance(error, BlockingIOError)
+            reason = "another process, or another cache in this one, uses it" if taken else error
+            logger.warning(_NOT_KEPT, directory, reason)
+            return None
+        _log_others(directory)
+        return cls(directory, fingerprint, lock)
 
     def read(self) -> dict[str, tuple[str, Piece]]:
         """Name -> parent's name and piece, arrays still in their files. Removes what is no use."""
@@ -184,7 +211,7 @@ class Folder:
         for file in files:
             if file.suffix == _UNFINISHED:
                 self._unlink(file)
-            elif file.suffix == ".safetensors":
+            elif file.suffix == _SUFFIX:
                 try:
                     parent, (piece,) = read_file(file, self._fingerprint)
                     found[file.stem] = parent, piece
@@ -216,7 +243,7 @@ class Folder:
         self.remove(name)
 
     def _file(self, name: str) -> Path:
-        return self._directory / f"{name}.safetensors"
+        return self._directory / f"{name}{_SUFFIX}"
 
     def _unlink(self, file: Path) -> None:
         try:
@@ -226,5 +253,32 @@ class Folder:
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
-            logger.warning("The prompt cache in %s is not kept: %s", self._directory, error)
+            logger.warning(_NOT_KEPT, self._directory, error)
         self._warned = True
+
+
+def _log_others(directory: Path) -> None:
+    """Logs the folders beside this one: an update of a model or of this package leaves one."""
+    try:
+        folders = sorted(directory.parent.iterdir())
+    except OSError:
+        return
+    others = {f.name: size for f in folders if f != directory and (size := _size(f))}
+    if others:
+        logger.info(
+            "Prompt caches of other models or options: %.1f GB in %s (%s); "
+            "remove what is not needed",
+            sum(others.values()) / 1e9,
+            directory.parent,
+            ", ".join(others),
+        )
+
+
+def _size(folder: Path) -> int:
+    """Of a folder's files, in bytes; 0 if there are other than those of a prompt cache."""
+    try:
+        files = [f for f in folder.iterdir() if f.name != _LOCK and f.suffix != _UNFINISHED]
+        ours = all(file.suffix == _SUFFIX and is_ours(file) for file in files)
+        return sum(file.stat().st_size for file in files) if ours else 0
+    except OSError:  # it is a file, say
+        return 0

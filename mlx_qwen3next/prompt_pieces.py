@@ -79,17 +79,24 @@ class Piece:
         """Size in bytes, whether in memory or not."""
         return self.tokens.nbytes + sum(size(arrays) for arrays in self.parts.values())
 
-    def cut(self, n: int) -> Piece:
-        """Cuts the first ``n`` tokens off, and returns them as a piece without a checkpoint.
+    def part(self, start: int, end: int) -> Piece:
+        """The piece between two positions of the text, with the checkpoint if that is at its end.
 
-        Their arrays are views of the whole, which :meth:`own` turns into copies.
+        Its arrays are views of the whole, which :meth:`own` turns into copies.
         """
-        first = replace(self, tokens=self.tokens[:n].copy(), checkpoint={})
-        self.tokens = self.tokens[n:].copy()
-        first.kv, self.kv = _cut(self.kv, n)
-        first.head, self.head = _cut(self.head, n - (self.start == 0))
-        self.start += n
-        return first
+        if (start, end) == (self.start, self.end):
+            return self  # perhaps still in its file
+        first, last, less = start - self.start, end - self.start, self.start == 0
+        return replace(
+            self,
+            start=start,
+            tokens=self.tokens[first:last].copy(),
+            kv={name: x[:, :, first:last] for name, x in self.kv.items()},
+            head={
+                name: x[:, :, max(first - less, 0) : last - less] for name, x in self.head.items()
+            },
+            checkpoint=self.checkpoint if end == self.end else {},
+        )
 
     def own(self) -> None:
         """Replaces views of larger arrays by copies, and evaluates what is in memory."""
@@ -133,14 +140,6 @@ def read(arrays: Arrays) -> None:
     for name, array in arrays.items():
         if isinstance(array, Stored):
             arrays[name] = array.read()
-
-
-def _cut(arrays: Arrays, n: int) -> tuple[Arrays, Arrays]:
-    """The arrays before position n, and those from it on."""
-    return (
-        {name: x[:, :, :n] for name, x in arrays.items()},
-        {name: x[:, :, n:] for name, x in arrays.items()},
-    )
 
 
 # --- between a cache's entries and a piece's arrays ----------------------------------------------

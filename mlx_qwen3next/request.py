@@ -1,7 +1,8 @@
 """Checks the body of a request for a completion, and brings it into the form mlx-lm's server reads.
 
-What OpenAI's API allows but this server cannot do is refused, not ignored; fields that are nobody's
-are ignored. ``_COMMON``, ``_CHAT`` and ``_TEXT`` are the fields there are.
+What OpenAI's API allows but this server cannot do is refused where it would change the answer's
+form or content; hints, and fields that are nobody's, are ignored. ``_COMMON``, ``_CHAT`` and
+``_TEXT`` are the fields there are.
 """
 
 from __future__ import annotations
@@ -164,6 +165,18 @@ def _integer(least: int, most: int = _MAX_INTEGER) -> Check:
     return check
 
 
+def _limit(path: str, value: Any) -> int:
+    if type(value) is int and value == -1:
+        return _MAX_INTEGER
+    if type(value) is not int or not 1 <= value <= _MAX_INTEGER:
+        raise _unfit(path, value, f"an integer from 1 to {_MAX_INTEGER}, or -1 for no limit")
+    return value
+
+
+def _seed(path: str, value: Any) -> int:
+    return _integer(-(2**63), 2**64 - 1)(path, value) % 2**64
+
+
 def _one_of(*allowed: Any, hint: str = "") -> Check:
     """One of these values, and of their types: ``True`` is no 1."""
 
@@ -221,6 +234,11 @@ def _sampling(path: str, value: Any) -> float:
     return _integer(0)(path, value) if type(getattr(Sampling, name)) is int else float(value)
 
 
+def _top_k(path: str, value: Any) -> float:
+    off = type(value) is int and value == -1  # for other servers
+    return 0 if off else _sampling(path, value)
+
+
 def _logit_bias(path: str, value: Any) -> dict[str, float]:
     bias = _object(path, value)
     for token, x in bias.items():
@@ -233,7 +251,8 @@ def _logit_bias(path: str, value: Any) -> dict[str, float]:
 
 
 def _stop(path: str, value: Any) -> list[str]:
-    stops = _list(_name)(path, [value] if isinstance(value, str) else value)
+    stops = _list(_text)(path, [value] if isinstance(value, str) else value)
+    stops = [stop for stop in stops if stop]
     if len(stops) > _MAX_STOPS or any(len(stop) > _MAX_STOP_LENGTH for stop in stops):
         expected = f"at most {_MAX_STOPS} strings of at most {_MAX_STOP_LENGTH} characters"
         raise _unfit(path, value, expected)
@@ -283,8 +302,10 @@ def _content(path: str, value: Any) -> str:
 
 def _part(path: str, value: Any) -> str:
     part = _object(path, value)
-    _one_of("text", "input_text", hint="; nothing else is read")(f"{path}.type", part.get("type"))
-    return _text(f"{path}.text", part.get("text"))
+    kinds = _one_of("text", "input_text", "refusal", hint="; nothing else is read")
+    kind = kinds(f"{path}.type", part.get("type"))
+    name = "refusal" if kind == "refusal" else "text"
+    return _text(f"{path}.{name}", part.get(name))
 
 
 def _tool_call(path: str, value: Any) -> dict[str, Any]:
@@ -328,6 +349,10 @@ def _described(path: str, value: Any) -> dict[str, Any]:
     return described
 
 
+def _not_served(path: str, value: Any) -> NoReturn:
+    raise RequestError(f"{path} is not served here; leave it out", path)
+
+
 def _role_mapping(path: str, value: Any) -> dict[str, str]:
     return {key: _text(f"{path}.{key}", text) for key, text in _object(path, value).items()}
 
@@ -345,17 +370,17 @@ _NO_TOOL_FORCED = _one_of("auto", "none", hint=": a call cannot be forced")
 _COMMON: dict[str, Check] = {
     "stream": _boolean,
     "stream_options": _stream_options,
-    "max_tokens": _integer(1),
-    "max_completion_tokens": _integer(1),
+    "max_tokens": _limit,
+    "max_completion_tokens": _limit,
     "num_draft_tokens": _integer(0),
-    "seed": _integer(0, 2**64 - 1),
+    "seed": _seed,
     "stop": _stop,
     "logit_bias": _logit_bias,
     "logprobs": _boolean,
     "top_logprobs": _integer(0, _MAX_TOP_LOGPROBS),
     "temperature": _sampling,
     "top_p": _sampling,
-    "top_k": _sampling,
+    "top_k": _top_k,
     "min_p": _sampling,
     "xtc_probability": _sampling,
     "xtc_threshold": _sampling,
@@ -373,6 +398,11 @@ _CHAT = _COMMON | {
     "tools": _list(_tool),
     "tool_choice": _NO_TOOL_FORCED,
     "functions": _one_of([], hint="; use tools"),
+    "function_call": _NO_TOOL_FORCED,
+    "modalities": _one_of(["text"], hint=": nothing else is generated"),
+    "audio": _not_served,
+    "prediction": _not_served,
+    "web_search_options": _not_served,
     "response_format": _one_of({"type": "text"}, hint=": other formats cannot be enforced"),
     "chat_template_kwargs": _template_options,
     "role_mapping": _role_mapping,

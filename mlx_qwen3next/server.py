@@ -30,17 +30,28 @@ from mlx_lm.utils import _parse_size
 from . import compatibility, memory
 from .api import MAX_CONNECTIONS, Handler, Server, Settings
 from .command import Parser, add_speed_options, fingerprint_of
-from .config import MODEL_TYPE
+from .config import MODEL_TYPE, Config
 from .dispatch import set_kernels
 from .errors import first_line
 from .generation import check_kv_quantization
-from .load import hub_errors, load, local_directory
+from .load import hub_errors, load, local_directory, resolve
 from .prompt_cache import PromptCache
 from .sampling import Sampling, check_integer
 from .serving import Engine
 
 DEMO = "qwen3-next-demo"  # what the bundled model is called
 LEAST_CACHE = 256 * 2**20  # bytes of the prompt cache, however full the memory is
+# Flags that would have no effect, and why: for Qwen3-Next, and for models of other types.
+_NOT_OURS = {
+    "draft_model": "the model drafts with its own MTP head: use --mtp",
+    "num_draft_tokens": "use --mtp",
+    "pipeline": "this server runs on one machine",
+}
+_ONLY_OURS = {
+    "prompt_cache_dir": "this model is not Qwen3-Next",
+    "mtp": "this model is not Qwen3-Next",
+    "kernels": "this model is not Qwen3-Next",
+}
 _TEXTS = 10  # mlx-lm's default of --prompt-cache-size
 _LAST_WORDS = 5.0  # seconds that clients have to read the end of their answers
 
@@ -84,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         type=_bytes,
         metavar="SIZE",
         help="What the prompt cache and the requests being answered may take together, such as "
-        "8GB (default: a quarter of the memory the model leaves).",
+        "8GB (default: half of the memory the model leaves).",
     )
     cache.add_argument(
         "--prompt-cache-size",
@@ -143,6 +154,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def run(args: argparse.Namespace) -> int:
@@ -166,8 +180,7 @@ def run(args: argparse.Namespace) -> int:
         max_body_bytes=args.max_body_bytes,
     )
     ours = _model_type(args.model) == MODEL_TYPE
-    if ours and args.draft_model is not None:
-        raise ValueError("--draft-model is not supported: the model drafts with its own MTP head")
+    _refuse(args, _NOT_OURS if ours else _ONLY_OURS)
 
     generator: Any = None
     errors: list[Exception] = []
@@ -181,34 +194,37 @@ def run(args: argparse.Namespace) -> int:
         errors.append(error)
         stopping.set()
 
-    def stop(*_: Any) -> None:
-        if stopping.is_set() and isinstance(generator, Engine):  # told twice
-            generator.drain(0)
-        stopping.set()
-
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with Server(args.host, args.port, handler) as server:  # the port first: loading takes long
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, stop)
-        if ours:
-            generator = Engine(Provider(args), partial(_prompt_cache, args), args.mtp, failed)
-        else:
-            texts = LRUPromptCache(args.prompt_cache_size or _TEXTS)
-            generator = Other(stock.ModelProvider(args), texts)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        _announce(args.host, server.server_port, settings)
-        stopping.wait()
-        server.shutdown()
-        if isinstance(generator, Engine):
-            if generator.health == "loading":
+        try:
+            if ours:
+                generator = Engine(Provider(args), partial(_prompt_cache, args), args.mtp, failed)
+            else:
+                texts = LRUPromptCache(args.prompt_cache_size or _TEXTS)
+                generator = Other(stock.ModelProvider(args), texts)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            _announce(args.host, server.server_port, settings)
+            _wait(stopping)
+        except KeyboardInterrupt:
+            if generator is None or generator.health == "loading":
                 os._exit(130)  # nothing is begun, and nothing else stops a loading
+        try:
             generator.drain(args.drain_seconds)
-            generator.join()
-        else:
-            generator.stop_and_join()
+            _wait(generator.ended)
+        except KeyboardInterrupt:  # told twice
+            generator.drain(0)
+            _wait(generator.ended)
+        server.shutdown()
         server.wait(_LAST_WORDS)
     if errors:
         raise ValueError(first_line(errors[0])) from errors[0]
     return 0
+
+
+def _wait(event: threading.Event) -> None:
+    """Waits for an event or Ctrl-C, which the system may give to another thread than this one."""
+    while not event.wait(0.2):
+        pass
 
 
 class Provider(stock.ModelProvider):
@@ -230,10 +246,12 @@ class Provider(stock.ModelProvider):
             ValueError: it cannot be loaded, or not serve as asked for.
         """
         args = self.cli_args
+        config = Config.from_file(resolve(model_path) / "config.json")
+        kv = args.kv_bits, args.kv_group_size, args.quantized_kv_start
+        check_kv_quantization(config.head_dim, *kv)  # before 45 GB are read
         model, tokenizer = load(
             model_path, tokenizer_config=self._tokenizer_config, adapter_path=adapter_path
         )
-        check_kv_quantization(model, args.kv_bits, args.kv_group_size, args.quantized_kv_start)
         if args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
         key = model_path, adapter_path, draft_model_path
@@ -243,9 +261,25 @@ class Provider(stock.ModelProvider):
 class Other(stock.ResponseGenerator):
     """mlx-lm's generator, for models of other types."""
 
+    def __init__(self, *args: Any):
+        self.ended = threading.Event()  # as in Engine
+        super().__init__(*args)
+
+    @property
+    def health(self) -> str:
+        """As Engine's."""
+        if not self.generation_available():
+            return "unavailable"
+        return "draining" if self._stop else "ok" if self.model_provider.model else "loading"
+
+    def drain(self, seconds: float) -> None:
+        """Makes the thread end; what was asked is not answered any more."""
+        self._stop = True
+
     def _run_generate(self) -> None:
         super()._run_generate()
-        mx.clear_streams()  # as in Engine
+        mx.clear_streams()
+        self.ended.set()
 
 
 class _Parsed(Exception):
@@ -292,6 +326,18 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
+def _refuse(args: argparse.Namespace, flags: dict[str, str]) -> None:
+    """Refuses flags that would have no effect.
+
+    Raises:
+        ValueError: one is not at its default.
+    """
+    defaults = parser()
+    for flag, reason in flags.items():
+        if getattr(args, flag) != defaults.get_default(flag):
+            raise ValueError(f"--{flag.replace('_', '-')} is not supported: {reason}")
+
+
 def _model_type(model: str | None) -> str:
     """The model's type, by its config.json, which may have to be fetched.
 
@@ -314,24 +360,25 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
     """What the model may be called in a request, its own name first."""
     names = [] if args.model_name is None else [args.model_name]
     if args.model is None:
-        return (*names, DEMO)
-    path = Path(args.model)
-    if path.exists():
-        names += [path.resolve().name, str(path.resolve())]
-    return (*names, args.model)
+        names.append(DEMO)
+    else:
+        path = Path(args.model)
+        names += [path.resolve().name, str(path.resolve())] if path.exists() else []
+        names.append(args.model)
+    return tuple(dict.fromkeys(names))
 
 
 def _prompt_cache(args: argparse.Namespace, tokenizer: Any) -> PromptCache:
     """The prompt cache that the arguments ask for, once the model is loaded."""
     size = args.prompt_cache_bytes
     if size is None:
-        size = max(memory.spare() // 4, LEAST_CACHE)
+        size = max(memory.spare() // 2, LEAST_CACHE)
     return PromptCache(
         max_bytes=size,
         max_sequences=args.prompt_cache_size,
         tokenizer=tokenizer,
         directory=args.prompt_cache_dir,
-        fingerprint=fingerprint_of(args),
+        fingerprint="" if args.prompt_cache_dir is None else fingerprint_of(args),
     )
 
 
@@ -359,7 +406,8 @@ def _allow_files() -> None:
 
 
 def _announce(host: str, port: int, settings: Settings) -> None:
-    logging.info(f"{settings.names[0]} at http://{host}:{port}/v1")
+    place = f"[{host}]" if ":" in host else host
+    logging.info(f"{settings.names[0]} at http://{place}:{port}/v1")
     try:
         inside = ipaddress.ip_address(host).is_loopback
     except ValueError:

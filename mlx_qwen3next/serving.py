@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from queue import Empty, Queue
@@ -30,14 +31,17 @@ from mlx_lm.server import (
     Response,
     ResponseGenerator,
     _format_top_logprobs,
+    convert_chat,
 )
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from . import memory
 from .batching import Generated, KVQuantization, Prompted, SpeculativeBatchGenerator
 from .cache import Cache
 from .depth import Depth, FixedDepth
 from .errors import first_line
 from .generation import MTP, check_depth, token_budget
+from .load import default_dtype
 from .model import Model
 from .prompt_cache import PromptCache
 from .sampling import Sampling, SeededSampler, draw_key
@@ -45,6 +49,7 @@ from .text import StopWords, TextDecoder
 
 ATTEMPTS = 3  # times a sequence may be in a forward that fails
 IDLE = 0.1  # seconds between two looks at the queue when there is nothing to do
+REASSURE = 1.0  # seconds between two signs of life to those that wait
 
 
 @dataclass
@@ -56,16 +61,18 @@ class _Live:
     tokens: list[int]  # the prompt and all that was told
     max_tokens: int
     sampler: Sampler
-    key: int
+    seed: int | None
     processors: list[LogitsProcessor]
     stop: StopSequences
     text: TextDecoder
     held_back: StopWords
     logprobs: bool
     top_logprobs: int
+    key: int | None = None  # for the random numbers
     told: int = 0
-    failures: int = 0  # forwards that failed with it
-    proven: bool = True  # whether it has had a forward since
+    failures: int = 0  # forwards that it may be to blame for
+    on_trial: bool = False  # it was in a forward that failed
+    fresh: bool = True  # nothing was told since it came into the batch
     places: Sequence[int] = ()  # where its prompt is to have checkpoints
 
 
@@ -89,8 +96,12 @@ class Engine(ResponseGenerator):
         self._make_prompt_cache, self._mtp, self._failed = prompt_cache, mtp, failed
         self._live: dict[int, _Live] = {}
         self._waiting: deque[_Live] = deque()
-        self._loading = True
-        self._deadline = 0.0  # when draining ends
+        self._reassured = 0.0  # when those were told something last
+        self._loaded = threading.Event()
+        # To wait for: Thread.join() takes a thread for stopped once Ctrl-C has interrupted it.
+        self.ended = threading.Event()
+        self._reading = threading.Lock()  # tokenizers are not for several threads
+        self._deadline, self._save = 0.0, True  # when draining ends, and whether it saves then
         unused: Any = None  # mlx-lm's own prompt cache
         super().__init__(provider, unused)
 
@@ -100,7 +111,7 @@ class Engine(ResponseGenerator):
         """ "ok", "loading", "draining" or "unavailable"."""
         if not self.generation_available():
             return "unavailable"
-        return "draining" if self._stop else "loading" if self._loading else "ok"
+        return "draining" if self._stop else "ok" if self._loaded.is_set() else "loading"
 
     @property
     def is_healthy(self) -> bool:
@@ -112,22 +123,41 @@ class Engine(ResponseGenerator):
         generation_args: GenerationArguments,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> tuple[GenerationContext, Iterator[Response]]:
-        """As mlx_lm.server's.
+        """As mlx_lm.server's, but tokenizes in the caller's thread, once the model is loaded.
 
         Raises:
             ValueError: what is asked for cannot be done.
             RuntimeError: the server is going down.
         """
-        if self._stop:
+        while not self._loaded.wait(1) and self.generation_available():
+            pass
+        if self._stop or not self.generation_available():
             raise RuntimeError("the server is shutting down")
-        return super().generate(request, generation_args, progress_callback)
+        try:
+            with self._reading:
+                live = self._read(request, generation_args)
+        except ValueError:
+            raise
+        except Exception as error:  # templates and tokenizers raise what they like
+            raise ValueError(first_line(error)) from error
+        self.requests.put(live)
+        return live.ctx, self._responses(live, progress_callback or (lambda *_: None))
+
+    def _responses(self, live: _Live, progress: Callable[[int, int], None]) -> Generator[Response]:
+        while (response := self._await_response(live.queue)) is not None:
+            if isinstance(response, Exception):
+                raise response
+            if isinstance(response, tuple):
+                progress(*response)
+            else:
+                yield response
 
     def drain(self, seconds: float) -> None:
         """Makes the thread answer what was asked, for so long, save the prompt cache and end.
 
-        :meth:`join` waits for that.
+        ``ended`` is set after that. With 0 seconds nothing is saved.
         """
-        self._deadline = time.monotonic() + seconds
+        self._deadline, self._save = time.monotonic() + seconds, seconds > 0
         self._stop = True
 
     # --- the thread ----------------------------------------------------------------------------
@@ -135,6 +165,7 @@ class Engine(ResponseGenerator):
         super()._run_generate()
         # MLX aborts the process at its end if a thread that drew random numbers leaves its streams.
         mx.clear_streams()
+        self.ended.set()
 
     def _generate(self) -> None:
         try:
@@ -148,15 +179,18 @@ class Engine(ResponseGenerator):
             self._failed(error)
             return
         self._stream = mx.default_stream(mx.default_device())
+        self._budget = self._checkpoints.max_bytes
         self._start(depth)
-        self._loading = False
+        self._loaded.set()
         while not self._over():
             self._take_in()
             self._drop_gone()
             self._fill()
             if self._live:
                 self._step()
-        self._checkpoints.save()
+            self._reassure()
+        while self._save and self._checkpoints.save_next():
+            pass
         self._batch.close()
         del self._batch, self._checkpoints, self._model, self._tokenizer
         self.model_provider.reset()
@@ -177,58 +211,47 @@ class Engine(ResponseGenerator):
     def _over(self) -> bool:
         if not self._stop:
             return False
-        left = [live.queue for live in (*self._live.values(), *self._waiting)]
+        left = [*self._live.values(), *self._waiting]
         if time.monotonic() < self._deadline:
             return not left and self.requests.empty()
         while not self.requests.empty():
-            left.append(self.requests.get()[0])
-        for queue in left:
-            queue.put(RuntimeError("the server is shutting down"))
+            left.append(self.requests.get())
+        for live in left:
+            live.queue.put(RuntimeError("the server is shutting down"))
         return True
 
     def _take_in(self) -> None:
         """Takes in what was asked; with nothing else to do it waits for that, or saves."""
-        busy = bool(self._live or self._waiting)
-        while True:
-            try:
-                request = self.requests.get(block=not busy, timeout=IDLE)
-            except Empty:
-                if not busy and self._checkpoints.save_next():
-                    continue
-                return
-            self._admit(*request)
-            busy = True
-
-    def _admit(
-        self, queue: Queue[Any], request: CompletionRequest, args: GenerationArguments
-    ) -> None:
+        idle = not (self._live or self._waiting)
         try:
-            live = self._read(queue, request, args)
-        except Exception as error:  # templates and tokenizers raise what they like
-            queue.put(ValueError(first_line(error)))
-            return
-        queue.put(live.ctx)
-        self._waiting.append(live)
+            self._waiting.append(self.requests.get(block=idle, timeout=IDLE))
+            while True:
+                self._waiting.append(self.requests.get_nowait())
+        except Empty:
+            if idle and not self._waiting:
+                self._checkpoints.save_next()
 
-    def _read(
-        self, queue: Queue[Any], request: CompletionRequest, args: GenerationArguments
-    ) -> _Live:
+    def _reassure(self) -> None:
+        """Tells those that wait so, now and then: only then is it noticed if a client has gone."""
+        if time.monotonic() >= self._reassured + REASSURE:
+            self._reassured = time.monotonic()
+            for live in self._waiting:
+                live.queue.put((0, len(live.tokens)))
+
+    def _read(self, request: CompletionRequest, args: GenerationArguments) -> _Live:
         """What a request asks for.
 
         Raises:
             ValueError: it cannot be done (or whatever the chat template raises).
         """
         model, tokenizer = self._model, self._tokenizer
-        if isinstance(request.prompt, list):
-            prompt, state = request.prompt, "normal"
-        else:
-            prompt, _, _, state, _ = self._tokenize(tokenizer, request, args)
-        vocab = model.args.vocab_size
+        prompt, state = self._tokens(request, args)
         if not prompt:
             raise ValueError("the prompt is empty")
-        if not all(0 <= token < vocab for token in prompt):
-            raise ValueError(f"the prompt holds a token id outside 0…{vocab - 1}")
         budget = token_budget(model, len(prompt), args.max_tokens)
+        vocab = model.args.vocab_size
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise ValueError(f"the prompt holds a token id outside 0…{vocab - 1}")
         sampling = Sampling(
             temp=args.sampling.temperature,
             top_p=args.sampling.top_p,
@@ -250,12 +273,12 @@ class Engine(ResponseGenerator):
             prompt=prompt,
         )
         return _Live(
-            queue,
+            Queue(),
             ctx,
             list(prompt),
             budget,
             sampling.sampler(),
-            _key(args.seed),
+            args.seed,
             sampling.logits_processors(),
             stop,
             TextDecoder(tokenizer),
@@ -263,6 +286,28 @@ class Engine(ResponseGenerator):
             args.logprobs,
             args.top_logprobs,
         )
+
+    def _tokens(
+        self, request: CompletionRequest, args: GenerationArguments
+    ) -> tuple[list[int], str]:
+        """The prompt, and what the answer begins as: "normal" or "reasoning" text."""
+        tokenizer = self._tokenizer
+        if isinstance(request.prompt, list):
+            return request.prompt, "normal"
+        if request.request_type == "text":
+            return tokenizer.encode(request.prompt), "normal"
+        if not tokenizer.has_chat_template:
+            return tokenizer.encode(convert_chat(request.messages, request.role_mapping)), "normal"
+        options = self.cli_args.chat_template_args | (args.chat_template_kwargs or {})
+        prompt = tokenizer.apply_chat_template(
+            request.messages, tools=request.tools, add_generation_prompt=True, **options
+        )
+        state = "normal"
+        if tokenizer.has_thinking and (
+            tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
+        ):
+            state = "reasoning"
+        return prompt, tokenizer.response_initial_state or state
 
     def _drop_gone(self) -> None:
         """Frees the places of those whose clients have gone."""
@@ -278,13 +323,22 @@ class Engine(ResponseGenerator):
         while (
             self._waiting
             and len(self._live) < self._at_once
-            and all(live.proven for live in self._live.values())
+            and not any(live.on_trial for live in self._live.values())
+            and self._fits(self._waiting[0])
         ):
             live = self._waiting.popleft()
             try:
                 self._insert(live)
             except Exception as error:
                 self._fail(live, error)
+
+    def _fits(self, live: _Live) -> bool:
+        """Whether there is memory for one more, in a batch as long as its longest sequence."""
+        batch = [live, *self._live.values()]
+        longest = max(len(live.tokens) for live in batch)
+        config, mtp = self._model.args, self._model.mtp is not None
+        row = memory.cache_bytes(config, longest, mtp=mtp, itemsize=default_dtype().size)
+        return len(batch) == 1 or len(batch) * row <= self._budget
 
     def _insert(self, live: _Live) -> None:
         cache, held = self._checkpoints.fetch(live.tokens)
@@ -293,6 +347,8 @@ class Engine(ResponseGenerator):
             logging.info(f"Prompt: {len(live.tokens)} tokens, {held} of them cached")
         sampler = live.sampler
         if sampler is not greedy_sampler:
+            if live.key is None:
+                live.key = _key(live.seed)
             sampler = SeededSampler(sampler, live.key, live.told)
         live.places = self._checkpoints.places(live.tokens, held)
         cuts = [held, *live.places, len(live.tokens)]
@@ -305,9 +361,13 @@ class Engine(ResponseGenerator):
             [live.processors],
             [live.stop],
         )
-        self._live[uid] = live
-        room = self._checkpoints.max_bytes - self._batch.prompt_cache_nbytes
-        self._checkpoints.trim(max(room, 0))
+        self._live[uid], live.fresh = live, True
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Leaves the prompt cache what the live sequences do not take."""
+        self._checkpoints.max_bytes = max(self._budget - self._batch.prompt_cache_nbytes, 0)
+        self._checkpoints.trim(self._checkpoints.max_bytes)
 
     def _step(self) -> None:
         try:
@@ -340,7 +400,7 @@ class Engine(ResponseGenerator):
         """Tells a client the next token, and ends what has ended."""
         live.tokens.append(response.token)
         live.told += 1
-        live.proven = True
+        live.fresh = live.on_trial = False
         reason = response.finish_reason
         text, stopped = live.held_back.add(live.text.add(response.token, reason), reason)
         logprob: Any = 0.0
@@ -364,6 +424,7 @@ class Engine(ResponseGenerator):
 
     def _keep(self, tokens: Sequence[int], cache: Cache) -> None:
         try:
+            self._make_room()
             self._checkpoints.insert(tokens, cache)
         except Exception as error:
             logging.error(f"A checkpoint could not be kept: {first_line(error)}")
@@ -380,7 +441,8 @@ class Engine(ResponseGenerator):
         """Ends the request to blame for a forward that failed, and begins anew with the others."""
         logging.error(f"A forward failed: {first_line(error)}", exc_info=error)
         among = list(self._live.items())
-        suspects = [(uid, live) for uid, live in among if not live.proven] or among
+        fresh = [(uid, live) for uid, live in among if live.fresh]
+        suspects = [(uid, live) for uid, live in fresh if live.on_trial] or fresh or among
         for uid, live in suspects:
             live.failures += 1
             if len(suspects) == 1 or live.failures >= ATTEMPTS:
@@ -391,7 +453,7 @@ class Engine(ResponseGenerator):
     def _begin_anew(self) -> None:
         """Makes another batch, to which those in the one there was come back one by one."""
         for live in reversed(self._live.values()):
-            live.proven = False
+            live.on_trial = True
             self._waiting.appendleft(live)
         self._live = {}
         depth = self._batch.depth

@@ -7,8 +7,11 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from mlx_qwen3next.cache import GatedDeltaCache, MTPCache
-from mlx_qwen3next.prompt_cache import _tree
+from mlx_qwen3next.prompt_pieces import size
+from mlx_qwen3next.prompt_tree import tree
 
+ENOUGH = 2**40
+SHORT, LONG, OTHER = (1, 2, 3), (1, 2, 3, 4, 5), (1, 2, 9)
 WIDTH = 32  # of keys, the smallest group of quantized ones
 
 
@@ -78,7 +81,7 @@ def same(a, b):
 def texts(cache):
     """The texts of which there is a checkpoint, as tuples, after checking the tree."""
     found, root = {}, cache._root
-    for node in _tree(root):
+    for node in tree(root):
         if node is root:
             continue
         piece, above = node.piece, node.parent
@@ -86,9 +89,30 @@ def texts(cache):
         assert piece.start == above.piece.end and piece.tokens.size > 0
         assert (node in cache._used) == bool(piece.checkpoint)
         assert node.children or piece.checkpoint  # nothing that cannot be reached
+        assert (node.nbytes, node.states) == (piece.nbytes, size(piece.checkpoint))
         before = found[above] if above is not root else ()
         found[node] = before + tuple(piece.tokens.tolist())
     assert cache._used.keys() <= found.keys() and len(cache) == len(cache._used)
     parts = [x for node in found for x in node.piece.contents()]
     assert cache.nbytes == sum(x.nbytes for _, x in parts)
     return {found[node] for node in cache._used}
+
+
+def keep(cache, *kept, head=True, quantized=False):
+    for text in kept:
+        cache.insert(text, fake(text, head, quantized))
+    cache.save()
+    return cache
+
+
+def check(cache, text, head=True, quantized=False):
+    fetched, n = cache.fetch([*text, 0])
+    assert n == len(text) and same(fetched, fake(text, head, quantized))
+
+
+def paths(folder):
+    return [path for path in folder.iterdir() if path.name != "lock"]
+
+
+def files(folder):
+    return sorted(path.name for path in paths(folder))

@@ -44,6 +44,8 @@ class Fake:
         text: what it says.
         before, fail: an exception to raise instead of starting, and instead of token number `at`.
         hold: an event to wait for before each token from number `at` on.
+        end: the last response's reason: "stop", which has a token of its own, or None for no more
+            than the text, which is how the engine ends at a stop word.
         progress: how many times to report progress before the first token.
         logprobs: of the sampled token and of the other one that `top_tokens` has before it.
         options: the server's flags.
@@ -51,6 +53,7 @@ class Fake:
 
     def __init__(self, text="Hello.", *, before=None, fail=None, hold=None, at=0, **options):
         self.text, self.before, self.fail, self.hold, self.at = text, before, fail, hold, at
+        self.end = options.pop("end", "stop")
         self.progress = options.pop("progress", 0)
         self.logprobs = options.pop("logprobs", (-0.25, -2.0))
         self.health = options.pop("health", "ok")
@@ -87,7 +90,7 @@ class Fake:
         detokenizer = tokenizer().detokenizer
         for i in range(self.progress):
             progress_callback(i, self.progress)
-        for i, token in enumerate([*tokens, None]):
+        for i, token in enumerate([*tokens, None] if self.end else tokens):
             if i >= self.at and self.fail is not None:
                 raise self.fail
             if i >= self.at and self.hold is not None:

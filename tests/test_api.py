@@ -35,7 +35,7 @@ def test_what_there_is_to_get():
         status, headers, raw = exchange(server, "GET", "/v1/models?x=1")
         models = json.loads(raw)
         assert (status, headers["Content-Length"]) == (200, str(len(raw)))
-        assert [model["id"] for model in models["data"]] == list(NAMES)
+        assert [model["id"] for model in models["data"]] == ["demo"]  # no choice of one's aliases
         assert models["object"] == "list"
         assert {"object": "model", "owned_by": "local"}.items() <= models["data"][0].items()
         for path in ("/v1/models/org/demo", "/v1/models/org%2Fdemo?x"):
@@ -129,6 +129,26 @@ def test_a_body_too_large_is_refused_unread_and_the_client_can_read_why():
         assert ask(server, path=TEXT)[0] == 200
 
 
+def test_few_large_bodies_are_parsed_at_a_time(monkeypatch):
+    parse, hold, large = api.parse, threading.Event(), []
+
+    def held(raw):
+        if len(raw) > 2**20:
+            large.append(len(raw))
+            assert hold.wait(10)
+        return parse(raw)
+
+    monkeypatch.setattr(api, "parse", held)
+    with serving() as server, contextlib.ExitStack() as stack:
+        raw = post(TEXT, prompt="x" * 2**20)
+        clients = [stack.enter_context(connected(server, raw)) for _ in range(4)]
+        until(lambda: len(large) == 2)
+        assert ask(server)[0] == 200  # while they are parsed
+        assert len(large) == 2
+        hold.set()
+        assert all(everything(client).startswith(b"HTTP/1.0 200 ") for client in clients)
+
+
 def test_a_refused_client_need_not_wait_for_the_end(monkeypatch):
     monkeypatch.setattr(api, "_LINGER", 60.0)
     head = b"POST /nowhere HTTP/1.0\r\nContent-Length: 5000\r\n\r\n"
@@ -165,8 +185,12 @@ def cors(headers):
     return {name for name in headers if name.startswith("Access-Control")}
 
 
+def warnings(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
 @pytest.mark.parametrize("method", ["GET", "OPTIONS", "POST"])
-def test_web_pages_are_refused_by_default(method):
+def test_web_pages_are_refused_by_default(method, caplog):
     generator = Fake()
     with serving(generator) as server:
         path = "/health" if method == "GET" else CHAT
@@ -174,7 +198,9 @@ def test_web_pages_are_refused_by_default(method):
         body = {"messages": MESSAGES} if method == "POST" else None
         status, headers, raw = exchange(server, method, path, body, page)
         assert status == 403
-        assert "--allowed-origins" in json.loads(raw)["error"]["message"]
+        message = json.loads(raw)["error"]["message"]
+        assert "--allowed-origins" in message
+        assert warnings(caplog) == [f"403: {message!r}"]
         assert not cors(headers)
         assert not cors(exchange(server, "GET", "/health")[1])
     assert not generator.requests
@@ -212,7 +238,7 @@ def test_streams_and_errors_of_completions_are_for_allowed_pages_too():
 
 
 @pytest.mark.parametrize("given", [None, "Bearer", "Bearer wrong", "Basic käse", "käse", "\xff"])
-def test_without_the_key_nothing_but_health_is_answered(given):
+def test_without_the_key_nothing_but_health_is_answered(given, caplog):
     headers = {} if given is None else {"Authorization": given.encode()}
     with serving(settings=Settings(names=NAMES, api_key="käse")) as server:
         for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("GET", "/nowhere")):
@@ -220,6 +246,8 @@ def test_without_the_key_nothing_but_health_is_answered(given):
             assert (status, got["WWW-Authenticate"]) == (401, "Bearer")
             assert json.loads(raw)["error"]["code"] == "invalid_api_key"
         assert exchange(server, "GET", "/health", headers=headers)[0] == 200
+    assert len(warnings(caplog)) == 3
+    assert all(line.startswith("401: 'the API key is missing or") for line in warnings(caplog))
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])

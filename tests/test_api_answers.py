@@ -22,6 +22,7 @@ from helpers_server import (
 from jinja2 import TemplateError
 
 from mlx_qwen3next.api import Settings
+from mlx_qwen3next.errors import ContextLengthError
 
 TOOLS = [
     {
@@ -99,6 +100,20 @@ def test_streams_are_of_one_kind_and_name(path, kind):
 def test_a_stream_of_nothing_is_kept_alive_by_comments():
     with serving(Fake(progress=2)) as server:
         assert events(server)[1] == [": keepalive 0/2", ": keepalive 1/2"]
+
+
+def test_a_request_that_waits_is_kept_alive_too():
+    generator = Fake()
+    responses = generator._responses
+
+    def waiting(args, callback):
+        for _ in range(3):
+            callback(0, 9)
+        yield from responses(args, callback)
+
+    generator._responses = waiting
+    with serving(generator) as server:
+        assert events(server)[1] == [": keepalive 0/9"] * 3
 
 
 def test_what_stock_says_of_a_bad_default_is_the_servers_fault(caplog):
@@ -183,6 +198,77 @@ def test_no_log_probability_is_beyond_json():
         assert set(logprobs["top_logprobs"]) == {None}
 
 
+def whole(server, streamed, **fields):
+    """An answer's text, reasoning and calls, why it ended, its log-probabilities and usage."""
+    if streamed:
+        data, _ = events(server, stream_options={"include_usage": True}, **fields)
+        *chunks, last, _ = data
+        choices, key = [chunk["choices"][0] for chunk in chunks], "delta"
+    else:
+        last = ask(server, **fields)[1]
+        choices, key = last["choices"], "message"
+    messages = [choice[key] for choice in choices]
+    return (
+        "".join(message.get("content") or "" for message in messages),
+        "".join(message.get("reasoning", "") for message in messages),
+        [call["function"]["name"] for x in messages for call in x.get("tool_calls", ())],
+        choices[-1]["finish_reason"],
+        [x["id"] for choice in choices for x in choice["logprobs"]["content"]],
+        last["usage"]["completion_tokens"],
+    )
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("end", ["stop", None])
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Hello.", ("Hello.", "", [], "stop")),
+        ("if a <", ("if a <", "", [], "stop")),  # may begin <tool_call>
+        ("<think>Hm. </", ("", "Hm. </", [], "stop")),
+        (f"So: {CALL}<", ("So: <", "", ["weather"], "tool_calls")),
+        (CALL.removesuffix("</tool_call>"), ("", "", ["weather"], "tool_calls")),
+    ],
+)
+def test_no_text_is_lost_at_the_end(text, answer, end, streamed):
+    ids = tokenizer().encode(text, add_special_tokens=False)
+    ids += [tokenizer().eos_token_id] * (end == "stop")
+    with serving(Fake(text, end=end)) as server:
+        got = whole(server, streamed, tools=TOOLS, logprobs=True)
+    assert got == (*answer, ids, len(ids))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_is_sent_to_its_end_when_the_generators_thread_has_ended(streamed):
+    generator = Fake()
+    responses = generator._responses
+
+    def ended(*args):
+        generator.model_provider.tokenizer = None  # as mlx-lm's ModelProvider.reset does
+        yield from responses(*args)
+
+    generator._responses = ended
+    with serving(generator) as server:
+        assert whole(server, streamed, logprobs=True)[0] == "Hello."
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_beginning_of_a_stop_word_is_lost_with_its_last_token(streamed):
+    generator = Fake("a = b", end=None)
+    responses = generator._responses
+
+    def stock(*args):  # mlx-lm's own generator, whose stop words are tokens
+        *told, last = responses(*args)
+        last.finish_reason, last.text = "stop", ""
+        return [*told, last]
+
+    generator._responses = stock
+    with serving(generator) as server:
+        got = whole(server, streamed, stop="= b", logprobs=True)
+    assert got[0] == "a "
+    assert got[3:] == ("stop", tokenizer().encode("a = b"), len(tokenizer().encode("a = b")))
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_call_that_no_parser_can_read_does_not_break_the_answer(streamed):
     # Its parser makes an OverflowError of this.
@@ -225,6 +311,13 @@ def test_errors_before_the_first_token(error, health, status, streamed, caplog):
     assert all(record.exc_info[1] is error for record in logged)
 
 
+def test_a_prompt_beyond_the_context_has_openais_code():
+    with serving(Fake(before=ContextLengthError("shorten it"))) as server:
+        status, answer = ask(server)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert answer["error"]["message"] == "shorten it"
+
+
 @pytest.mark.parametrize(
     ("error", "health", "status"),
     [
@@ -252,7 +345,7 @@ def test_errors_in_the_middle(error, health, status, at, caplog):
 def test_openai_chat_and_models():
     with serving() as server:
         with client(server) as openai_client:
-            assert [model.id for model in openai_client.models.list()] == list(NAMES)
+            assert [model.id for model in openai_client.models.list()] == ["demo"]
             assert openai_client.models.retrieve("org/demo").id == "org/demo"
             answer = openai_client.chat.completions.create(
                 model="demo", messages=MESSAGES, logprobs=True, top_logprobs=1

@@ -437,3 +437,20 @@ def test_feeding_the_last_token_after_all(depth, n):
     for _ in range(2):  # the second time there is nothing left to do
         first.feed()
         assert_holds(model(), cache + head, prompt + expected[: len(told)], head=True)
+
+
+def test_prompts_of_other_lengths_are_not_padded(monkeypatch):
+    """Each token of a prompt is processed once, and nothing else is."""
+    sizes, call = [], Trunk.__call__
+
+    def counted(trunk, tokens, *args):
+        sizes.append(tokens.size)
+        return call(trunk, tokens, *args)
+
+    monkeypatch.setattr(Trunk, "__call__", counted)
+    sequences = Sequences(model(), FixedDepth(0))
+    for i in range(len(prompts())):
+        insert(sequences, i, n=1)
+    while len(sequences.ends) < len(prompts()):
+        sequences.step()
+    assert sum(sizes) <= sum(map(len, prompts())) + 2 * len(prompts())

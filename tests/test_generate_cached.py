@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from helpers_generate import bundled, greedy
 
@@ -20,7 +21,11 @@ from mlx_qwen3next.prompt_cache import PromptCache
         ((0, 300, 400, 700), 800, 0, [300, 700, 799]),  # turns, but not close together
         ((0, 300, 400, 700), 800, 100, [400, 700, 799]),
         ((0, 100, 200), 250, 0, [249]),  # the end in any case
-        ((0, 5000), 9000, 0, [4096, 5000, 8999]),  # now and then within a turn
+        ((0, 6000), 9000, 0, [4096, 6000, 8999]),  # now and then within a turn
+        ((0, 300, 5000), 9000, 0, [300, 4396, 8492, 8999]),  # close, beside what comes after
+        ((0, 5000), 9000, 0, [4096, 5000, 8999]),  # but the end of a system prompt in any case
+        ((0, 9000), 40_001, 30_000, [34096, 38192, 40_000]),
+        ((0,), 40_001, 0, [8000, 14400, 19520, 23616, 27712, 31808, 35904, 40_000]),
         ((0,), 9000, 4000, [8096, 8999]),
     ],
 )
@@ -29,6 +34,30 @@ def test_places(turns, length, held, expected):
     turn = tokenizer.convert_tokens_to_ids("<|im_start|>")
     tokens = [turn if i in turns else 5 for i in range(length)]
     assert PromptCache(max_bytes=1, tokenizer=tokenizer).places(tokens, held) == expected
+
+
+@pytest.mark.parametrize("held", [0, 30_000])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        *(np.arange(0, 100_000, apart) for apart in (10, 260, 3000, 50_000)),
+        np.flatnonzero(np.random.default_rng(0).random(100_000) < 0.001),
+    ],
+    ids=["10", "260", "3000", "50000", "random"],
+)
+def test_going_on_from_the_checkpoint_before_takes_a_quarter_more(turns, held):
+    """Or, from a turn, few tokens; and a long history has few checkpoints."""
+    tokens = np.full(100_000, 5)
+    tokens[turns] = 1
+    marks = SimpleNamespace(convert_tokens_to_ids=lambda mark: int(mark == prompt_cache.TURN))
+    places = PromptCache(max_bytes=1, tokenizer=marks).places(tokens, held)
+    assert places == sorted({*places}) and places[0] > held and places[-1] == 99_999
+    assert len(places) <= 30
+    known = np.array([held, *places])
+    for at, few in (turns, prompt_cache.SPACING), (np.arange(100_000), prompt_cache.EVERY):
+        after = 99_999 - at[at >= held]
+        again = 99_999 - known[np.searchsorted(known, at[at >= held], side="right") - 1]
+        assert (again <= np.maximum(after * 1.25, after + few)).all()
 
 
 def test_turns_are_unknown_without_a_tokenizer():
@@ -75,7 +104,7 @@ def test_generation_with_a_prompt_cache():
 
 def test_generation_that_is_stopped_leaves_what_it_has(monkeypatch):
     model, tokenizer = bundled()
-    prompt = tokenizer.encode("import os\n" * 200)
+    prompt = tokenizer.encode("import os\n" * 160)
     cache = PromptCache(max_bytes=10**9)
     monkeypatch.setattr(prompt_cache, "EVERY", 100)
     steps = generate_step(prompt, model, prompt_cache=cache, max_tokens=50)

@@ -7,15 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers_generate import bundled, forward_cache, golden, golden_tokens, greedy
-from helpers_prompt_cache import WIDTH, fake, kv_entry, rows, same, texts
+from helpers_prompt_cache import ENOUGH, WIDTH, fake, kv_entry, rows, same, texts
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from mlx_qwen3next import generate_step
 from mlx_qwen3next.cache import GatedDeltaCache, MTPCache, Round
 from mlx_qwen3next.prompt_cache import PromptCache
-from mlx_qwen3next.prompt_pieces import assemble, take_apart
-
-ENOUGH = 2**40
+from mlx_qwen3next.prompt_pieces import Piece, assemble, take_apart
 
 
 def cache_of(*inserted, max_bytes=ENOUGH, **options):
@@ -110,6 +108,28 @@ def test_shared_text_is_kept_once():
     before = cache.nbytes
     cache.insert(range(100), fake(range(100)))
     assert cache.nbytes == before and len(cache) == 2
+
+
+def test_a_checkpoint_more_costs_no_more_the_more_there_are(monkeypatch):
+    """Arrays are cut for the node that is new, or lacks something; sizes are not added up again."""
+    calls = []
+
+    def spy(name, real):
+        return lambda *args: calls.append(name) or real(*args)
+
+    monkeypatch.setattr(Piece, "part", spy("part", Piece.part))
+    monkeypatch.setattr(Piece, "nbytes", property(spy("nbytes", Piece.nbytes.fget)))
+    cache = cache_of(*(range(n) for n in range(2, 40)))
+    calls.clear()
+    cache.insert(range(50), fake(range(50)))
+    assert calls == ["part", "nbytes"]
+    cache.insert(range(50), fake(range(50)))
+    assert calls == ["part", "nbytes"]
+    cache.insert(range(50), fake(range(50), head=True))
+    assert calls.count("part") == 1 + len(cache)
+    calls.clear()
+    cache.trim(cache.nbytes // 2)
+    assert calls.count("nbytes") < 39 and texts(cache)
 
 
 def test_tokens_in_any_form():
@@ -253,9 +273,7 @@ def test_a_head_is_filled_in_above():
 
 def test_a_head_with_a_gap_is_not_given_back():
     last = take_apart(np.arange(6, dtype=np.uint32), fake(range(6), head=True))
-    first = last.cut(3)
-    first.own()
-    last.own()
+    first, last = last.part(0, 3), last.part(3, 6)
     assert same(assemble([first, last]), fake(range(6), head=True))
     first.head = {}
     assert same(assemble([first, last]), fake(range(6)))

@@ -5,28 +5,44 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 
 import mlx.core as mx
 import pytest
-from helpers_generate import golden, golden_tokens, greedy
-from helpers_prompt_cache import fake, same, texts
+from helpers_prompt_cache import (
+    ENOUGH,
+    LONG,
+    OTHER,
+    SHORT,
+    check,
+    fake,
+    files,
+    keep,
+    paths,
+    same,
+    texts,
+)
 from mlx_lm.models.cache import save_prompt_cache
 
 from mlx_qwen3next import prompt_files, prompt_pieces
-from mlx_qwen3next.prompt_cache import PromptCache, _tree
-from mlx_qwen3next.prompt_files import fingerprint, is_ours
-
-ENOUGH = 2**40
-SHORT, LONG, OTHER = (1, 2, 3), (1, 2, 3, 4, 5), (1, 2, 9)
+from mlx_qwen3next.prompt_cache import PromptCache
+from mlx_qwen3next.prompt_tree import tree
 
 
 @pytest.fixture
 def opened(tmp_path):
-    """A cache in a directory, as after a start."""
+    """A cache in a directory, as after a start: what was opened before has no lock any more."""
+    before = []
 
     def opened(max_bytes=ENOUGH, directory=tmp_path / "kept", **options):
         options = {"fingerprint": "model"} | options
-        return PromptCache(max_bytes=max_bytes, directory=directory, **options)
+        while before:
+            before.pop().release()
+        cache = PromptCache(max_bytes=max_bytes, directory=directory, **options)
+        if cache._folder is not None:
+            before.append(cache._folder)
+        return cache
 
     return opened
 
@@ -34,22 +50,6 @@ def opened(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "kept" / "model"
-
-
-def keep(cache, *kept, head=True, quantized=False):
-    for text in kept:
-        cache.insert(text, fake(text, head, quantized))
-    cache.save()
-    return cache
-
-
-def check(cache, text, head=True, quantized=False):
-    fetched, n = cache.fetch([*text, 0])
-    assert n == len(text) and same(fetched, fake(text, head, quantized))
-
-
-def files(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def warnings(caplog):
@@ -176,8 +176,8 @@ def test_a_stop_anywhere_within_a_split(opened, tmp_path, shift):
         for text in texts(after):
             check(after, text)
         after.save()
-        found = prompt_files.Folder(moment / "model", "model").read().values()
-        held = sum(node.piece.tokens.size for node in _tree(after._root))
+        found = after._folder.read().values()
+        held = sum(node.piece.tokens.size for node in tree(after._root))
         assert sum(piece.tokens.size for _, piece in found) == held  # nothing twice
         for text in (other, short):
             after.insert(text, fake(text, head=True))
@@ -192,7 +192,7 @@ def test_a_stop_anywhere_within_a_split(opened, tmp_path, shift):
 def test_a_byte_that_changed_is_found(opened, folder, caplog):
     """Wherever it is: length, header, tokens, keys, states."""
     keep(opened(), SHORT, LONG)
-    originals = {file: file.read_bytes() for file in folder.iterdir()}
+    originals = {file: file.read_bytes() for file in paths(folder)}
     of = random.Random(0)
     for file, original in originals.items():
         header = 8 + int.from_bytes(original[:8], "little")
@@ -223,7 +223,7 @@ def test_a_byte_that_changed_is_found(opened, folder, caplog):
 def test_a_header_that_changed_is_found_at_once(opened, folder, caplog, said, instead):
     """Even if the data could still be read with it."""
     keep(opened(), (1, 2), (1, 3))
-    changed = [file for file in folder.iterdir() if said in file.read_bytes()]
+    changed = [file for file in paths(folder) if said in file.read_bytes()]
     assert changed
     for file in changed:
         file.write_bytes(file.read_bytes().replace(said, instead))
@@ -254,7 +254,7 @@ def test_a_damaged_node_goes_with_what_follows_it(opened, folder, caplog):
 def test_a_file_that_is_lost_while_in_use(opened, folder, tmp_path, caplog, action, damage):
     keep(opened(), LONG)
     cache = opened()
-    (file,) = folder.iterdir()
+    (file,) = paths(folder)
     if damage == "vanished":
         file.unlink()
     else:
@@ -285,7 +285,7 @@ def test_a_file_that_is_lost_while_in_use(opened, folder, tmp_path, caplog, acti
 @pytest.mark.parametrize("size", [0, 5, 8, 200, -1])
 def test_a_truncated_file_is_removed(opened, folder, caplog, size):
     keep(opened(), LONG, (7, 8))
-    spoiled = next(f for f in folder.iterdir())
+    spoiled = next(f for f in paths(folder))
     os.truncate(spoiled, size if size >= 0 else spoiled.stat().st_size - 1)
     cache = opened()
     assert len(texts(cache)) == 1 and not spoiled.exists()
@@ -303,8 +303,8 @@ def test_what_does_not_belong_there_is_removed(opened, folder, caplog, monkeypat
     keep(opened(directory=folder / "model", fingerprint="other"), OTHER)
     keep(opened(directory=folder / "orphan"), LONG, (*LONG, 6))
     for i, part in enumerate(["version/model", "model/other", "orphan/model"]):
-        largest = max((folder / part).iterdir(), key=lambda f: f.stat().st_size)
-        for file in (folder / part).iterdir():
+        largest = max(paths(folder / part), key=lambda f: f.stat().st_size)
+        for file in paths(folder / part):
             if part != "orphan/model" or file != largest:
                 file.rename(folder / (file.name if i == 2 else f"foreign{i}.safetensors"))
         shutil.rmtree(folder / part.split("/")[0])
@@ -343,6 +343,61 @@ def test_nothing_else_is_touched(opened, folder, tmp_path, caplog):
 def test_a_fingerprint_that_is_no_name_is_refused(opened, name):
     with pytest.raises(ValueError, match="fingerprint"):
         opened(fingerprint=name)
+
+
+# --- who else is there ---------------------------------------------------------------------------
+def test_two_at_once(tmp_path, folder, caplog):
+    """The second leaves the first's files alone, and is a cache in memory."""
+
+    def opened():
+        return PromptCache(max_bytes=ENOUGH, directory=tmp_path / "kept", fingerprint="model")
+
+    first = keep(opened(), SHORT)
+    second = opened()
+    (warning,) = warnings(caplog)
+    assert str(folder) in warning and "another" in warning
+    assert second.nbytes == 0
+    check(keep(second, LONG), LONG)
+    second.clear()
+    assert len(files(folder)) == 1
+    del first  # which is all that it takes
+    assert texts(opened()) == {SHORT}
+    assert warnings(caplog) == []
+
+
+def test_a_lock_goes_with_its_process(opened, folder, caplog):
+    keep(opened(), SHORT)
+    opened(directory=folder / "other")  # releases it
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX);"
+        "print(flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, folder / "lock"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        held = opened()
+        other.kill()
+    assert held.nbytes == 0 and len(warnings(caplog)) == 1
+    assert texts(opened()) == {SHORT}
+    assert warnings(caplog) == []
+
+
+def test_what_others_have_left_is_logged(opened, tmp_path, caplog):
+    """Folders of a prompt cache and of nothing else, which are not touched."""
+    caplog.set_level("INFO", "mlx_qwen3next")
+    for name in ("old", "mixed", "empty", "model"):
+        keep(opened(fingerprint=name), *[SHORT, LONG][: name != "empty"])
+    left = tmp_path / "kept" / "old" / "0.safetensors.0.part"
+    left.write_bytes(b"half")
+    (tmp_path / "kept" / "mixed" / "notes").write_text("notes")
+    (tmp_path / "kept" / "weights").mkdir()
+    mx.save_safetensors(str(tmp_path / "kept" / "weights" / "x.safetensors"), {"x": mx.zeros(3)})
+    (tmp_path / "kept" / "file").write_text("")
+    caplog.clear()
+    assert texts(opened()) == {SHORT}
+    (logged,) = warnings(caplog)
+    assert f"0.0 GB in {tmp_path / 'kept'} (old)" in logged
+    assert left.exists() and len(files(left.parent)) == 2
 
 
 # --- when writing fails --------------------------------------------------------------------------
@@ -417,109 +472,3 @@ def test_what_a_killed_process_left_is_removed(opened, folder):
     left.write_bytes(b"half")
     assert texts(opened()) == {SHORT}
     assert not left.exists() and len(files(folder)) == 1
-
-
-# --- one file ------------------------------------------------------------------------------------
-def test_one_file(tmp_path):
-    """A checkpoint with those of its beginnings, and nothing else."""
-    file = tmp_path / "chat.safetensors"
-    kept = keep(PromptCache(max_bytes=ENOUGH, fingerprint="a"), SHORT, LONG, OTHER)
-    kept.export(LONG, file)
-    assert is_ours(file)
-    cache = PromptCache.load(file, max_bytes=ENOUGH, fingerprint="a")
-    assert texts(cache) == {SHORT, LONG}
-    kept.export([*SHORT, 0], file)  # as far as it is known; the cache read goes without the file
-    assert files(tmp_path) == [file.name]
-    check(cache, LONG)
-    check(cache, SHORT)
-    assert texts(PromptCache.load(file, max_bytes=ENOUGH, fingerprint="a")) == {SHORT}
-    assert texts(PromptCache.load(file, max_bytes=0, fingerprint="a")) == set()
-
-
-def test_one_file_that_cannot_be_used_is_refused(opened, folder, tmp_path, monkeypatch):
-    file = tmp_path / "chat.safetensors"
-    keep(PromptCache(max_bytes=ENOUGH, fingerprint="a"), LONG).export(LONG, file)
-    with pytest.raises(ValueError, match=r"chat\.safetensors belongs to another model"):
-        PromptCache.load(file, max_bytes=ENOUGH, fingerprint="b")
-    with monkeypatch.context() as patch:
-        patch.setattr(prompt_files, "_VERSION", "0")
-        with pytest.raises(ValueError, match=r"chat\.safetensors is .* another version"):
-            PromptCache.load(file, max_bytes=ENOUGH, fingerprint="a")
-    whole = bytearray(file.read_bytes())
-    whole[-1] ^= 1
-    file.write_bytes(whole)
-    with pytest.raises(ValueError, match=r"chat\.safetensors is damaged"):
-        PromptCache.load(file, max_bytes=ENOUGH, fingerprint="a")
-    with pytest.raises(ValueError, match="missing"):
-        PromptCache.load(tmp_path / "missing", max_bytes=ENOUGH)
-    keep(opened(), OTHER)
-    (part,) = folder.iterdir()
-    with pytest.raises(ValueError, match="part of a prompt cache"):
-        PromptCache.load(part, max_bytes=ENOUGH, fingerprint="model")
-
-
-def test_one_file_that_cannot_be_written(tmp_path):
-    kept = keep(PromptCache(max_bytes=ENOUGH), LONG)
-    (tmp_path / "file").write_text("")
-    kept.export(SHORT, tmp_path / "x")  # there is nothing to write
-    with pytest.raises(ValueError, match="x cannot be written: Not a directory"):
-        kept.export(LONG, tmp_path / "file" / "x")
-    assert files(tmp_path) == ["file"]
-
-
-def test_mlx_lms_files_are_told_apart(tmp_path):
-    file = tmp_path / "mlx.safetensors"
-    save_prompt_cache(str(file), fake(LONG), {"model": "x"})
-    assert not is_ours(file)
-    file.write_text("no safetensors")
-    assert not is_ours(file) and not is_ours(tmp_path / "missing") and not is_ours(tmp_path)
-
-
-def test_a_models_cache_through_files(tmp_path):
-    model, (prompt, expected) = golden("base")[0], golden_tokens("base")
-    kept, live = PromptCache(max_bytes=ENOUGH), model.make_cache() + model.mtp.make_cache()
-    mx.eval(model(mx.array([prompt]), live[:-1]))
-    kept.insert(prompt, live)
-    kept.export(prompt, tmp_path / "x")
-    cache, n = PromptCache.load(tmp_path / "x", max_bytes=ENOUGH).fetch([*prompt, expected[0]])
-    assert n == len(prompt)
-    assert greedy(model, expected[:1], 10, prompt_cache=cache) == expected[1:11]
-
-
-# --- which model ---------------------------------------------------------------------------------
-def test_the_fingerprint_of_a_model(base, tmp_path):
-    first = fingerprint(base)
-    assert first.isalnum() and len(first) == 32
-    moved = tmp_path / "moved"
-    shutil.copytree(base, moved)
-    assert fingerprint(moved) == first
-    assert (
-        len({first, fingerprint(base, "a"), fingerprint(base, "a", "b"), fingerprint(base, "ab")})
-        == 4
-    )
-    config = (moved / "config.json").read_text()
-    (moved / "config.json").write_text(config.replace('"rms_norm_eps": 1', '"rms_norm_eps": 2'))
-    assert fingerprint(moved) != first
-
-
-def test_a_fine_tune_has_another_fingerprint(base):
-    first, weights = fingerprint(base), mx.load(str(base / "model.safetensors"))
-    name = "model.layers.1.mlp.gate.weight"
-    weights[name][0, 0] += 0.01
-    mx.save_safetensors(str(base / "model.safetensors"), weights)
-    assert fingerprint(base) != first
-
-
-def test_how_the_files_are_cut_does_not_matter(base):
-    first, weights = fingerprint(base), mx.load(str(base / "model.safetensors"))
-    names = sorted(weights)
-    (base / "model.safetensors").unlink()
-    for i, part in enumerate((names[::2], names[1::2])):
-        mx.save_safetensors(str(base / f"model-{i}.safetensors"), {n: weights[n] for n in part})
-    assert fingerprint(base) == first
-
-
-def test_a_fingerprint_needs_a_config(tmp_path):
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x": mx.zeros(3)})
-    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
-        fingerprint(tmp_path)

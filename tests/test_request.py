@@ -75,13 +75,13 @@ def test_what_json_allows_is_parsed():
     [
         ("stream", [1, 0, "true", []]),
         ("stream_options", [True, [], {"include_usage": 1}]),
-        ("max_tokens", [0, -1, True, 1.0, "5", 2**31, 10**400]),
+        ("max_tokens", [0, -2, -1.0, True, 1.0, "5", 2**31, 10**400]),
         ("max_completion_tokens", [0, 2.5]),
         ("num_draft_tokens", [-1, True]),
         ("temperature", [-0.1, 1e7, True, "1", [1], float("inf"), 10**400]),
         ("top_p", [-0.1, 1.1, False]),
         ("min_p", [-0.1, 1.1]),
-        ("top_k", [-1, 1.5, True, 2**31]),
+        ("top_k", [-2, -1.0, 1.5, True, 2**31]),
         ("xtc_probability", [-0.1, 1.1]),
         ("xtc_threshold", [-0.1, 0.6]),
         ("repetition_penalty", [-0.1, "x"]),
@@ -93,8 +93,8 @@ def test_what_json_allows_is_parsed():
         ("logit_bias", [[], {"x": 1}, {"-1": 1}, {"²": 1}, {"9" * 5000: 1}, {str(2**31): 1}]),
         ("logit_bias", [{"1": 101}, {"1": -100.5}, {"1": True}, {"1": "1"}, {"1": float("inf")}]),
         ("top_logprobs", [-1, 12, True, 1.0]),
-        ("seed", [-1, 2**64, 1.5, True]),
-        ("stop", [1, "", [""], [1], ["a"] * 17, "x" * 1001, {}]),
+        ("seed", [-(2**63) - 1, 2**64, 1.5, True]),
+        ("stop", [1, [1], ["a"] * 17, "x" * 1001, {}]),
         ("n", [0, 2, True, 1.0]),
         ("best_of", [2]),
         ("model", [5, ["demo"], True]),
@@ -120,6 +120,11 @@ def test_wrong_values_are_refused_by_name(field, values):
         ("tools", [[{"type": "function"}], [{"type": "function", "function": {"name": ""}}]]),
         ("tool_choice", ["required", "any", True, {"type": "function"}]),
         ("functions", [[FUNCTION]]),
+        ("function_call", ["required", {"name": "f"}]),
+        ("modalities", [["text", "audio"], ["audio"], [], "text"]),
+        ("audio", [{"voice": "alloy", "format": "wav"}, {}]),
+        ("prediction", [{"type": "content", "content": "x"}]),
+        ("web_search_options", [{}]),
         ("response_format", ["text", {"type": "json_object"}, {"type": "text", "x": 1}]),
         ("chat_template_kwargs", [[], "x", {"tools": []}, {"messages": []}, {"tokenize": False}]),
         ("chat_template_kwargs", [{"chat_template": "x"}, {"self": 1}, {"conversations": []}]),
@@ -164,6 +169,7 @@ def test_wrong_values_of_a_completion_are_refused_by_name(field, values):
         ({"role": "user", "content": ["x"]}, "content[0]"),
         ({"role": "user", "content": [{"type": "text"}]}, "content[0].text"),
         ({"role": "user", "content": [{"text": "x"}]}, "content[0].type"),
+        ({"role": "assistant", "content": [{"type": "refusal"}]}, "content[0].refusal"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]},
             "content[0].type",
@@ -210,6 +216,8 @@ def test_arguments_of_a_call_become_an_object(given, taken):
 def test_messages_get_the_form_that_templates_want():
     parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
     assert message(role="user", content=parts) == {"role": "user", "content": "ab"}
+    parts = [{"type": "refusal", "refusal": "no"}, {"type": "text", "text": "!"}]
+    assert message(role="assistant", content=parts)["content"] == "no!"
     assert message(role="developer", content="x") == {"role": "system", "content": "x"}
     assert message(role="assistant", content=None) == {"role": "assistant", "content": ""}
     assert message(role="assistant") == {"role": "assistant", "content": ""}
@@ -253,8 +261,14 @@ def test_null_is_the_same_as_absent(check):
 
 
 @pytest.mark.parametrize("check", [chat, text])
-def test_unknown_fields_are_ignored(check):
-    assert check(user="me", metadata={}, store=True, parallel_tool_calls=False) == check()
+def test_hints_and_unknown_fields_are_ignored(check):
+    hints = {"parallel_tool_calls": False, "verbosity": "low", "reasoning_effort": "high"}
+    assert check(user="me", metadata={}, store=True, **hints) == check()
+
+
+def test_what_is_done_anyway_may_be_asked_for():
+    for call in ("auto", "none"):
+        chat(function_call=call, modalities=["text"], audio=None, web_search_options=None)
 
 
 @pytest.mark.parametrize(("check", "field"), [(chat, "messages"), (text, "prompt")])
@@ -278,7 +292,12 @@ def test_prompts_are_one_text_or_tokens(given, taken):
 
 
 def test_limits_themselves_are_allowed():
-    fields = {"seed": 2**64 - 1, "logit_bias": {"0": -100, "7": 100}, "top_logprobs": 11}
+    fields = {
+        "seed": 2**64 - 1,
+        "max_tokens": 2**31 - 1,
+        "logit_bias": {"0": -100, "7": 100},
+        "top_logprobs": 11,
+    }
     fields |= {"temperature": 0, "top_p": 1, "stop": ["x" * 1000] * 16, "n": 1}
     assert chat(**fields).items() >= fields.items()
     assert text(suffix="", echo=False, best_of=1) == text() | {
@@ -292,6 +311,24 @@ def test_numbers_get_the_types_that_mlx_lm_wants():
     fields = chat(xtc_probability=1, xtc_threshold=0, top_k=5, repetition_context_size=0)
     assert type(fields["xtc_probability"]) is type(fields["xtc_threshold"]) is float
     assert type(fields["top_k"]) is type(fields["repetition_context_size"]) is int
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "taken"),
+    [
+        ("max_tokens", -1, 2**31 - 1),
+        ("max_completion_tokens", -1, 2**31 - 1),
+        ("top_k", -1, 0),
+        ("seed", -1, 2**64 - 1),
+        ("seed", -(2**63), 2**63),
+        ("stop", "", []),
+        ("stop", ["", "x", ""], ["x"]),
+        ("stop", [*["x"] * 16, ""], ["x"] * 16),
+    ],
+)
+def test_what_other_servers_take_is_taken_too(field, given, taken):
+    for check in (chat, text):
+        assert check(**{field: given})[field] == taken
 
 
 def test_stops_and_stream_options_have_one_form():

@@ -15,7 +15,7 @@ import mlx.core as mx
 import openai
 import pytest
 from helpers_generate import bundled, endless, forced, process
-from helpers_server import CALL, CHAT, ask, bodies, exchange, until
+from helpers_server import CALL, CHAT, TEXT, ask, bodies, exchange, until
 from helpers_serving import TOOLS, running, served, user
 from mlx.utils import tree_flatten
 from mlx_lm import server as stock
@@ -23,6 +23,7 @@ from mlx_lm.generate import BatchGenerator, GenerationBatch
 from mlx_lm.models import qwen3
 
 from mlx_qwen3next import api, compatibility, server, stream_generate
+from mlx_qwen3next.command import fingerprint_of
 from mlx_qwen3next.load import BUNDLED
 from mlx_qwen3next.sampling import Sampling
 
@@ -74,6 +75,7 @@ def test_sizes_and_lists_are_read():
         ("--kv-group-size", "48", "kv_group_size"),
         ("--model", "/nowhere", "/nowhere"),
         ("--draft-model", "x", "--draft-model"),
+        ("--num-draft-tokens", "4", "--num-draft-tokens is not supported: use --mtp"),
         ("--prompt-cache-bytes", "5XB", "--prompt-cache-bytes"),
         ("--prompt-cache-bytes", "XB", "--prompt-cache-bytes"),
         ("--prompt-cache-bytes", "0", "at least 1"),
@@ -114,7 +116,7 @@ def test_a_model_s_names(tmp_path, monkeypatch):
     assert names() == (server.DEMO,)
     assert names("--model-name", "mine") == ("mine", server.DEMO)
     assert names("--model", "org/name") == ("org/name",)
-    assert names("--model", "model") == ("model", str(tmp_path / "model"), "model")
+    assert names("--model", "model") == ("model", str(tmp_path / "model"))
     assert names("--model", "model", "--model-name", "mine")[0] == "mine"
 
 
@@ -172,8 +174,8 @@ def named(**names):
             "remove has no parameter return_prompt_caches",
         ),
         (
-            *(stock.ResponseGenerator, "_tokenize", named(tokenizer=0, args=0, request=0)),
-            "_tokenize takes its parameters in another order",
+            *(stock, "convert_chat", named(role_mapping=0, messages=0)),
+            "convert_chat takes its parameters in another order",
         ),
     ],
 )
@@ -370,8 +372,10 @@ def get_ready(child, at):
     raise AssertionError("it is not well after a minute")
 
 
-def test_a_model_of_another_type_is_served_by_mlx_lm_s_generator(other_model):
+def test_a_model_of_another_type_is_served_by_mlx_lm_s_generator(other_model, call):
     """Behind the same checks; with the status of a server that was told to stop."""
+    status, _, err = call(server.main, "--model", other_model, "--port", "0", "--mtp", "2")
+    assert (status, err.count("\n")) == (2, 1) and "--mtp is not supported" in err
     with command("--model", other_model, "--temp", "0.7", "--model-name", "other") as (child, at):
         get_ready(child, at)
         status, answer = ask(at, max_tokens=3, model="other")
@@ -381,6 +385,25 @@ def test_a_model_of_another_type_is_served_by_mlx_lm_s_generator(other_model):
         assert ask(at, model="unknown")[0] == 404
         child.send_signal(signal.SIGTERM)
         assert child.wait(60) == 0
+
+
+def test_the_fingerprint_of_a_prompt_cache(tmp_path):
+    """What changes the values in a cache changes it, and nothing else does."""
+
+    def of(*flags):
+        return fingerprint_of(server.parser().parse_args(list(map(str, flags))))
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapters.safetensors").write_bytes(b"weights")
+    (adapter / "adapter_config.json").write_text('{"scale": 20}')
+    seen = [of(), of("--kv-bits", 8), of("--kv-bits", 4), of("--adapter-path", adapter)]
+    (adapter / "adapter_config.json").write_text('{"scale": 10}')
+    seen.append(of("--adapter-path", adapter))
+    (adapter / "adapters.safetensors").write_bytes(b"others")
+    seen.append(of("--adapter-path", adapter))
+    assert len({*seen}) == len(seen)
+    assert of("--kv-group-size", 32, "--temp", 1) == of()
 
 
 # --- processes ----------------------------------------------------------------------------------
@@ -400,6 +423,8 @@ def test_a_server_that_is_told_to_stop_answers_first_and_keeps_what_it_has_read(
             while not stream.readline().startswith(b"data: "):
                 pass
             child.send_signal(signal.SIGTERM)
+            until(lambda: exchange(at, "GET", "/health")[0] == 503)
+            assert ask(at, max_tokens=1)[0] == 503
             rest = stream.read().decode()
         assert rest.endswith("data: [DONE]\n\n")
         assert '"finish_reason": "length"' in rest
@@ -411,6 +436,24 @@ def test_a_server_that_is_told_to_stop_answers_first_and_keeps_what_it_has_read(
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 5
         child.send_signal(signal.SIGINT)
         assert child.wait(60) == 0
+
+
+def test_a_server_that_is_told_twice_to_stop_does_at_once(tmp_path):
+    with command("--model", endless(tmp_path / "model"), "--mtp", "off") as (child, at):
+        get_ready(child, at)
+        body = json.dumps({"prompt": "import", "max_tokens": 8000, "stream": True}).encode()
+        with socket.create_connection(at.server_address) as connection:
+            head = f"POST {TEXT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            stream = connection.makefile("rb")
+            while not stream.readline().startswith(b"data: "):
+                pass
+            child.send_signal(signal.SIGINT)
+            until(lambda: exchange(at, "GET", "/health")[0] == 503)
+            child.send_signal(signal.SIGINT)
+            rest = stream.read().decode()
+        assert "shutting down" in rest and "[DONE]" not in rest
+        assert child.wait(20) == 0, child.stderr.read()
 
 
 def test_a_server_that_is_told_to_stop_while_it_loads_ends_at_once():

@@ -21,7 +21,7 @@ from helpers_serving import (
     user,
 )
 
-from mlx_qwen3next import load, prompt_cache
+from mlx_qwen3next import load, prompt_cache, serving
 from mlx_qwen3next.prompt_cache import PromptCache
 
 OPENING = 3  # tokens a chat's prompt ends with, "<|im_start|>assistant\n"
@@ -203,20 +203,38 @@ def test_answers_are_the_same_without_a_cache(mtp):
 
 
 def test_the_cache_and_the_live_requests_keep_to_the_budget(monkeypatch):
-    budget = 2**20
+    monkeypatch.setattr(prompt_cache, "EVERY", 100)
+    budget, sums = 4 * 2**20, []
     cache = PromptCache(max_bytes=budget)
-    trim = cache.trim
     with running("--prefill-step-size", 256, cache=cache) as engine:
         for i in range(4):
-            ask(engine, [5 + i] * 100, max_tokens=1)
+            ask(engine, [5 + i] * 300, max_tokens=1)
             assert cache.nbytes <= budget
         assert cache.nbytes > budget // 2
+        insert = cache.insert
+
+        def watched(*args):
+            insert(*args)
+            sums.append(cache.nbytes + engine._batch.prompt_cache_nbytes)
+
+        monkeypatch.setattr(cache, "insert", watched)
         live = Asked(engine, [9] * 300, max_tokens=8000, logit_bias=ENDLESS).read(1)
-        taken, room = engine._batch.prompt_cache_nbytes, []
-        monkeypatch.setattr(cache, "trim", lambda size: room.append((size, trim(size))))
-        ask(engine, [3, 4], max_tokens=1)
-        assert taken > 0 and room[0][0] <= budget - taken  # when the other came
+        ask(engine, [3] * 500, max_tokens=1)
         live.leave()
+    assert len(sums) > 5 and max(sums) <= budget
+
+
+def test_a_request_waits_until_there_is_memory_for_it():
+    """In a batch all are as long as the longest."""
+    cache = PromptCache(max_bytes=3 * 2**20)
+    with running(cache=cache) as engine:
+        first = Asked(engine, [9] * 300, max_tokens=8000, logit_bias=ENDLESS).read(1)
+        long = Asked(engine, [3] * 2000, max_tokens=1)
+        until(lambda: waits(engine) == 1)
+        first.read(20)
+        assert waits(engine) == 1
+        first.leave()
+        assert len(long.read().tokens) == 1  # alone it is let in, whatever it takes
 
 
 # --- places -------------------------------------------------------------------------------------
@@ -227,7 +245,7 @@ def waits(engine):
 def test_more_requests_than_places_wait_for_one():
     with running("--decode-concurrency", 2, "--prompt-concurrency", 1) as engine:
         asked = [Asked(engine, TEXTS[i % 4], max_tokens=8 + i) for i in range(7)]
-        assert waits(engine) > 0
+        until(lambda: waits(engine) > 0)
         most = len(engine._live)
         for i, answer in enumerate(asked):
             assert answer.read().text == expected_text(TEXTS[i % 4], 8 + i)
@@ -259,3 +277,15 @@ def test_whoever_has_gone_frees_the_place(mtp):
         until(lambda: not engine._live)
         until(lambda: engine._batch.prompt_cache_nbytes == 0)
         assert ask(engine, TEXTS[2]).text == expected_text(TEXTS[2])
+
+
+def test_who_waits_is_told_so(monkeypatch):
+    """Only then does the handler notice that a client has gone."""
+    monkeypatch.setattr(serving, "REASSURE", 0.01)
+    with running("--decode-concurrency", 1, "--prompt-concurrency", 1) as engine:
+        first = Asked(engine, TEXTS[0], max_tokens=8000, logit_bias=ENDLESS).read(1)
+        waiting = Asked(engine, TEXTS[1], max_tokens=1)
+        first.read(20)
+        first.leave()
+        waiting.read()
+    assert waiting.progress[0] == (0, len(encode(TEXTS[1])))
