@@ -7,7 +7,7 @@ import sys
 
 from mlx_lm.convert import configure_parser
 
-from mlx_qwen3next.command import Parser
+from mlx_qwen3next.command import Parser, guarded
 
 from .conversion import convert
 from .quantize import HEAD_BITS, MTP_BITS, UNQUANTIZED
@@ -112,15 +112,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status (2 for bad input, 130 for Ctrl-C)."""
     args = parser().parse_args(argv)
-    try:
-        convert(**vars(args))
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return guarded(lambda: convert(**vars(args)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from . import memory
 from .cache import Cache
-from .command import Parser, add_speed_options, fingerprint_of
+from .command import Parser, add_speed_options, fingerprint_of, guarded
 from .dispatch import set_kernels
 from .generation import (
     GenerationResponse,
@@ -123,14 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         if reconfigure:
             reconfigure(errors="replace")
     args = parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return guarded(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from mlx_lm.utils import _parse_size
 
 from . import compatibility, memory
 from .api import MAX_CONNECTIONS, Handler, Server, Settings
-from .command import Parser, add_speed_options, fingerprint_of
+from .command import Parser, add_speed_options, fingerprint_of, guarded
 from .config import MODEL_TYPE, Config
 from .dispatch import set_kernels
 from .errors import first_line
@@ -149,14 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         level=getattr(logging, args.log_level),
         format="%(asctime)s - %(levelname)s - %(message)s",
     )
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return guarded(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:

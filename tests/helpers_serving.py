@@ -5,10 +5,10 @@ import contextlib
 import copy
 import functools
 import itertools
-import threading
 
 import mlx.core as mx
 from helpers_generate import bundled, tokens_of
+from helpers_server import serving
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.server import (
@@ -165,20 +165,9 @@ def running(*flags, load=bundled, cache=None, mtp="off", failed=lambda _: None, 
     assert engine._generation_failed == dies
 
 
-@contextlib.contextmanager
 def served(engine):
     """The engine over HTTP."""
-    settings = api.Settings(names=("demo",))
-    handler = functools.partial(api.Handler, engine, settings, system_fingerprint="test")
-    with api.Server("127.0.0.1", 0, handler) as listening:
-        thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield listening
-            assert listening.wait(10), "an exchange goes on"
-        finally:
-            listening.shutdown()
-            thread.join()
+    return serving(engine, api.Settings(names=("demo",)))
 
 
 def arguments(**fields):

@@ -406,6 +406,19 @@ def test_the_fingerprint_of_a_prompt_cache(tmp_path):
     assert of("--kv-group-size", 32, "--temp", 1) == of()
 
 
+@contextlib.contextmanager
+def streaming(at, path, **fields):
+    """What comes of a request, from after the first piece of it."""
+    body = json.dumps(fields | {"stream": True}).encode()
+    with socket.create_connection(at.server_address) as connection:
+        head = f"POST {path} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        stream = connection.makefile("rb")
+        while not stream.readline().startswith(b"data: "):
+            pass
+        yield stream
+
+
 # --- processes ----------------------------------------------------------------------------------
 def test_a_server_that_is_told_to_stop_answers_first_and_keeps_what_it_has_read(tmp_path):
     """SIGTERM while an answer streams: it comes to its end, the status is 0, and the next server
@@ -415,13 +428,7 @@ def test_a_server_that_is_told_to_stop_answers_first_and_keeps_what_it_has_read(
     messages = [user("What is a list?")]
     with command(*flags) as (child, at):
         get_ready(child, at)
-        body = json.dumps({"messages": messages, "max_tokens": 300, "stream": True}).encode()
-        with socket.create_connection(at.server_address) as connection:
-            head = f"POST {CHAT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
-            stream = connection.makefile("rb")
-            while not stream.readline().startswith(b"data: "):
-                pass
+        with streaming(at, CHAT, messages=messages, max_tokens=300) as stream:
             child.send_signal(signal.SIGTERM)
             until(lambda: exchange(at, "GET", "/health")[0] == 503)
             assert ask(at, max_tokens=1)[0] == 503
@@ -441,13 +448,7 @@ def test_a_server_that_is_told_to_stop_answers_first_and_keeps_what_it_has_read(
 def test_a_server_that_is_told_twice_to_stop_does_at_once(tmp_path):
     with command("--model", endless(tmp_path / "model"), "--mtp", "off") as (child, at):
         get_ready(child, at)
-        body = json.dumps({"prompt": "import", "max_tokens": 8000, "stream": True}).encode()
-        with socket.create_connection(at.server_address) as connection:
-            head = f"POST {TEXT} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
-            stream = connection.makefile("rb")
-            while not stream.readline().startswith(b"data: "):
-                pass
+        with streaming(at, TEXT, prompt="import", max_tokens=8000) as stream:
             child.send_signal(signal.SIGINT)
             until(lambda: exchange(at, "GET", "/health")[0] == 503)
             child.send_signal(signal.SIGINT)
