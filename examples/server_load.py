@@ -34,7 +34,7 @@ from mlx_qwen3next import prompt_files, server
 from mlx_qwen3next.model import Trunk
 forward, write = Trunk.__call__, prompt_files.write_file
 def failing(self, *args):
-    if random.random() < 1 / 3000:
+    if random.random() < 1 / 1000:
         raise RuntimeError("injected: the forward failed")
     return forward(self, *args)
 def full(*args, **options):
@@ -155,7 +155,7 @@ def main() -> int:
             for thread in threads:
                 thread.start()
             memory, start, rng = [], time.monotonic(), random.Random(0)
-            next_fault = 90.0
+            next_fault = 120.0
             while (seconds := time.monotonic() - start) < 60 * args.minutes:
                 time.sleep(10)
                 memory.append(served.memory() / 1e6)
@@ -167,7 +167,7 @@ def main() -> int:
                     damage(kept, rng)
                     served.start()
                     load.down.clear()
-                    next_fault = time.monotonic() - start + 90
+                    next_fault = time.monotonic() - start + 120
             load.over.set()
             for thread in threads:
                 thread.join(120)
