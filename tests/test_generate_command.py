@@ -65,7 +65,7 @@ def request_of(run, monkeypatch):
 
         def record(model, tokenizer, prompt, max_tokens, **options):
             calls.append((tokenizer.decode(prompt), {"max_tokens": max_tokens} | options))
-            return iter(())
+            return (response for response in ())
 
         monkeypatch.setattr("mlx_qwen3next.generate.stream_generate", record)
         assert run(*args)[0] == 0
@@ -173,7 +173,7 @@ def test_flags_reach_the_library(request_of, model_dir):
         (["--extra-eos-token", "no such token"], "no such token"),
         (["--extra-eos-token", "5000"], "5000"),
         (["--adapter-path", "/no/such/adapter"], "/no/such/adapter"),
-        (["--prompt-cache-file", "/no/such/cache.safetensors"], "does not exist"),
+        (["--prompt-cache-file", "/no/such/cache.safetensors"], "there is no such directory"),
         (["--image", "cat.png"], "--image is not supported"),
         (["--draft-model", "x"], "--draft-model is not supported"),
         (["--num-draft-tokens", "5"], "--num-draft-tokens is not supported"),
@@ -332,10 +332,11 @@ def test_extra_eos_token_stops(answer, model_dir, form):
 
 def test_terminal_that_cannot_show_the_text(monkeypatch, model_dir):
     class Response:
-        text = "né 漢"
+        text, token = "né 漢", 1
 
     monkeypatch.setattr(
-        "mlx_qwen3next.generate.stream_generate", lambda *args, **options: iter([Response])
+        "mlx_qwen3next.generate.stream_generate",
+        lambda *args, **options: (response for response in [Response]),
     )
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", terminal)
@@ -416,6 +417,25 @@ def test_prompt_cache_of_ours(answer, model_dir, tmp_path):
     assert expected != library_answer(model_dir, "    return ", 20)
     args = ("--model", model_dir, "--prompt-cache-file", file, "--ignore-chat-template")
     assert answer(*args, "-p", "    return ", "-m", 20) == expected
+
+
+def test_a_prompt_cache_file_of_ours(run, model_dir, tmp_path):
+    """It is made, found again by a prompt that begins alike, and belongs to its model."""
+    file = tmp_path / "chat.safetensors"
+    flags = ("--model", model_dir, "-m", 5, "--ignore-chat-template", "--verbose", "T")
+    _, fresh, _ = run(*flags, "-p", "import os, sys\nimport re")
+    status, _, _ = run(*flags, "-p", "import os, sys\n", "--prompt-cache-file", file)
+    assert status == 0 and file.exists()
+    flags += ("--prompt-cache-file", file)
+    _, out, _ = run(*flags, "-p", "import os, sys\nimport re")
+    text, _, after = out.partition("\nPrompt: ")
+    assert text == fresh.partition("\nPrompt: ")[0]
+    assert "of them cached)" in after and "cached" not in fresh
+    status, _, err = run(*flags, "-p", "import os", "--kv-bits", 8)
+    assert (status, err.count("\n")) == (2, 1) and "belongs to another model" in err
+    file.write_bytes(file.read_bytes()[:-1])
+    status, _, err = run(*flags, "-p", "import os")
+    assert (status, err.count("\n")) == (2, 1) and str(file) in err
 
 
 def test_wrong_prompt_cache_files_are_refused(run, model_dir, tmp_path):
