@@ -207,7 +207,7 @@ def test_the_cache_and_the_live_requests_keep_to_the_budget(monkeypatch):
     budget, sums = 4 * 2**20, []
     cache = PromptCache(max_bytes=budget)
     with running("--prefill-step-size", 256, cache=cache) as engine:
-        for i in range(4):
+        for i in range(3):
             ask(engine, [5 + i] * 300, max_tokens=1)
             assert cache.nbytes <= budget
         assert cache.nbytes > budget // 2
@@ -219,7 +219,7 @@ def test_the_cache_and_the_live_requests_keep_to_the_budget(monkeypatch):
 
         monkeypatch.setattr(cache, "insert", watched)
         live = Asked(engine, [9] * 300, max_tokens=8000, logit_bias=ENDLESS).read(1)
-        ask(engine, [3] * 500, max_tokens=1)
+        ask(engine, [3] * 400, max_tokens=1)
         live.leave()
     assert len(sums) > 5 and max(sums) <= budget
 
@@ -229,7 +229,7 @@ def test_a_request_waits_until_there_is_memory_for_it():
     cache = PromptCache(max_bytes=3 * 2**20)
     with running(cache=cache) as engine:
         first = Asked(engine, [9] * 300, max_tokens=8000, logit_bias=ENDLESS).read(1)
-        long = Asked(engine, [3] * 2000, max_tokens=1)
+        long = Asked(engine, [3] * 900, max_tokens=1)
         until(lambda: waits(engine) == 1)
         first.read(20)
         assert waits(engine) == 1
