@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -52,6 +52,23 @@ def guarded(command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         return 130
+
+
+def refuse(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, flags: Mapping[str, str]
+) -> None:
+    """Refuses flags that would have no effect.
+
+    Args:
+        parser: knows their defaults.
+        flags: name to reason.
+
+    Raises:
+        ValueError: one is not at its default.
+    """
+    for flag, reason in flags.items():
+        if getattr(args, flag) != parser.get_default(flag):
+            raise ValueError(f"--{flag.replace('_', '-')} is not supported: {reason}")
 
 
 def add_speed_options(group: Any) -> None:

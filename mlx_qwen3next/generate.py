@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from . import memory
 from .cache import Cache
-from .command import Parser, add_speed_options, fingerprint_of, guarded
+from .command import Parser, add_speed_options, fingerprint_of, guarded, refuse
 from .dispatch import set_kernels
 from .generation import (
     GenerationResponse,
@@ -133,10 +133,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: an argument, the model or the prompt is not usable.
     """
     # A large model takes a while to load: what can be refused before it, is.
-    stock = setup_arg_parser()
-    for flag, reason in UNSUPPORTED.items():
-        if getattr(args, flag) != stock.get_default(flag):
-            raise ValueError(f"--{flag.replace('_', '-')} is not supported: {reason}")
+    refuse(args, setup_arg_parser(), UNSUPPORTED)
     check_max_tokens(args.max_tokens)
     set_kernels(args.kernels)
     sampling = {name: getattr(args, name) for name in SAMPLING}

@@ -106,9 +106,7 @@ def generate_step(
     options = Sampling(**sampling)
     options.check_vocabulary(model.args.vocab_size)
     processors = list(logits_processors or ())
-    depth: Depth = FixedDepth(mtp if isinstance(mtp, int) else 0)
-    if mtp == "auto" and model.mtp is not None and not processors:
-        depth = model.mtp.depth
+    depth = choose_depth("off" if mtp == "auto" and processors else mtp, model)
     store, held = None, 0
     if isinstance(prompt_cache, PromptCache):
         store = prompt_cache
@@ -377,6 +375,18 @@ def check_depth(mtp: MTP, model: Model | None = None) -> MTP:
     if model is not None and model.mtp is None:
         raise ValueError(f"mtp is {mtp}, but this model has no MTP head; use 'auto' or 'off'")
     return mtp
+
+
+def choose_depth(mtp: MTP, model: Model) -> Depth:
+    """What chooses the depth of drafting, as for :func:`generate_step`.
+
+    Raises:
+        ValueError: the model cannot draft to that depth.
+    """
+    check_depth(mtp, model)
+    if mtp == "auto" and model.mtp is not None:
+        return model.mtp.depth
+    return FixedDepth(mtp if isinstance(mtp, int) else 0)
 
 
 def check_kv_quantization(

@@ -316,9 +316,11 @@ class PromptCache:
         return self._undamaged(self._save_next)
 
     def _save_next(self) -> bool:
+        if self._folder is None:
+            return False
         # Those above come first, so that what is there can always be reached.
         node = next((node for node in tree(self._root) if not node.saved), None)
-        if self._folder is None or node is None:
+        if node is None:
             return False
         node.read()
         node.saved = self._folder.write(node.name, node.parent.name, node.piece)

@@ -29,7 +29,7 @@ from mlx_lm.utils import _parse_size
 
 from . import compatibility, memory
 from .api import MAX_CONNECTIONS, Handler, Server, Settings
-from .command import Parser, add_speed_options, fingerprint_of, guarded
+from .command import Parser, add_speed_options, fingerprint_of, guarded, refuse
 from .config import MODEL_TYPE, Config
 from .dispatch import set_kernels
 from .errors import first_line
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
         max_body_bytes=args.max_body_bytes,
     )
     ours = _model_type(args.model) == MODEL_TYPE
-    _refuse(args, _NOT_OURS if ours else _ONLY_OURS)
+    refuse(args, parser(), _NOT_OURS if ours else _ONLY_OURS)
 
     generator: Any = None
     errors: list[Exception] = []
@@ -317,18 +317,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--chat-template-args must be a JSON object, got {args.chat_template_args}"
         )
-
-
-def _refuse(args: argparse.Namespace, flags: dict[str, str]) -> None:
-    """Refuses flags that would have no effect.
-
-    Raises:
-        ValueError: one is not at its default.
-    """
-    defaults = parser()
-    for flag, reason in flags.items():
-        if getattr(args, flag) != defaults.get_default(flag):
-            raise ValueError(f"--{flag.replace('_', '-')} is not supported: {reason}")
 
 
 def _model_type(model: str | None) -> str:

@@ -38,11 +38,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from . import memory
 from .batching import Generated, KVQuantization, Prompted, SpeculativeBatchGenerator
 from .cache import Cache
-from .depth import Depth, FixedDepth
+from .depth import Depth
 from .errors import first_line
-from .generation import MTP, check_depth, token_budget
+from .generation import MTP, choose_depth, token_budget
 from .load import default_dtype
-from .model import Model
 from .prompt_cache import PromptCache
 from .sampling import Sampling, SeededSampler, draw_key
 from .text import StopWords, TextDecoder
@@ -464,18 +463,6 @@ class Engine(ResponseGenerator):
     def _fail(self, live: _Live, error: Exception) -> None:
         logging.error(f"A request failed: {first_line(error)}")
         live.queue.put(RuntimeError(first_line(error)))
-
-
-def choose_depth(mtp: MTP, model: Model) -> Depth:
-    """What chooses the depth of drafting, as for :func:`mlx_qwen3next.generate_step`.
-
-    Raises:
-        ValueError: the model cannot draft to that depth.
-    """
-    check_depth(mtp, model)
-    if mtp == "auto" and model.mtp is not None:
-        return model.mtp.depth
-    return FixedDepth(mtp if isinstance(mtp, int) else 0)
 
 
 def _key(seed: int | None) -> int:
