@@ -70,7 +70,7 @@ def load(
         return load_model(directory, dtype=dtype, context=context, pack=pack), tokenizer
     model = load_model(directory, dtype=dtype, context=context, pack=False)
     _load_adapter(model, adapter_path)
-    return packing.pack(model) if pack else model, tokenizer
+    return _for_inference(model) if pack else model, tokenizer
 
 
 def _load_adapter(model: Model, path: str | Path) -> None:
@@ -127,7 +127,13 @@ def load_model(
     bar = tqdm(read, "loading", total=len(sources), unit="tensor", leave=False, delay=2)
     for path, value in bar:
         model.load_weights([(path, value)], strict=False)
-    return packing.pack(model) if pack else model
+    return _for_inference(model) if pack else model
+
+
+def _for_inference(model: Model) -> Model:
+    packing.pack(model)
+    packing.turn(model)
+    return model
 
 
 def default_dtype() -> mx.Dtype:

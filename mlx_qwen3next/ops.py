@@ -18,6 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import precise_swiglu, swiglu
 
+from . import columns
+from .columns import Columns
 from .dispatch import set_kernels as set_kernels  # the switch is part of this module's face
 from .metal_kernels import Experts, available
 
@@ -106,8 +108,8 @@ def route(logits: mx.array, top_k: int, normalise: bool) -> tuple[mx.array, mx.a
 def sparse_experts(
     x: mx.array,
     logits: mx.array,
-    gate_up: Experts,
-    down: Experts,
+    gate_up: Experts | Columns,
+    down: Experts | Columns,
     residual: mx.array,
     *,
     experts: int,
@@ -147,7 +149,11 @@ def sparse_experts(
     return residual + (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
 
 
-def _gather(x: mx.array, weights: Experts, indices: mx.array, is_sorted: bool) -> mx.array:
+def _gather(
+    x: mx.array, weights: Experts | Columns, indices: mx.array, is_sorted: bool
+) -> mx.array:
+    if isinstance(weights, Columns):
+        return columns.gather(x, weights, indices)
     if weights.scales is None:
         return mx.gather_mm(
             x, weights.weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=is_sorted

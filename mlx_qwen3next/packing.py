@@ -23,9 +23,19 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
-from . import fused
+from . import fused, ops
+from .columns import ColumnLinear, Columns, turned
 from .metal_kernels import Experts
-from .model import DecoderLayer, GatedAttention, GatedDeltaNet, Model, RMSNorm, SparseMoE
+from .model import (
+    MLP,
+    DecoderLayer,
+    GatedAttention,
+    GatedDeltaNet,
+    Model,
+    RMSNorm,
+    SparseMoE,
+)
+from .mtp import MTPHead
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,8 +77,10 @@ class PackedSparseMoE(SparseMoE):
         if "shared_expert" in self:
             shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
             residual = residual + shared
-        y = fused.sparse_experts(
-            *(x, logits, _experts(self.gate_up_proj), _experts(self.down_proj), residual),
+        weights = _experts(self.gate_up_proj), _experts(self.down_proj)
+        turned_around = any(isinstance(w, Columns) for w in weights)  # which no kernel takes
+        y = (ops.sparse_experts if turned_around else fused.sparse_experts)(
+            *(x, logits, *weights, residual),
             experts=self.num_experts,
             top_k=self.top_k,
             normalise=self.norm_topk_prob,
@@ -106,6 +118,19 @@ def pack(model: Model) -> Model:
                 stack[name] = _recast(module, PackedRMSNorm)
     model.packed = True
     return model
+
+
+def turn(model: Model) -> None:
+    """Turns around the matrices of a packed model where that is faster (``columns.py``)."""
+    for module in model.modules():
+        # The layers of others, adapters for one, may look into their parts.
+        if not isinstance(module, (GatedDeltaNet, GatedAttention, SparseMoE, MLP, Model, MTPHead)):
+            continue
+        for name, part in module.children().items():
+            if isinstance(part, nn.Module) and (linear := turned(part)) is not None:
+                mx.eval(linear.parameters())
+                module[name] = linear
+                mx.clear_cache()
 
 
 def _pack_layer(layer: DecoderLayer) -> DecoderLayer:
@@ -159,7 +184,9 @@ def _is_plain(module: nn.Module) -> bool:
     return known and affine and "bias" not in module
 
 
-def _experts(module: SwitchLinear | QuantizedSwitchLinear) -> Experts:
+def _experts(module: nn.Module) -> Experts | Columns:
+    if isinstance(module, ColumnLinear):
+        return module.columns
     if "scales" not in module:
         return Experts(module.weight)
     return Experts(module.weight, module.scales, module.biases, module.group_size, module.bits)

@@ -25,7 +25,7 @@ ROUTED = LINEAR + ATTENTION
 def demo(bits):
     """The demo model in float32 at 4 bits, as it is stored, at 8, or unquantized (16)."""
     if bits == 4:
-        return load_model(dtype=mx.float32)
+        return pack(load_model(dtype=mx.float32, pack=False))
     model = dequantize_model(load_model(dtype=mx.float32, pack=False))
     if bits == 8:
         nn.quantize(model, 64, 8)
@@ -170,6 +170,16 @@ def test_the_check_finds_nothing():
     assert launches.keys() == {of.name for of in KERNELS}
 
 
+def test_a_model_whose_weights_are_turned_around():
+    """Loaded for the CPU, then used on a GPU: no kernel for its experts, all the others."""
+    model = load_model(dtype=mx.float32)
+    expected = tokens(model, 3)
+    with executed() as launches:
+        assert tokens(model, 3) == expected
+    experts = {"router", "expert_gate_up", "expert_down"}
+    assert launches.keys() == {of.name for of in KERNELS} - experts - {"gated_delta_replay"}
+
+
 def test_a_mistake_would_be_found(monkeypatch):
     """The executions above run the text of the .metal files, nothing else."""
     text = kernel.text
@@ -192,7 +202,7 @@ def test_a_mistake_would_be_found(monkeypatch):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
 def test_every_proof_succeeds(dtype, monkeypatch, caplog):
     """In "auto", on the model's own arguments; as if kernels took half the time."""
-    model = load_model(dtype=dtype)
+    model = pack(load_model(dtype=dtype, pack=False))
     dispatch._findings.cache_clear()
     monkeypatch.setattr(dispatch, "_time", lambda form, *_: 2.0 - (form.__name__ == "kernel"))
     with executed() as launches:
