@@ -1,4 +1,4 @@
-"""What the commands have in common."""
+"""What the commands have in common. Imports no MLX, so that --help is there at once."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
-from .dispatch import Mode
-from .generation import check_depth
-from .load import default_dtype, resolve
-from .prompt_files import fingerprint
+from .depth import MAX_DEPTH
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,25 +74,26 @@ def add_speed_options(group: Any) -> None:
         "--mtp",
         type=_depth,
         default="auto",
-        metavar="{auto,off,1..8}",
+        metavar=f"{{auto,off,1..{MAX_DEPTH}}}",
         help="Tokens the model's own MTP head drafts ahead: a depth, 'off', or 'auto', which "
         "measures what pays on this machine, drafting nothing included (default: %(default)s). "
         "Changes the speed, not the answer.",
     )
     group.add_argument(
         "--kernels",
-        choices=get_args(Mode),
+        choices=("auto", "on", "off"),
         default="auto",
         help="Metal kernels of this package: 'auto' uses each where it proved right and fast on "
         "this machine, 'on' wherever there is one, 'off' nowhere (default: %(default)s).",
     )
 
 
-def _depth(text: str) -> Any:
-    try:
-        return check_depth(int(text) if text.isdecimal() else text)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _depth(text: str) -> str | int:
+    if text in ("auto", "off"):
+        return text
+    if text.isdecimal() and 1 <= int(text) <= MAX_DEPTH:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be 'auto', 'off' or 1 to {MAX_DEPTH}, got {text!r}")
 
 
 def fingerprint_of(args: argparse.Namespace) -> str:
@@ -104,6 +102,9 @@ def fingerprint_of(args: argparse.Namespace) -> str:
     Raises:
         ValueError: the model or its adapter cannot be read.
     """
+    from .load import default_dtype, resolve  # these import MLX
+    from .prompt_files import fingerprint
+
     digest = hashlib.blake2b()
     if args.adapter_path is not None:
         for name in ("adapter_config.json", "adapters.safetensors"):

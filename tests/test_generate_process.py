@@ -1,5 +1,6 @@
 """The command ``python -m mlx_qwen3next.generate``, in processes of its own."""
 
+import os
 import re
 import signal
 
@@ -26,6 +27,19 @@ def test_bad_input_is_one_line_and_status_2():
     assert out == ""
 
 
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [("--help", 0), ("--no-such-flag", 2), ("--mtp 9", 2), ("--image cat.png", 2)],
+)
+def test_what_needs_no_model_is_answered_without_mlx(args, status):
+    with process("-X", "importtime", *COMMAND, *args.split()) as child:
+        err = child.communicate()[1].decode()
+    assert child.returncode == status
+    imported = set(re.findall(r"^import time:.*\| +(\w+)", err, re.M))
+    assert "mlx_qwen3next" in imported
+    assert not imported & {"mlx", "mlx_lm", "transformers", "huggingface_hub", "numpy"}
+
+
 @pytest.fixture(scope="module")
 def endless_dir(tmp_path_factory):
     return str(endless(tmp_path_factory.mktemp("model") / "endless"))
@@ -50,14 +64,27 @@ def test_interrupting_an_answer_prints_its_statistics(endless_dir):
     assert 0 < int(generated[1]) < 8000
 
 
+def test_interrupting_the_imports(tmp_path, monkeypatch):
+    slow = "import time\nprint('importing', flush=True)\ntime.sleep(600)\n"
+    (tmp_path / "mlx_lm.py").write_text(slow)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with process(*COMMAND) as child:
+        assert child.stdout.readline() == b"importing\n"
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (130, b"", b"interrupted\n")
+
+
 def test_interrupting_the_loading_of_a_model():
     slow = (
-        "import sys, time, mlx_qwen3next.generate as command\n"
+        "import sys, time\n"
+        "from mlx_qwen3next import answer\n"
+        "from mlx_qwen3next.generate import main\n"
         "def load(*args, **options):\n"
         "    print('loading', flush=True)\n"
         "    time.sleep(600)\n"
-        "command.load = load\n"
-        "sys.exit(command.main([]))\n"
+        "answer.load = load\n"
+        "sys.exit(main([]))\n"
     )
     with process("-c", slow) as child:
         assert child.stdout.readline() == b"loading\n"
