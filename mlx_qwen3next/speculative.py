@@ -34,6 +34,12 @@ class Drafter(Protocol):
     def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
         """Up to ``depth`` drafts ``[1]`` of what follows ``token`` ``[1]``, the sequence's last."""
 
+    def expect(
+        self, tokens: mx.array, hidden: mx.array, token: mx.array, depth: int, choose: Choose
+    ) -> None:
+        """Perhaps ``committed(tokens, hidden)`` and ``propose(token, depth, choose)`` come next:
+        a good time to build what they need."""
+
     def committed(self, tokens: mx.array, hidden: mx.array) -> None:
         """The sequence grew by ``tokens`` ``[n]``; the trunk's states at them are ``[1, n, H]``."""
 
@@ -136,6 +142,7 @@ class Decoding:
         self._since: float | None = None  # when the device was last waited for
         self._proofs = 0  # and how many proofs there were then
         self._was_plain = True  # no round came last
+        self._all_right = True  # no draft of the last round was refused
         self._left = 0
         self._handed_over = False
 
@@ -175,17 +182,20 @@ class Decoding:
     def _round(self, depth: int) -> Iterator[Token]:
         assert self._unfed is not None and self._drafter is not None
         drafts = self._drafter.propose(self._unfed, depth, self._draft)
-        mx.async_eval(drafts)  # while the rest of the round is built
+        mx.async_eval(drafts)  # those built ahead
         tokens, n = mx.concatenate([self._unfed, *drafts]), len(drafts)
         with Round(self._cache, n + 1) as transaction:
             hidden = forward(self._model, self._cache, tokens)
             chosen, logprobs = self._chooser.choose_all(self._model.logits(hidden)[0], drafts)
+            mx.async_eval(chosen, logprobs)
+            if self._all_right:
+                self._expect(tokens, hidden, chosen, drafts)
             # The one time a round that the host waits.
             values: Any = mx.concatenate([tokens, chosen]).tolist()
             drafted, answers = values[1 : n + 1], values[n + 1 :]
             accepted = next((i for i in range(n) if drafted[i] != answers[i]), n)
             self._record(n, accepted, tells=n == depth and not self._was_plain)
-            self._was_plain = False
+            self._was_plain, self._all_right = False, accepted == n
             yielded = 0
             try:
                 for i in range(accepted + 1):
@@ -199,8 +209,24 @@ class Decoding:
                 self._unfed = chosen[accepted : accepted + 1] if yielded > accepted else None
         self._after_forward()
 
+    def _expect(
+        self, tokens: mx.array, hidden: mx.array, chosen: mx.array, drafts: list[mx.array]
+    ) -> None:
+        """Has the next round's drafts built, in case that this one's are right again."""
+        assert self._drafter is not None
+        n = len(drafts)
+        depth = min(n, self._left - n - 2)
+
+        def draft(logits: mx.array, more: list[mx.array]) -> mx.array:
+            return self._chooser.choose(logits, [*drafts, chosen[n:], *more])[0]
+
+        if depth > 0:
+            self._drafter.expect(tokens, hidden, chosen[n:], depth, draft)
+
     def _draft(self, logits: mx.array, drafts: list[mx.array]) -> mx.array:
-        return self._chooser.choose(logits, drafts)[0]
+        draft = self._chooser.choose(logits, drafts)[0]
+        mx.async_eval(draft)  # while the rest is built
+        return draft
 
     def _plain(self) -> Iterator[Token]:
         """Decodes plainly, until the depth is another."""

@@ -21,6 +21,9 @@ class Script:
         drafts = [t if i < right else (t + 1) % 96 for i, t in enumerate(ahead)]
         return [mx.array([t], mx.uint32) for t in drafts]
 
+    def expect(self, tokens, hidden, token, depth, choose):
+        pass
+
     def committed(self, tokens, hidden):
         assert hidden.shape[:2] == (1, tokens.size)
         self.at += tokens.size

@@ -48,6 +48,9 @@ class ChainDrafter(Chain):
             drafts.append(choose(self.logits(drafts[-1] if drafts else token), drafts))
         return drafts
 
+    def expect(self, tokens, hidden, token, depth, choose):
+        pass
+
     def committed(self, tokens, hidden):
         pass
 
