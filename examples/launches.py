@@ -12,12 +12,9 @@ not counted, nor are the copies some of them make on a GPU: each count is a lowe
 from __future__ import annotations
 
 import argparse
-import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,15 +24,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gated_delta, qwen3_next
 
 from mlx_qwen3next import metal_kernels, ops, packing
+from mlx_qwen3next.bench.graph import arrays_of, count
 from mlx_qwen3next.cache import Round
 from mlx_qwen3next.config import Config
 from mlx_qwen3next.model import Model
-
-VIEWS = {
-    *("Reshape", "Flatten", "Unflatten", "Squeeze", "ExpandDims", "Transpose", "Slice", "Split"),
-    *("Broadcast", "StopGradient", "Depends", "View", "AsStrided", "NumberOfElements", "Full"),
-    "Arange",
-}
 
 # The 80B model's structure, small.
 CONFIG = {
@@ -115,24 +107,6 @@ def as_on_metal(kernels: bool) -> Iterator[None]:
         yield
 
 
-def count(arrays: Sequence[mx.array]) -> Counter[str]:
-    """The launches, by primitive, of the unevaluated graph behind ``arrays``."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "graph.dot"
-        mx.export_to_dot(str(path), *arrays)
-        names = re.findall(r'\[label ?="([^"]+)", shape=rectangle\]', path.read_text())
-    return Counter(name for name in names if name not in VIEWS)
-
-
-def _arrays(value: Any) -> list[mx.array]:
-    """All arrays that a cache refers to."""
-    if isinstance(value, mx.array):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [array for item in value for array in _arrays(item)]
-    return _arrays(list(vars(value).values())) if hasattr(value, "__dict__") else []
-
-
 def step(model: Any, rows: int, kernels: bool, speculating: bool) -> Counter[str]:
     """The launches of a step of ``rows`` tokens; ``speculating``: a round that follows another."""
     model.eval()
@@ -142,12 +116,12 @@ def step(model: Any, rows: int, kernels: bool, speculating: bool) -> Counter[str
         with Round(cache, rows) as last:
             mx.eval(model(mx.array([[4] * rows]), cache=cache))
             last.commit(max(1, rows - 1))
-    mx.eval(_arrays(cache))
+    mx.eval(arrays_of(cache))
     with ExitStack() as stack:
         if speculating:
             stack.enter_context(Round(cache, rows))
         stack.enter_context(as_on_metal(kernels))
-        return count([model(mx.array([[5] * rows]), cache=cache), *_arrays(cache)])
+        return count([model(mx.array([[5] * rows]), cache=cache), *arrays_of(cache)])
 
 
 def ours(layers: int) -> Model:

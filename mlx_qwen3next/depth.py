@@ -11,8 +11,9 @@ and nothing is drafted for a long while.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from statistics import median
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 MAX_DEPTH = 8
 
@@ -53,6 +54,14 @@ class FixedDepth:
 
     def record(self, depth: int, accepted: int, seconds: float | None) -> None:
         pass
+
+
+class Promise(NamedTuple):
+    """What a round of one depth promises."""
+
+    seconds: float  # of the round
+    tokens: float  # that it gives, on average
+    timed: bool  # whether the seconds were measured, not guessed
 
 
 class MeasuredDepth:
@@ -109,20 +118,33 @@ class MeasuredDepth:
                 self._seconds[1].clear()
         self._warm[depth] = True
 
+    def explain(self) -> list[Promise]:
+        """What each depth promises, from 0 to one beyond the deepest that was timed.
+
+        Empty as long as no plain step was timed.
+        """
+        return list(self._promises()) if self._seconds[0] else []
+
     def _best(self) -> int:
         """The depth that promises most, at most one deeper than what has been timed."""
         best, most = 0, MARGIN / self._time(0)
+        for depth, (seconds, tokens, _) in enumerate(self._promises()):
+            if depth > 0 and tokens / seconds > most:
+                best, most = depth, tokens / seconds
+        return best
+
+    def _promises(self) -> Iterator[Promise]:
+        yield Promise(self._time(0), 1.0, True)
         tokens = share = 1.0
         guess = ACCEPTANCE
         for depth in range(1, MAX_DEPTH + 1):
             guess = (self._right[depth - 1] + WEIGHT * guess) / (self._asked[depth - 1] + WEIGHT)
             share *= guess
             tokens += share
-            if tokens / self._time(depth) > most:
-                best, most = depth, tokens / self._time(depth)
-            if not self._seconds[depth]:
+            timed = bool(self._seconds[depth])
+            yield Promise(self._time(depth), tokens, timed)
+            if not timed:
                 break
-        return best
 
     def _time(self, depth: int) -> float:
         """Seconds of a round: measured, or as much more than the depth before as that was more."""

@@ -125,3 +125,17 @@ def test_no_draft_beyond_the_last_token(depth, room):
     machine = Machine(MeasuredDepth(), CHEAP, 0.9)
     machine.run(300)
     assert machine.controller.choose(room) <= room
+
+
+def test_it_says_what_the_depths_promise():
+    controller = MeasuredDepth()
+    assert controller.explain() == []
+    machine = Machine(controller, CHEAP, 0.8, noise=0)
+    machine.run(2000)
+    promises = controller.explain()
+    timed = [promise for promise in promises if promise.timed]
+    assert [promise.seconds for promise in timed] == CHEAP[: len(timed)]
+    assert len(timed) > 3 and len(promises) in (len(timed), len(timed) + 1)
+    assert promises[0].tokens == 1
+    assert promises[1].tokens == pytest.approx(1.8, abs=0.15)
+    assert promises[2].tokens == pytest.approx(1 + 0.8 + 0.64, abs=0.3)

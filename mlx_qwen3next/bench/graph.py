@@ -1,0 +1,37 @@
+"""Counts what a step queues, in its unevaluated graph."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+# Primitives that only describe memory anew.
+VIEWS = {
+    *("Reshape", "Flatten", "Unflatten", "Squeeze", "ExpandDims", "Transpose", "Slice", "Split"),
+    *("Broadcast", "StopGradient", "Depends", "View", "AsStrided", "NumberOfElements", "Full"),
+    "Arange",
+}
+
+
+def count(arrays: Sequence[mx.array]) -> Counter[str]:
+    """The primitives of the unevaluated graph behind ``arrays``, by name; views are left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.dot"
+        mx.export_to_dot(str(path), *arrays)
+        names = re.findall(r'\[label ?="([^"]+)", shape=rectangle\]', path.read_text())
+    return Counter(name for name in names if name not in VIEWS)
+
+
+def arrays_of(value: Any) -> list[mx.array]:
+    """All arrays that a cache refers to."""
+    if isinstance(value, mx.array):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [array for item in value for array in arrays_of(item)]
+    return arrays_of(list(vars(value).values())) if hasattr(value, "__dict__") else []

@@ -1,0 +1,41 @@
+"""How cost grows with the text: the figures in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+STEP = 2048  # tokens read at a time
+MARKS = [1024 * 2**i for i in range(12)]  # where a step is timed
+
+Row = Mapping[str, float]
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """p of the power law ``y = c x^p`` that fits best (least squares of the logarithms)."""
+    xs, ys = ([math.log(v) for v in values] for values in (x, y))
+    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
+    over = sum((a - mx) * (b - my) for a, b in zip(xs, ys, strict=True))
+    return over / sum((a - mx) ** 2 for a in xs)
+
+
+def in_words(rows: Sequence[Row]) -> list[str]:
+    """What the figures say, a line each."""
+    if len(rows) < 2:
+        return []
+    first, last = rows[0], rows[-1]
+    n = [row["tokens"] for row in rows]
+    p = exponent(n, [row["seconds"] for row in rows])
+    lines = [f"reading grows as tokens^{p:.2f} (1: every token costs the same)"]
+    for kind in ("linear", "attention", "step"):
+        if kind in last:
+            name = "a whole step" if kind == "step" else f"a {kind} layer"
+            name = "an attention layer" if kind == "attention" else name
+            more = (last[kind] - first[kind]) / (n[-1] - n[0]) * 1e6 * 1000
+            lines.append(
+                f"{name} takes {last[kind] / first[kind]:.2f} times as long at {n[-1]:.0f} tokens "
+                f"as at {n[0]:.0f} ({more:+.1f} µs for each 1,000 tokens more)"
+            )
+    worst = max(abs(row["cache"] / row["formula"] - 1) for row in rows)
+    lines.append(f"the cache's memory is what the formula says, within {worst:.1%}")
+    return lines

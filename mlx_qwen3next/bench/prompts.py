@@ -1,0 +1,39 @@
+"""The prompts' tokens: text the demo model was not trained on, or random ones."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..load import BUNDLED
+
+SEED = 0
+
+
+def tokens(directory: Path, count: int, vocab: int) -> tuple[list[int], str]:
+    """``count`` token ids, and in words what they are.
+
+    Python's library files that ``bundled/heldout.txt`` lists, one after the other and again from
+    the first, where the model has a tokenizer; else random ids, the same ones each time.
+    """
+    if (directory / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        ids: list[int] = []
+        for file in _files():
+            ids += tokenizer.encode(file.read_text(encoding="utf-8")).ids
+            if len(ids) >= count:
+                break
+        if ids:
+            repeated = ids * -(-count // len(ids))
+            return repeated[:count], "Python library files"
+    random = np.random.default_rng(SEED)
+    return random.integers(0, vocab, count).tolist(), "random tokens"
+
+
+def _files() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    names = (BUNDLED / "heldout.txt").read_text().split()
+    return [root / name for name in names if (root / name).exists()]

@@ -1,0 +1,187 @@
+"""Models of random 4-bit weights, in true shapes: what speed needs, without a download.
+
+They are written as any converted model, so that loading, memory and all else are as they would be.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from .. import checkpoint, memory, mtp, shards
+from ..config import Config
+from ..model import Model
+
+GROUP, BITS, ROUTER_BITS = 64, 4, 8
+PERIOD = 4  # layers: three linear ones, one of attention
+FULL = 48  # layers of the 80B model
+ROOM = 0.7  # of the memory: the rest is for activations, caches, and packing while it loads
+
+# Qwen/Qwen3-Next-80B-A3B-Instruct, but for the number of layers.
+_80B: dict[str, Any] = {
+    "model_type": "qwen3_next",
+    "hidden_size": 2048,
+    "vocab_size": 151936,
+    "intermediate_size": 5120,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000000,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 262144,
+    "full_attention_interval": PERIOD,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+_SMALL = _80B | {
+    "hidden_size": 512,
+    "vocab_size": 8192,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "num_experts": 64,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+}
+SHAPES = {"80b": _80B, "small": _SMALL}
+
+
+def layers_that_fit(shape: str, models: int) -> int:
+    """How many layers fit this machine's memory comfortably, ``models`` times over; where not even
+    the fewest do, those, for one model after the other.
+
+    Raises:
+        ValueError: not even one such model fits.
+    """
+    few, more = (size_of(shape, n) for n in (PERIOD, 2 * PERIOD))
+    room = memory.spare() * ROOM
+    if room < few:
+        raise ValueError(
+            f"--shape {shape}: {PERIOD} layers take {few / memory.GB:.1f} GB, which does not fit "
+            "this machine's free memory comfortably; use --shape small"
+        )
+    periods = 1 + math.floor((room / models - few) / (more - few))
+    return min(FULL if shape == "80b" else 2 * PERIOD, max(1, periods) * PERIOD)
+
+
+def size_of(shape: str, layers: int) -> int:
+    """Bytes of the model on disk."""
+    return sum(a.nbytes for part in _parts(shape, layers).values() for a in part.values())
+
+
+def write(directory: Path, shape: str, layers: int) -> None:
+    """Writes the model: a shard a layer, one for the rest of the trunk, and the MTP head.
+
+    Raises:
+        ValueError: the disk has not the room.
+    """
+    need, free = size_of(shape, layers), shutil.disk_usage(directory).free
+    if need * 1.02 > free:
+        raise ValueError(
+            f"--shape {shape}: {layers} layers need {need / memory.GB:.1f} GB in {directory}, "
+            f"which has {free / memory.GB:.1f} GB; use fewer --layers or another TMPDIR"
+        )
+    (directory / "config.json").write_text(json.dumps(_config(shape, layers), indent=1))
+    random = np.random.default_rng(0)
+    parts = _parts(shape, layers)
+    metadata = {"format": "mlx", checkpoint.MARK: json.dumps({"made_by": "bench", "shape": shape})}
+    for name, parameters in tqdm(
+        parts.items(), "random weights", unit="file", disable=None, leave=False
+    ):
+        tensors = dict(_drawn(parameters, random))
+        mx.save_safetensors(str(directory / name), tensors, metadata)
+
+
+def _config(shape: str, layers: int) -> dict[str, Any]:
+    quantization: dict[str, Any] = {"group_size": GROUP, "bits": BITS, "mode": "affine"}
+    routers = [f"model.layers.{i}.mlp" for i in range(layers)] + ["mtp.layers.0.mlp"]
+    for path in routers:
+        for gate in ("gate", "shared_expert_gate"):
+            exception = {"group_size": GROUP, "bits": ROUTER_BITS, "mode": "affine"}
+            quantization[f"{path}.{gate}"] = exception
+    return {
+        **SHAPES[shape],
+        "num_hidden_layers": layers,
+        "quantization": quantization,
+        "quantization_config": quantization,
+    }
+
+
+def _parts(shape: str, layers: int) -> dict[str, dict[str, mx.array]]:
+    """File name -> parameter path -> what has its shape and dtype, never evaluated."""
+    model = Model(Config.from_dict(_config(shape, layers)))
+    mtp.attach(model)
+    nn.quantize(model, GROUP, BITS, class_predicate=_bits)
+    parts: dict[str, dict[str, mx.array]] = {}
+    leaves: Any = tree_flatten(model.parameters())
+    for path, array in leaves:
+        if checkpoint.is_mtp(path):
+            name = shards.HEAD
+        else:
+            pieces = path.split(".")
+            number = int(pieces[2]) + 2 if pieces[1] == "layers" else 1
+            name = f"model-{number:05}-of-{layers + 1:05}.safetensors"
+        if mx.issubdtype(array.dtype, mx.floating):
+            array = mx.zeros(array.shape, mx.bfloat16)
+        parts.setdefault(name, {})[path] = array
+    return parts
+
+
+def _bits(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    if not hasattr(module, "to_quantized"):
+        return False
+    bits = ROUTER_BITS if checkpoint.is_router(path) else BITS
+    return {"group_size": GROUP, "bits": bits}
+
+
+def _drawn(
+    parameters: dict[str, mx.array], random: np.random.Generator
+) -> Iterator[tuple[str, mx.array]]:
+    """Evaluated values: uniform codes, scaled so that activations neither grow nor vanish."""
+    for path, like in parameters.items():
+        module, _, kind = path.rpartition(".")
+        shape = like.shape
+        if like.dtype == mx.uint32:
+            value = mx.array(random.integers(0, 2**32, shape, np.uint32))
+        elif kind in ("scales", "biases"):
+            bits = ROUTER_BITS if checkpoint.is_router(module) else BITS
+            top, inputs = 2**bits - 1, shape[-1] * GROUP
+            # A uniform code's standard deviation is top / sqrt(12), the weights' 1 / sqrt(inputs).
+            scale = math.sqrt(12 / inputs) / top
+            value = mx.full(shape, scale if kind == "scales" else -scale * top / 2)
+        elif kind == "A_log":
+            value = mx.log(mx.array(random.uniform(1, 16, shape)))
+        elif "conv1d" in path:
+            value = mx.array(random.standard_normal(shape)) / 2
+        else:  # norms and dt_bias
+            value = mx.ones(shape)
+        value = value if value.dtype == mx.uint32 else value.astype(mx.bfloat16)
+        mx.eval(value)
+        yield path, value

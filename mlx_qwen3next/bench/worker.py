@@ -1,0 +1,302 @@
+"""The process that holds one side's model and measures it: requests and replies are JSON lines.
+
+A request is ``{"do": name, …}`` with the arguments of the method of that name; the reply is
+``{"result": …}`` or ``{"error": …}``. The first reply, without a request, is that of loading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step as stock_generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.utils import load_model as load_stock
+
+from .. import dispatch, memory
+from ..cache import Undo, settle, tokens_held
+from ..columns import ColumnLinear
+from ..errors import first_line
+from ..generation import generate_step, prefill
+from ..load import load_model
+from ..prompt_cache import PromptCache
+from ..speculative import Acceptance, Token
+from .graph import arrays_of, count
+
+TIMED = 7  # times that a part of a step is timed; the first one does not count
+COPIES = 5
+MOST_COPIED = 1 << 28  # bytes of the array that is copied
+MATRICES = nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, ColumnLinear
+
+
+class Side:
+    """What both sides answer, on a loaded ``model``."""
+
+    model: Any
+
+    def steps(self, prompt: list[int], tokens: int, mtp: str | int) -> Iterable[Any]:
+        """The side's own loop: greedy, a step a token."""
+        raise NotImplementedError
+
+    def held(self) -> dict[str, Any]:
+        """What the loaded model is held as."""
+        leaves: Any = tree_flatten(self.model.parameters())
+        floating = [a for _, a in leaves if mx.issubdtype(a.dtype, mx.floating)]
+        matrices = [m for m in self.model.modules() if isinstance(m, MATRICES)]
+        return {
+            "dtypes": sorted({str(a.dtype).rpartition(".")[2] for a in floating}),
+            "bytes": sum(a.nbytes for _, a in leaves),
+            "matrices": len(matrices),
+            "turned": sum(isinstance(m, ColumnLinear) for m in matrices),
+            "device": str(mx.default_device()),
+        }
+
+    def generate(self, prompt: list[int], tokens: int, mtp: str | int = "off") -> dict[str, Any]:
+        """Generates greedily.
+
+        Returns:
+            ``first``: seconds to the first token; ``further``: seconds a token after it;
+            ``tokens``; ``drafted``: depth -> rounds; ``peak``, ``resident``: bytes.
+        """
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        steps, told, rounds = Acceptance(), [], Counter[int]()
+        times = [time.perf_counter()]
+        for step in self.steps(prompt, tokens, mtp):
+            times.append(time.perf_counter())
+            if not isinstance(step, Token):
+                step = Token(int(step[0]), step[1], False)
+            steps.add(step)
+            rounds[step.drafted] += not step.from_draft
+            told.append(step.token)
+        return {
+            "first": times[1] - times[0],
+            "further": (times[-1] - times[1]) / max(len(told) - 1, 1),
+            "tokens": told,
+            "per_round": steps.mean_length,
+            "accepted": list(steps.by_depth),
+            "drafted": dict(rounds),
+            "peak": mx.get_peak_memory(),
+            "resident": _resident(),
+        }
+
+    def logits(self, prompt: list[int], tail: int, file: str) -> str:
+        """Saves the logits ``[vocab]`` after a prompt whose last ``tail`` tokens go together."""
+        cache = self.model.make_cache()
+        tokens = mx.array(prompt)[None]
+        if len(prompt) > tail:
+            mx.eval(self.model(tokens[:, :-tail], cache=cache), [c.state for c in cache])
+        last = self.model(tokens[:, -tail:], cache=cache)[0, -1]
+        np.save(file, np.array(last.astype(mx.float32)))
+        return file
+
+    def queued(self) -> int:
+        """How many operations a step of one token queues; views are left out."""
+        cache = self.model.make_cache()
+        mx.eval(self.model(mx.array([[1, 2, 3]]), cache=cache), arrays_of(cache))
+        token = mx.array([[1]])
+        mx.eval(token)
+        return count([self.model(token, cache=cache), *arrays_of(cache)]).total()
+
+    def fixed(self) -> float:
+        """Seconds of what a step does outside the layers: embedding, norm, output, choice."""
+        trunk = self.model.model
+        head = getattr(self.model, "lm_head", None) or trunk.embed_tokens.as_linear
+        token = mx.array([[1]])
+        return _timed(lambda: head(trunk.norm(trunk.embed_tokens(token))).argmax(axis=-1))
+
+    def turns(self, first: list[int], more: list[int], tokens: int, keep: bool) -> dict[str, Any]:
+        """Seconds to the first token of a prompt and, ``tokens`` and ``more`` later, of the next.
+
+        Args:
+            keep: whether what the first turn left is used.
+        """
+        raise NotImplementedError
+
+
+class Ours(Side):
+    """This package."""
+
+    def __init__(self, directory: str, dtype: str):
+        self.model = load_model(directory, dtype=getattr(mx, dtype), context=1)
+        self._grown: list[Any] = []
+        self._before = 0
+
+    def steps(self, prompt: list[int], tokens: int, mtp: str | int) -> Iterable[Any]:
+        return generate_step(prompt, self.model, max_tokens=tokens, mtp=cast(Any, mtp))
+
+    def turns(self, first: list[int], more: list[int], tokens: int, keep: bool) -> dict[str, Any]:
+        cache = PromptCache(max_bytes=memory.spare()) if keep else None
+
+        def steps(prompt: list[int], n: int) -> Iterable[Any]:
+            return generate_step(prompt, self.model, max_tokens=n, mtp="off", prompt_cache=cache)
+
+        one, told = _to_first(steps(first, tokens))
+        two, _ = _to_first(steps([*first, *(t.token for t in told), *more], 1))
+        return {"first": one, "second": two}
+
+    def chosen(self) -> list[list[float]]:
+        """What the depth "auto" goes by: for each, (seconds and tokens of a round, timed)."""
+        return [list(promise) for promise in self.model.mtp.depth.explain()]
+
+    def findings(self) -> dict[str, dict[str, Any]]:
+        """What was found of the kernels on this machine."""
+        return {kind: asdict(finding) for kind, finding in dispatch.findings().items()}
+
+    def bandwidth(self) -> float:
+        """Bytes a second that MLX moves at best when it copies or adds up a large array."""
+        size = min(MOST_COPIED, memory.spare() // 8)
+        x = mx.zeros((size // 4,))
+        mx.eval(x)
+        best = 0.0
+        for _ in range(COPIES):
+            for action, moved in ((mx.negative, 2 * x.nbytes), (mx.sum, x.nbytes)):
+                start = time.perf_counter()
+                mx.eval(action(x))
+                best = max(best, moved / (time.perf_counter() - start))
+        return best
+
+    def grow(self, tokens: list[int]) -> float:
+        """Seconds to read ``tokens`` after all those before."""
+        if not self._grown:
+            mx.clear_cache()
+            self._before = mx.get_active_memory()
+            self._grown = self.model.make_cache()
+        start = time.perf_counter()
+        prefill(self.model, self._grown, mx.array(tokens))
+        return time.perf_counter() - start
+
+    def grown(self) -> dict[str, float]:
+        """What a step costs after the tokens so far.
+
+        Returns:
+            ``linear``, ``attention``: seconds of one layer of the kind; ``step``: of all;
+            ``cache``: bytes in use beyond the model; ``formula``: those that were predicted.
+        """
+        cache, model = self._grown, self.model
+        settle(cache)
+        token = mx.array([[1]])
+        x = model.model.embed_tokens(token)
+        mx.eval(x, [c.state for c in cache])
+        seconds = {"step": _timed(lambda: model(token, cache=cache).argmax(axis=-1), cache)}
+        for name, linear in (("linear", True), ("attention", False)):
+            kinds = [layer.is_linear == linear for layer in model.layers]
+            if any(kinds):
+                layer, entry = model.layers[kinds.index(True)], cache[kinds.index(True)]
+                seconds[name] = _timed(partial(layer, x, None, entry), [entry])
+        mx.clear_cache()
+        in_use = mx.get_active_memory() - self._before
+        held = tokens_held(cache) + 1  # for which the steps, taken back, made room
+        formula = memory.cache_bytes(model.args, held, mtp=False, itemsize=x.dtype.size)
+        return {**seconds, "cache": in_use, "formula": formula}
+
+
+class Stock(Side):
+    """Stock mlx-lm."""
+
+    def __init__(self, directory: str, dtype: str):
+        self.model, _ = load_stock(Path(directory))
+        if dtype == "float32":
+            self.model.set_dtype(mx.float32)
+            _widen_embedding(self.model)
+            mx.eval(self.model.parameters())
+
+    def steps(self, prompt: list[int], tokens: int, mtp: str | int) -> Iterable[Any]:
+        return stock_generate_step(mx.array(prompt), self.model, max_tokens=tokens)
+
+    def turns(self, first: list[int], more: list[int], tokens: int, keep: bool) -> dict[str, Any]:
+        cache = make_prompt_cache(self.model)
+
+        def steps(prompt: list[int], n: int) -> Iterable[Any]:
+            return stock_generate_step(
+                mx.array(prompt), self.model, max_tokens=n, prompt_cache=cache
+            )
+
+        one, _ = _to_first(steps(first, tokens))
+        two, _ = _to_first(steps(more, 1))
+        return {"first": one, "second": two}
+
+
+def _widen_embedding(model: Any) -> None:
+    """Where scales are bytes, an embedding's rows are bfloat16, whatever the model's dtype."""
+    embedding = model.model.embed_tokens
+    if getattr(embedding, "mode", "affine") != "affine":
+        table = nn.Embedding(embedding.num_embeddings, embedding.dims)
+        table.weight = embedding(mx.arange(embedding.num_embeddings)).astype(mx.float32)
+        model.model.embed_tokens = table
+
+
+def _to_first(steps: Any) -> tuple[float, list[Any]]:
+    """Seconds to the first step, and all of them."""
+    start = time.perf_counter()
+    with closing(steps):
+        told = [next(steps)]
+        seconds = time.perf_counter() - start
+        told += steps
+    return seconds, told
+
+
+def _timed(part: Callable[[], mx.array], cache: list[Any] | None = None) -> float:
+    """Median seconds of a part of a step, taken back each time."""
+    seconds = []
+    for _ in range(TIMED + 1):
+        with Undo(cache or []) as undo:
+            start = time.perf_counter()
+            mx.eval(part(), arrays_of(cache))
+            seconds.append(time.perf_counter() - start)
+        undo()
+    return statistics.median(seconds[1:])
+
+
+def _resident() -> int:
+    """The most memory that this process ever had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(import_seconds: float) -> None:
+    """Loads the model and answers until the requests end.
+
+    Arguments of the process: ``ours`` or ``stock``, the model directory, its dtype.
+    """
+    which, directory, dtype = sys.argv[1:]
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints must not print among the replies
+
+    def reply(action: Callable[[], Any]) -> Any:
+        try:
+            result = {"result": action()}
+        except Exception as error:  # of any kind: the parent says what it was
+            result = {"error": f"{type(error).__name__}: {first_line(error)}"}
+        print(json.dumps(result), file=replies, flush=True)
+        return result.get("result")
+
+    side: Any = None
+
+    def load() -> dict[str, Any]:
+        nonlocal side
+        start = time.perf_counter()
+        side = {"ours": Ours, "stock": Stock}[which](directory, dtype)
+        seconds = time.perf_counter() - start
+        return {"import": import_seconds, "load": seconds, "resident": _resident(), **side.held()}
+
+    reply(load)
+    for line in sys.stdin:
+        request = json.loads(line)
+        reply(partial(getattr(side, request.pop("do")), **request))

@@ -1,0 +1,124 @@
+"""The bench command with its workers, on a golden."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from checkpoints import GOLDENS
+
+from mlx_qwen3next.bench import sides
+from mlx_qwen3next.bench.sides import Side, Worker, WorkerError
+
+BENCH = [sys.executable, "-m", "mlx_qwen3next.bench"]
+
+
+@pytest.fixture
+def worker():
+    """A worker of ours on the golden."""
+    worker = Worker(Side("ours", "float32"), GOLDENS / "base")
+    yield worker
+    worker.close()
+
+
+def test_a_whole_run(tmp_path):
+    file = tmp_path / "figures.json"
+    done = subprocess.run(
+        [
+            *(*BENCH, "--model", str(GOLDENS / "base"), "--dtype", "float32", "--repeats", "1"),
+            *("--contexts", "8,16", "--tokens", "4", "--growth", "2048", "--json", str(file)),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    figures = json.loads(file.read_text())
+    labels = ["here, float32", "mlx-lm, float32"]
+    assert list(figures["medians"]["decode"]) == labels
+    check = figures["samples"]["checks"][labels[1]]
+    assert 0 < check["error"] < check["bound"]
+    assert [row[0] for row in check["tokens"]] == [8, 16]
+    for label in labels:
+        (loaded,) = figures["samples"]["loads"][label]
+        assert loaded["import"] > 0.1 and loaded["load"] > 0 and "float32" in loaded["dtypes"]
+        for n in ("8", "16"):
+            (sample,) = figures["samples"]["speed"][label][n]
+            assert len(sample["tokens"]) == 4 and sample["first"] > 0 and sample["further"] > 0
+            assert sample["peak"] > 10**5 and sample["resident"] > 10**7
+            assert figures["medians"]["decode"][label][n] == 1 / sample["further"]
+        assert figures["samples"]["steps"][label]["queued"] > 50
+    assert figures["samples"]["bandwidth"] > 1e8
+    modes = figures["samples"]["speculation"]["samples"]
+    assert list(modes) == ["off", "1", "2", "3", "4", "auto"]
+    assert {tuple(sample["tokens"]) for (sample,) in modes.values()} == {
+        tuple(modes["off"][0]["tokens"])
+    }
+    assert len(modes["off"][0]["tokens"]) == 128
+    assert figures["samples"]["speculation"]["auto"]
+    assert list(figures["samples"]["turns"]) == [
+        labels[0],
+        f"{labels[0]}, without a cache",
+        labels[1],
+    ]
+    rows = figures["samples"]["growth"]
+    assert [row["tokens"] for row in rows] == [1024, 2048]
+    assert all(abs(row["cache"] / row["formula"] - 1) < 0.3 for row in rows)
+    assert rows[1]["seconds"] > rows[0]["seconds"] > 0
+    assert len(done.stdout.splitlines()) < 70
+
+
+def test_a_worker_that_dies_or_refuses(worker):
+    with pytest.raises(WorkerError, match="here, float32: ValueError: the prompt is empty"):
+        worker.ask("generate", prompt=[], tokens=1)
+    assert worker.ask("queued") > 50  # it goes on
+    os.kill(worker._process.pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"here, float32: its process ended unasked \(signal 9\)"):
+        worker.ask("queued")
+    with pytest.raises(WorkerError, match="ended unasked"):
+        worker.ask("queued")
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    with pytest.raises(WorkerError, match=r"^mlx-lm, float32: FileNotFoundError: .*config.json"):
+        Worker(Side("stock", "float32"), tmp_path)
+
+
+def test_stray_prints_are_no_replies(monkeypatch, capfd):
+    prints = "worker.Ours.queued = lambda self: (print('stray', flush=True), 40)[1]; worker.main"
+    monkeypatch.setattr(sides, "_START", sides._START.replace("worker.main", prints))
+    worker = Worker(Side("ours", "float32"), GOLDENS / "base")
+    try:
+        assert worker.ask("queued") == 40
+    finally:
+        worker.close()
+    assert "stray" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_what_is_stopped_leaves_nothing(tmp_path, number, status):
+    bench = subprocess.Popen(
+        [*BENCH, "--shape", "small", "--without-mlx-lm", "--contexts", "8192"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    deadline = time.monotonic() + 30
+    while not workers_in(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.glob("bench-*/model-*.safetensors"))
+    bench.send_signal(number)
+    out, err = bench.communicate(timeout=20)
+    assert (bench.returncode, out) == (status, "")
+    assert err.count("\n") == 1 and "Traceback" not in err
+    left = {path.name for path in tmp_path.iterdir()} - {"mlx"}  # what MLX compiles, for all
+    assert not left and not workers_in(tmp_path)
+
+
+def workers_in(folder):
+    """The processes whose model is below a folder."""
+    listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
+    return [line for line in listed.splitlines() if f" ours {folder}" in line]
