@@ -25,7 +25,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 UNIT = 64  # outputs in one of MLX's own groups, which run along them here
 BITS = (2, 4, 8)  # of which a byte holds a whole number
-PIECE = 1 << 24  # codes turned around at a time
+PIECE = 1 << 22  # codes turned around at a time; measured
+_TOGETHER = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}  # as many bytes
 
 
 class Columns(NamedTuple):
@@ -149,27 +150,28 @@ def _turn_codes(weight: mx.array, bits: int) -> mx.array:
     """Codes ``[E, outputs, words]`` as ``[E, inputs, words]``, outputs padded to whole units."""
     E, N, words = weight.shape
     K, outputs, a_byte = words * 32 // bits, -(-N // UNIT) * UNIT, 8 // bits
-    weight = mx.pad(weight, [(0, 0), (0, outputs - N), (0, 0)])
+    if outputs > N:
+        weight = mx.pad(weight, [(0, 0), (0, outputs - N), (0, 0)])
     step = max(1, PIECE // (outputs * K))
     pieces = []
     for start in range(0, E, step):
-        # A byte has the codes of a few inputs: code i of it goes to row i, one output's beside
-        # the next one's.
-        packed = mx.contiguous(weight[start : start + step].view(mx.uint8).swapaxes(1, 2))
-        parts = [packed[..., j::a_byte] for j in range(a_byte)]
+        # A byte has the codes of a few inputs. Once transposed, those of as many outputs are
+        # beside each other: code i of each goes to row i.
+        turned = mx.contiguous(weight[start : start + step].view(mx.uint8).swapaxes(1, 2))
+        together = turned.view(_TOGETHER[a_byte])
         rows = [
-            reduce(
-                mx.bitwise_or, [_code(part, i, bits) << bits * j for j, part in enumerate(parts)]
-            )
+            reduce(mx.bitwise_or, (_code(together, i, j, bits) for j in range(a_byte)))
             for i in range(a_byte)
         ]
+        rows = [row.astype(mx.uint8) for row in rows]
         pieces.append(mx.stack(rows, axis=2).reshape(-1, K, outputs // a_byte).view(mx.uint32))
         mx.eval(pieces)
     return mx.concatenate(pieces)
 
 
-def _code(packed: mx.array, i: int, bits: int) -> mx.array:
-    return (packed >> bits * i) & (2**bits - 1)
+def _code(together: mx.array, i: int, j: int, bits: int) -> mx.array:
+    """Code i of byte j, where it goes in a byte."""
+    return (together >> 8 * j + bits * i & 2**bits - 1) << bits * j
 
 
 def pays(bits: int | None) -> bool:

@@ -124,7 +124,9 @@ def load_model(
     model.eval()
     read = _read(sources, tensors, dtype)
     # Only a large model takes long enough for the bar to appear.
-    bar = tqdm(read, "loading", total=len(sources), unit="tensor", leave=False, delay=2)
+    bar = tqdm(
+        read, "loading", total=len(sources), unit="tensor", leave=False, delay=2, disable=None
+    )
     for path, value in bar:
         model.load_weights([(path, value)], strict=False)
     return _for_inference(model) if pack else model

@@ -122,10 +122,10 @@ def pack(model: Model) -> Model:
 
 def turn(model: Model) -> None:
     """Turns around the matrices of a packed model where that is faster (``columns.py``)."""
-    for module in model.modules():
-        # The layers of others, adapters for one, may look into their parts.
-        if not isinstance(module, (GatedDeltaNet, GatedAttention, SparseMoE, MLP, Model, MTPHead)):
-            continue
+    # The layers of others, adapters for one, may look into their parts. No reference to a part is
+    # kept, so that its memory is free once it is turned.
+    kinds = GatedDeltaNet, GatedAttention, SparseMoE, MLP, Model, MTPHead
+    for module in [m for m in model.modules() if isinstance(m, kinds)]:
         for name, part in module.children().items():
             if isinstance(part, nn.Module) and (linear := turned(part)) is not None:
                 mx.eval(linear.parameters())
