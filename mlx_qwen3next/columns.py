@@ -41,12 +41,13 @@ class Columns(NamedTuple):
 def multiply(x: mx.array, columns: Columns) -> mx.array:
     """``x`` ``[..., inputs]`` float32 times the one matrix there is: ``[..., outputs]``."""
     if columns.scales is None or columns.biases is None:
-        return x @ columns.weight[0]
+        return x @ columns.weight.squeeze(0)  # an index would copy
     _, G, size, _ = columns.weight.shape
     rows = x.reshape(-1, G, size)
     sums = _group_sums(rows.swapaxes(0, 1), columns, mx.arange(G, dtype=mx.uint32))
     y = (sums * columns.scales.swapaxes(0, 1)).sum(axis=0)
-    return mx.addmm(y, rows.sum(axis=-1), columns.biases[0]).reshape(*x.shape[:-1], -1)
+    y = mx.addmm(y, rows.sum(axis=-1), columns.biases.squeeze(0))
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def gather(x: mx.array, columns: Columns, indices: mx.array) -> mx.array:

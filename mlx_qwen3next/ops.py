@@ -33,7 +33,27 @@ CHUNKED_FROM = 16
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """RMSNorm with the effective float32 weight (1 + w); float32 inside, dtype of ``x`` out."""
-    return mx.fast.rms_norm(x.astype(mx.float32), weight, eps).astype(x.dtype)
+    return _rms_norm(x.astype(mx.float32), weight, eps).astype(x.dtype)
+
+
+def _rms_norm(x: mx.array, weight: mx.array | float, eps: float) -> mx.array:
+    """``weight x / sqrt(mean(x^2) + eps)``, float32.
+
+    MLX's own takes eight operations on a CPU, here it is three.
+    """
+    if mx.default_device() == mx.cpu:
+        squares = mx.square(x).sum(axis=-1, keepdims=True)
+        return _divided(x, squares, weight, 1 / x.shape[-1], eps)
+    if isinstance(weight, mx.array):
+        return mx.fast.rms_norm(x, weight, eps)
+    return mx.fast.rms_norm(x, None, eps) * weight
+
+
+@partial(mx.compile, shapeless=True)
+def _divided(
+    x: mx.array, squares: mx.array, weight: mx.array | float, share: float, eps: float
+) -> mx.array:
+    return x * mx.rsqrt(squares * share + eps) * weight
 
 
 def add_rms_norm(
@@ -46,15 +66,14 @@ def add_rms_norm(
 
 def gated_rms_norm(x: mx.array, z: mx.array, weight: mx.array, eps: float) -> mx.array:
     """``weight norm(x) silu(z)``: ``x`` ``[..., Dv]`` float32, result in the dtype of ``z``."""
-    y = mx.fast.rms_norm(x, weight.astype(mx.float32), eps)
+    y = _rms_norm(x, weight.astype(mx.float32), eps)
     return precise_swiglu(z, z, y)
 
 
 def l2norm(x: mx.array, scale: float = 1.0) -> mx.array:
     """``scale x rsqrt(sum(x^2) + 1e-6)`` over the last axis, float32."""
-    # rms_norm divides by sqrt(mean), which is sqrt(sum) / sqrt(D).
-    D = x.shape[-1]
-    return mx.fast.rms_norm(x.astype(mx.float32), None, L2_EPS / D) * (scale * D**-0.5)
+    D = x.shape[-1]  # the mean of squares is their sum over D
+    return _rms_norm(x.astype(mx.float32), scale * D**-0.5, L2_EPS / D)
 
 
 def causal_conv(rows: mx.array, weight: mx.array) -> mx.array:
