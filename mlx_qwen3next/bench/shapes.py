@@ -25,6 +25,10 @@ from ..model import Model
 GROUP, BITS, ROUTER_BITS = 64, 4, 8
 PERIOD = 4  # layers: three linear ones, one of attention
 FULL = 48  # layers of the 80B model
+# What a layer adds to the residual stream, relative to it: little, as in trained models, or routers
+# would turn every rounding into other experts.
+ADDS = 0.1
+_ADDED = ("out_proj", "o_proj", "down_proj")
 ROOM = 0.7  # of the memory: the rest is for activations, caches, and packing while it loads
 
 # Qwen/Qwen3-Next-80B-A3B-Instruct, but for the number of layers.
@@ -93,7 +97,16 @@ def layers_that_fit(shape: str, models: int) -> int:
 
 def size_of(shape: str, layers: int) -> int:
     """Bytes of the model on disk."""
-    return sum(a.nbytes for part in _parts(shape, layers).values() for a in part.values())
+    return sum(tensor.nbytes for tensor in headers(shape, layers).values())
+
+
+def headers(shape: str, layers: int) -> dict[str, shards.Tensor]:
+    """What :func:`write` would write, by name."""
+    return {
+        path: shards.Tensor(Path(name), shards.NAMES[array.dtype], tuple(array.shape))
+        for name, parameters in _parts(shape, layers).items()
+        for path, array in parameters.items()
+    }
 
 
 def write(directory: Path, shape: str, layers: int) -> None:
@@ -108,7 +121,7 @@ def write(directory: Path, shape: str, layers: int) -> None:
             f"--shape {shape}: {layers} layers need {need / memory.GB:.1f} GB in {directory}, "
             f"which has {free / memory.GB:.1f} GB; use fewer --layers or another TMPDIR"
         )
-    (directory / "config.json").write_text(json.dumps(_config(shape, layers), indent=1))
+    (directory / "config.json").write_text(json.dumps(config(shape, layers), indent=1))
     random = np.random.default_rng(0)
     parts = _parts(shape, layers)
     metadata = {"format": "mlx", checkpoint.MARK: json.dumps({"made_by": "bench", "shape": shape})}
@@ -119,7 +132,8 @@ def write(directory: Path, shape: str, layers: int) -> None:
         mx.save_safetensors(str(directory / name), tensors, metadata)
 
 
-def _config(shape: str, layers: int) -> dict[str, Any]:
+def config(shape: str, layers: int) -> dict[str, Any]:
+    """The model's config.json."""
     quantization: dict[str, Any] = {"group_size": GROUP, "bits": BITS, "mode": "affine"}
     routers = [f"model.layers.{i}.mlp" for i in range(layers)] + ["mtp.layers.0.mlp"]
     for path in routers:
@@ -136,7 +150,7 @@ def _config(shape: str, layers: int) -> dict[str, Any]:
 
 def _parts(shape: str, layers: int) -> dict[str, dict[str, mx.array]]:
     """File name -> parameter path -> what has its shape and dtype, never evaluated."""
-    model = Model(Config.from_dict(_config(shape, layers)))
+    model = Model(Config.from_dict(config(shape, layers)))
     mtp.attach(model)
     nn.quantize(model, GROUP, BITS, class_predicate=_bits)
     parts: dict[str, dict[str, mx.array]] = {}
@@ -175,6 +189,10 @@ def _drawn(
             top, inputs = 2**bits - 1, shape[-1] * GROUP
             # A uniform code's standard deviation is top / sqrt(12), the weights' 1 / sqrt(inputs).
             scale = math.sqrt(12 / inputs) / top
+            if module.endswith("embed_tokens"):
+                scale *= math.sqrt(inputs)
+            elif module.endswith(_ADDED):
+                scale *= ADDS
             value = mx.full(shape, scale if kind == "scales" else -scale * top / 2)
         elif kind == "A_log":
             value = mx.log(mx.array(random.uniform(1, 16, shape)))
