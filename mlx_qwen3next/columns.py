@@ -26,6 +26,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 UNIT = 64  # outputs in one of MLX's own groups, which run along them here
 BITS = (2, 4, 8)  # of which a byte holds a whole number
 PIECE = 1 << 22  # codes turned around at a time; measured
+SUMS = 1 << 20  # sums over groups that are held at a time; measured
 _TOGETHER = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}  # as many bytes
 
 
@@ -43,32 +44,56 @@ def multiply(x: mx.array, columns: Columns) -> mx.array:
     if columns.scales is None or columns.biases is None:
         return x @ columns.weight.squeeze(0)  # an index would copy
     _, G, size, _ = columns.weight.shape
-    rows = x.reshape(-1, G, size)
-    sums = _group_sums(rows.swapaxes(0, 1), columns, mx.arange(G, dtype=mx.uint32))
-    y = (sums * columns.scales.swapaxes(0, 1)).sum(axis=0)
-    y = mx.addmm(y, rows.sum(axis=-1), columns.biases.squeeze(0))
+    rows, sums = x.reshape(-1, G, size), columns.scales.size
+    y = _in_pieces(lambda some: _multiplied(some, columns), [rows], sums)
     return y.reshape(*x.shape[:-1], -1)
+
+
+def _multiplied(rows: mx.array, columns: Columns) -> mx.array:
+    """``rows`` ``[R, G, group_size]``: ``[R, outputs]``."""
+    assert columns.scales is not None and columns.biases is not None
+    sums = _group_sums(rows.swapaxes(0, 1), columns, mx.arange(rows.shape[1], dtype=mx.uint32))
+    y = (sums * columns.scales.swapaxes(0, 1)).sum(axis=0)
+    return mx.addmm(y, rows.sum(axis=-1), columns.biases.squeeze(0))
 
 
 def gather(x: mx.array, columns: Columns, indices: mx.array) -> mx.array:
     """Each row times its matrix.
 
     Args:
-        x: ``[..., 1, inputs]`` float32, its first axes broadcast with those of ``indices``.
-        indices: ``[...]`` uint32, the matrices' numbers.
+        x: ``[R, ..., 1, inputs]`` float32; its axes broadcast with those of ``indices``, but for
+            the first.
+        indices: ``[R, ...]`` uint32, the matrices' numbers.
 
     Returns:
-        ``[..., 1, outputs]``.
+        ``[R, ..., 1, outputs]``.
     """
     if columns.scales is None or columns.biases is None:
         return mx.gather_mm(x, columns.weight, rhs_indices=indices)
     _, G, size, _ = columns.weight.shape
     rows = x.reshape(*x.shape[:-2], G, size)
+    sums = indices.size // len(indices) * columns.scales.size // len(columns.scales)
+    return _in_pieces(lambda some, which: _gathered(some, which, columns), [rows, indices], sums)
+
+
+def _gathered(rows: mx.array, indices: mx.array, columns: Columns) -> mx.array:
+    """``rows`` ``[..., G, group_size]``: ``[..., 1, outputs]``."""
+    assert columns.scales is not None and columns.biases is not None
+    G = rows.shape[-2]
     groups = indices[..., None] * G + mx.arange(G, dtype=mx.uint32)
     sums = _group_sums(rows[..., None, :], columns, groups).squeeze(-2)  # [..., G, outputs]
     inputs = rows.sum(axis=-1, keepdims=True)
     y = _scaled(sums, columns.scales[indices], inputs, columns.biases[indices])
     return y.sum(axis=-2, keepdims=True)
+
+
+def _in_pieces(product: Callable[..., mx.array], rows: list[mx.array], sums: int) -> mx.array:
+    """A product, of so many rows at a time that their sums, so many a row, stay in the caches."""
+    step = max(1, SUMS // sums)
+    starts = range(0, len(rows[0]), step)
+    if len(starts) <= 1:
+        return product(*rows)
+    return mx.concatenate([product(*(x[i : i + step] for x in rows)) for i in starts])
 
 
 @mx.compile

@@ -63,6 +63,31 @@ def test_stack(bits, group_size, pieces, monkeypatch):
         assert relative_error(gather(x, weights, indices), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("sums", [1, 40 * 4 * 2, 40 * 4 * 5])
+def test_in_pieces(sums, monkeypatch):
+    """A row at a time, two or five; the last piece may be smaller."""
+    weights, x = turn(linear(4, 64, 40)), mx.random.normal((7, 256))
+    experts, each = turn(stack(4, 64, 40)).columns, mx.random.normal((7, 1, 1, 256))
+    indices = mx.random.randint(0, 5, (7, 2)).astype(mx.uint32)
+    whole = weights(x), gather(each, experts, indices)
+    monkeypatch.setattr(columns, "SUMS", sums)
+    for piecewise, at_once in zip((weights(x), gather(each, experts, indices)), whole, strict=True):
+        assert piecewise.shape == at_once.shape
+        assert relative_error(piecewise, at_once) < TOLERANCE
+
+
+def test_memory_of_many_rows():
+    """Sums over groups are held of some rows only: of all they take 16 times the result, twice."""
+    layer, x = turn(linear(4, 64, 512, inputs=1024)), mx.random.normal((2048, 1024))
+    mx.eval(layer.parameters(), x)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    y = layer(x)
+    mx.eval(y)
+    assert mx.get_peak_memory() - before < 16 * y.nbytes
+
+
 def with_bias():
     return nn.Linear(128, 64)
 
