@@ -36,7 +36,7 @@ class Columns(NamedTuple):
     weight: mx.array  # [E, inputs, outputs], or codes [E, G, group_size, words]
     scales: mx.array | None = None  # [E, G, outputs]
     biases: mx.array | None = None
-    bits: int = 32
+    bits: int = 16  # which stands for unquantized
 
 
 def multiply(x: mx.array, columns: Columns) -> mx.array:

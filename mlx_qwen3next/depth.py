@@ -22,8 +22,10 @@ WEIGHT = 2.0  # …which counts as much as so many drafts
 FADING = 0.995  # what a token leaves of the weight of everything seen before it
 MARGIN = 1.05  # how many times the tokens a second of plain decoding drafting has to promise
 SAMPLES = 7  # times kept of a depth; their median counts
+RECENT = 2  # of them that still count when a depth is timed after a long while
 FIRST = 4  # plain steps timed before the first draft, to compare with
 PROBE = 256  # tokens after which the time of the next depth is measured again…
+EARLY = 32  # or so many, in the beginning, where a slow moment counts most
 HOPELESS = 4096  # …and after which a hopeless case is looked at again
 
 
@@ -95,8 +97,8 @@ class MeasuredDepth:
         return min(best, room)
 
     def _stale(self, depth: int) -> bool:
-        """Whether it is long that a depth was timed."""
-        return self._tokens - self._measured[depth] >= PROBE
+        """Whether it is long that a depth was timed; in the beginning, not so long."""
+        return self._tokens - self._measured[depth] >= min(PROBE, EARLY + self._tokens // 4)
 
     def _hopeless(self) -> bool:
         """Whether no acceptance could make up for the time of a round."""
@@ -109,8 +111,14 @@ class MeasuredDepth:
         for j in range(min(accepted + 1, depth)):
             self._asked[j] += 1
             self._right[j] += j < accepted
+        was_stale = self._stale(depth)
         self._tokens += accepted + 1
         if self._warm[depth] and seconds is not None:
+            if was_stale:
+                # The machine's pace may be another by now. Plain steps, which all else is compared
+                # with, are timed FIRST times again.
+                recent = list(self._seconds[depth])[-RECENT:] if depth else []
+                self._seconds[depth] = deque(recent, maxlen=SAMPLES)
             self._seconds[depth].append(seconds)
             self._measured[depth] = self._tokens
             if depth == 1 and len(self._seconds[1]) > 1 and self._hopeless():

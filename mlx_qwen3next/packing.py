@@ -126,7 +126,8 @@ def turn(model: Model) -> None:
     # kept, so that its memory is free once it is turned.
     kinds = GatedDeltaNet, GatedAttention, SparseMoE, MLP, Model, MTPHead
     for module in [m for m in model.modules() if isinstance(m, kinds)]:
-        for name, part in module.children().items():
+        for name in list(module.children()):
+            part = module[name]
             if isinstance(part, nn.Module) and (linear := turned(part)) is not None:
                 mx.eval(linear.parameters())
                 module[name] = linear

@@ -82,6 +82,17 @@ def test_it_follows_the_text():
     assert machine.run(400) < 1.05
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_slow_beginning_is_soon_forgotten(seed):
+    """The machine was busy with something else while plain steps were timed first."""
+    slow = [2.5, *DEAR[1:]]
+    machine = Machine(MeasuredDepth(), slow, 0.5, seed=seed)
+    machine.run(8)
+    machine.times = [1.0, 1.8, *DEAR[2:]]  # one draft loses 20 %
+    machine.run(150)
+    assert machine.run(300) < 1.03
+
+
 def test_it_follows_the_machine():
     machine = Machine(MeasuredDepth(), CHEAP, 0.7)
     machine.run(1000)
