@@ -6,6 +6,7 @@ A request is ``{"do": name, …}`` with the arguments of the method of that name
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -175,6 +176,7 @@ class Ours(Side):
     def grow(self, tokens: list[int]) -> float:
         """Seconds to read ``tokens`` after all those before."""
         if not self._grown:
+            gc.collect()  # what the prompt caches before it still hold
             mx.clear_cache()
             self._before = mx.get_active_memory()
             self._grown = self.model.make_cache()
