@@ -25,40 +25,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_qwen3next import checkpoint, mtp, shards
+from mlx_qwen3next.bench.shapes import SHAPES
 from mlx_qwen3next.config import Config
 from mlx_qwen3next.load import BUNDLED
 from mlx_qwen3next.model import Model
 
 # Qwen/Qwen3-Next-80B-A3B-Instruct, but for the number of layers and how often attention comes.
-CONFIG = {
-    "model_type": "qwen3_next",
-    "num_hidden_layers": 2,
-    "full_attention_interval": 2,
-    "hidden_size": 2048,
-    "vocab_size": 151936,
-    "intermediate_size": 5120,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "partial_rotary_factor": 0.25,
-    "rope_theta": 10000000,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 262144,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "norm_topk_prob": True,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+CONFIG = SHAPES["80b"] | {"num_hidden_layers": 2, "full_attention_interval": 2}
 BLOCK = 2**24  # random numbers that all tensors are cut from
 
 

@@ -23,7 +23,6 @@ BANDWIDTHS = {  # GB/s
     "M4 Max": 546,
     "M5 Max": 614,
 }
-LAYERS, PERIOD = 48, 4
 OURS, OTHERS = 40, 160  # launches of a period, as examples/launches.py counts them
 OUTSIDE = 3  # embedding, last norm, output
 # (launches, GB a token, GB/s, tokens a second) as others published them
@@ -44,8 +43,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens before it")
     context = parser.parse_args().context
 
-    config = Config.from_dict(shapes.config("80b", LAYERS))
-    moved = traffic(shapes.headers("80b", LAYERS), config, itemsize=2)
+    config = Config.from_dict(shapes.config("80b", shapes.FULL))
+    moved = traffic(shapes.headers("80b", shapes.FULL), config, itemsize=2)
     size = moved.plain(context)
     least, most = overheads()
     print(f"{size / 1e9:.2f} GB a token after {context} tokens; {least * 1e6:.1f} to", end=" ")
@@ -55,7 +54,7 @@ def main() -> None:
         seconds = size / rate / 1e9
         cells = []
         for launches in (OTHERS, OURS):
-            queued = LAYERS // PERIOD * launches + OUTSIDE
+            queued = shapes.FULL // shapes.PERIOD * launches + OUTSIDE
             slow, fast = (1 / (seconds + queued * overhead) for overhead in (most, least))
             cells.append(f"{slow:.0f} to {fast:.0f}")
         print(f"{machine:10} {rate:5} {1 / seconds:16.0f} {cells[0]:>17} {cells[1]:>12}")

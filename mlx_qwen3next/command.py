@@ -12,8 +12,15 @@ from typing import Any, NoReturn
 from .depth import MAX_DEPTH
 
 
-class Parser(argparse.ArgumentParser):
-    """The parser of an mlx-lm command with flags of ours; its errors are one line.
+class LineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+class Parser(LineParser):
+    """The parser of an mlx-lm command with flags of ours.
 
     Flags added to it replace stock ones of the same name.
     """
@@ -34,9 +41,6 @@ class Parser(argparse.ArgumentParser):
             self._action_groups.insert(self._ours, self._action_groups.pop())
             self._ours += 1
         return group
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
 def guarded(command: Callable[[], int | None]) -> int:

@@ -8,9 +8,8 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from ..command import guarded
+from ..command import LineParser, guarded
 from . import shapes
 from .agreement import Disagreement
 from .run import run
@@ -28,16 +27,9 @@ large array, over the bytes that a token has to move.
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Its errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
-
-
-def parser() -> Parser:
+def parser() -> LineParser:
     """The command's options."""
-    result = Parser(
+    result = LineParser(
         prog="python -m mlx_qwen3next.bench",
         description="Measures this machine: how fast each path is beside stock mlx-lm in the same "
         "run, how far from the machine's limit, and which kernels and depths were chosen and why.",

@@ -8,7 +8,6 @@ sides' logits differ by anyway.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
@@ -19,16 +18,6 @@ TIES = 8.0  # how many times the typical difference of the logits counts as a ti
 
 class Disagreement(Exception):
     """Two ways that have to agree do not."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What was compared and found to agree."""
-
-    error: float  # of the logits, relative L2
-    bound: float
-    equal: int  # tokens
-    of: int
 
 
 def error_of(ours: np.ndarray, other: np.ndarray) -> float:

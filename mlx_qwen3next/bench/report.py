@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..memory import GB
 from .agreement import TIES
 from .growth import in_words
 from .measure import Plan
@@ -13,7 +14,6 @@ from .sides import partner
 from .summary import deepened, of
 from .traffic import Traffic
 
-GB = 1e9
 NONE = "-"
 KINDS = ("linear", "attention")
 SHOWN = 12  # kernels that are listed at most

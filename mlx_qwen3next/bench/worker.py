@@ -13,6 +13,7 @@ import resource
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -46,14 +47,14 @@ MOST_COPIED = 1 << 28  # bytes of the array that is copied
 MATRICES = nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, ColumnLinear
 
 
-class Side:
+class Side(ABC):
     """What both sides answer, on a loaded ``model``."""
 
     model: Any
 
+    @abstractmethod
     def steps(self, prompt: list[int], tokens: int, mtp: str | int) -> Iterable[Any]:
         """The side's own loop: greedy, a step a token."""
-        raise NotImplementedError
 
     def held(self) -> dict[str, Any]:
         """What the loaded model is held as."""
@@ -122,13 +123,13 @@ class Side:
         token = mx.array([[1]])
         return _timed(lambda: head(trunk.norm(trunk.embed_tokens(token))).argmax(axis=-1))
 
+    @abstractmethod
     def turns(self, first: list[int], more: list[int], tokens: int, keep: bool) -> dict[str, Any]:
         """Seconds to the first token of a prompt and, ``tokens`` and ``more`` later, of the next.
 
         Args:
             keep: whether what the first turn left is used.
         """
-        raise NotImplementedError
 
 
 class Ours(Side):
