@@ -28,11 +28,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
-from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
+from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from . import checkpoint, ops
+from .attention import attention
 from .cache import Cache, GatedDeltaCache, Memory, Tape
 from .config import MODEL_TYPE, Config
 
@@ -173,7 +174,7 @@ class GatedAttention(nn.Module):
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         scale = self.hd**-0.5
-        o = scaled_dot_product_attention(q, k, v, cache=cache, scale=scale, mask=mask)
+        o = attention(q, k, v, scale=scale, mask=mask, cache=cache)
         return self.o_proj(self.gate(o, row, kv_heads=self.nkv))
 
 
@@ -259,8 +260,8 @@ class Trunk(nn.Module):
         # All layers of a kind share one mask, the first one's.
         linear = (c for layer, c in pairs if layer.is_linear and c is not None)
         linear_mask = next((c.make_mask(tokens.shape[1]) for c in linear), None)
-        attention = (c for layer, c in pairs if not layer.is_linear)
-        attention_mask = next((create_attention_mask(x, c) for c in attention), None)
+        full = (c for layer, c in pairs if not layer.is_linear)
+        attention_mask = next((create_attention_mask(x, c) for c in full), None)
         for i, (layer, c) in enumerate(pairs):
             if between is not None and i > 0:
                 between(i - 1, x)
