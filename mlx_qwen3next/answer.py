@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from . import memory
 from .cache import Cache
-from .command import fingerprint_of
+from .command import division, fingerprint_of
 from .dispatch import set_kernels
 from .flags import DEFAULT_PROMPT, DEMO_PROMPT
 from .generation import GenerationResponse, check_max_tokens, statistics, stream_generate
+from .group import Group, join
 from .load import DEFAULT_CONTEXT, load
 from .prompt_cache import PromptCache
 from .prompt_files import is_ours
@@ -40,11 +41,16 @@ SAMPLING = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Loads, generates, prints.
+    """Loads, generates, prints; with others, if ``mlx.launch`` started several.
 
     Raises:
         ValueError: an argument, the model or the prompt is not usable.
     """
+    with join() as group:
+        return _run(args, group)
+
+
+def _run(args: argparse.Namespace, group: Group) -> int:
     # A large model takes a while to load: what can be refused before it, is.
     check_max_tokens(args.max_tokens)
     set_kernels(args.kernels)
@@ -58,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
     cache: Cache | PromptCache | None = None
     tokenizer_config = {}
+    divided = division(args, group.size)
     file = None if args.prompt_cache_file is None else Path(args.prompt_cache_file)
+    if file is not None and group.size > 1:
+        raise ValueError("--prompt-cache-file is not supported on several machines")
     of_mlx_lm = file is not None and file.exists() and not is_ours(file)
     if file is not None and of_mlx_lm:
         cache, metadata = _load_cache(file)
@@ -73,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         context=max(DEFAULT_CONTEXT, args.max_tokens),
         tokenizer_config=tokenizer_config,
         adapter_path=args.adapter_path,
+        group=group,
+        **divided,
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
@@ -107,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         # As Python's documentation advises: what it flushes at its end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        group.leave(128 + signal.SIGPIPE)
         return 128 + signal.SIGPIPE
     finally:
         responses.close()

@@ -19,7 +19,7 @@ FROM = 16
 
 
 def attention(
-    q: mx.array, k: Any, v: Any, *, scale: float, mask: mx.array | str | None, cache: Any = None
+    q: mx.array, k: Any, v: Any, *, scale: float, mask: Any, cache: Any = None
 ) -> mx.array:
     """``softmax(scale q k^T) v``, grouped queries, arguments as mlx-lm's.
 

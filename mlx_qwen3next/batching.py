@@ -345,7 +345,7 @@ class _Alone:
             self._model,
             self._trunk,
             tokens[-1:],
-            Chooser(sampler, s.processors, tokens, key, position),
+            Chooser(sampler, s.processors, tokens, key, position, self._model.group),
             self._depth,
             self._drafter,
             after_forward=self._quantize,

@@ -47,6 +47,7 @@ class Source:
     shape: Shape
     build: Callable[[list[mx.array]], mx.array]
     stacked: bool = False  # whether each tensor is one row of the parameter
+    as_is: bool = False  # whether the parameter is the one tensor there is
 
     def rows(self, read: Callable[[str, int, int], mx.array], first: int, last: int) -> mx.array:
         """Rows ``first:last`` of the parameter; ``read(name, first, last)`` reads a tensor's.
@@ -111,7 +112,7 @@ def plan(parameters: Mapping[str, Shape], layout: Layout) -> dict[str, Source]:
 
 def _source(path: str, shape: Shape, layout: Layout) -> Source:
     if layout == "converted":
-        return Source((path,), shape, lambda tensors: tensors[0])
+        return Source((path,), shape, lambda tensors: tensors[0], as_is=True)
     if path.endswith("conv1d.weight"):
         C, K, _ = shape
         return Source((path,), (C, 1, K), lambda tensors: tensors[0].swapaxes(1, 2))
@@ -132,7 +133,7 @@ def _source(path: str, shape: Shape, layout: Layout) -> Source:
             (E, 2 * rows, columns),
             lambda tensors: tensors[0][:, half],
         )
-    return Source((path,), shape, lambda tensors: tensors[0])
+    return Source((path,), shape, lambda tensors: tensors[0], as_is=True)
 
 
 def sanitize(

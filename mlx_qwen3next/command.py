@@ -92,6 +92,55 @@ def add_speed_options(group: Any) -> None:
     )
 
 
+def add_group_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--pipeline`` and ``--expert-parallel``."""
+    group = parser.add_argument_group("several machines (with mlx.launch)")
+    group.add_argument(
+        "--pipeline",
+        type=_counts,
+        nargs="?",
+        const=(),
+        metavar="N,N,…",
+        help="Give each machine whole layers: as many as fit its memory, or so many in order of "
+        "rank. Takes the least traffic, but the machines work one after the other (default: "
+        "divide every layer).",
+    )
+    group.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="Divide the experts by number, not each of them (default: where their width does not "
+        "divide).",
+    )
+
+
+def division(args: argparse.Namespace, size: int) -> dict[str, Any]:
+    """What :func:`mlx_qwen3next.load` takes of these options, for a group of that size.
+
+    Raises:
+        ValueError: they contradict each other, or this process is alone.
+    """
+    asked = ["--pipeline"] * (args.pipeline is not None) + [
+        "--expert-parallel"
+    ] * args.expert_parallel
+    if len(asked) > 1:
+        raise ValueError("--pipeline and --expert-parallel exclude each other")
+    if asked and size == 1:
+        raise ValueError(f"{asked[0]} is for several processes: start them with mlx.launch")
+    if args.pipeline is not None:
+        return {"mode": "pipeline", "layers": args.pipeline or None}
+    return {"mode": "expert"} if args.expert_parallel else {}
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"must be numbers of layers, such as 30,18, got {text!r}")
+    return counts
+
+
 def _depth(text: str) -> str | int:
     if text in ("auto", "off"):
         return text

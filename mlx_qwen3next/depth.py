@@ -11,9 +11,9 @@ and nothing is drafted for a long while.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import median
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 MAX_DEPTH = 8
 
@@ -56,6 +56,25 @@ class FixedDepth:
 
     def record(self, depth: int, accepted: int, seconds: float | None) -> None:
         pass
+
+
+class DecidedDepth:
+    """A depth that one of several processes, which time their rounds each for itself, decides.
+
+    Args:
+        decide: takes what is decided, and this process's choice; returns the choice of all.
+    """
+
+    def __init__(self, depth: Depth, decide: Callable[[str, Any], Any]):
+        self._depth, self._decide = depth, decide
+        self.record = depth.record
+
+    @property
+    def idle(self) -> bool:
+        return self._decide("idle", self._depth.idle)
+
+    def choose(self, room: int) -> int:
+        return self._decide("depth", self._depth.choose(room))
 
 
 class Promise(NamedTuple):

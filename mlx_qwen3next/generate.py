@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .command import Parser, add_speed_options, guarded, refuse
+from .command import Parser, add_group_options, add_speed_options, guarded, refuse
 from .flags import UNSUPPORTED, add_essential_flags, other_flags
 
 EPILOG = """examples:
@@ -17,6 +17,8 @@ EPILOG = """examples:
       the message comes from another command
   %(prog)s --ignore-chat-template -p "def fibonacci(n):" -m 60
       the text is continued, not answered
+  mlx.launch -n 2 python -m mlx_qwen3next.generate --model DIR -p "Hello"
+      two processes share the model, with --hostfile on as many machines
 """
 
 
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     essential = result.add_argument_group("essential options")
     add_essential_flags(essential)
     add_speed_options(essential)
+    add_group_options(result)
     return result
 
 

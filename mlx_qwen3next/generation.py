@@ -26,7 +26,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .cache import Cache, GatedDeltaCache, MTPCache, Undo, settle, tokens_held
 from .config import Config
-from .depth import MAX_DEPTH, Depth, FixedDepth
+from .depth import MAX_DEPTH, DecidedDepth, Depth, FixedDepth
 from .errors import ContextLengthError
 from .model import Model
 from .prompt_cache import PromptCache
@@ -139,7 +139,10 @@ def generate_step(
             model, trunk, prompt, held, prefill_step_size, drafter, quantize, stops, keep, progress
         )
         chooser = Chooser(
-            sampler or options.sampler(), [*processors, *options.logits_processors()], prompt
+            sampler or options.sampler(),
+            [*processors, *options.logits_processors()],
+            prompt,
+            group=model.group,
         )
         decoding = Decoding(model, trunk, prompt[-1:], chooser, depth, drafter, keep_head, quantize)
         try:
@@ -385,7 +388,8 @@ def choose_depth(mtp: MTP, model: Model) -> Depth:
     """
     check_depth(mtp, model)
     if mtp == "auto" and model.mtp is not None:
-        return model.mtp.depth
+        alone = model.group.size == 1
+        return model.mtp.depth if alone else DecidedDepth(model.mtp.depth, model.group.decide)
     return FixedDepth(mtp if isinstance(mtp, int) else 0)
 
 

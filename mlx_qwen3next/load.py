@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ from tqdm import tqdm
 from . import checkpoint, memory, mtp, packing, shards
 from .config import Config
 from .errors import first_line
+from .group import ALONE, Group
 from .model import Model
+from .prompt_files import fingerprint
+from .sharding import Mode, Shard, take
 
 # Context assumed for the memory check where the caller gives none.
 DEFAULT_CONTEXT = 8192
@@ -50,12 +54,15 @@ def load(
     tokenizer_config: dict[str, Any] | None = None,
     adapter_path: str | Path | None = None,
     pack: bool = True,
+    group: Group = ALONE,
+    mode: Mode | None = None,
+    layers: Sequence[int] | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Loads a model and its tokenizer.
 
     Args:
         path_or_repo: a local directory, a hub repository id, or None for the bundled demo model.
-        dtype, context, pack: see :func:`load_model`.
+        dtype, context, pack, group, mode, layers: see :func:`load_model`.
         revision: branch, tag or commit of a hub repository.
         tokenizer_config: further arguments of transformers' ``AutoTokenizer``.
         adapter_path: the directory of a LoRA, DoRA or full fine-tune made by ``mlx_lm.lora``.
@@ -67,7 +74,18 @@ def load(
     Config.from_file(directory / "config.json")  # what is wrong there is to be said first
     tokenizer = _load_tokenizer(directory, tokenizer_config)
     if adapter_path is None:
-        return load_model(directory, dtype=dtype, context=context, pack=pack), tokenizer
+        model = load_model(
+            directory,
+            dtype=dtype,
+            context=context,
+            pack=pack,
+            group=group,
+            mode=mode,
+            layers=layers,
+        )
+        return model, tokenizer
+    if group.size > 1:
+        raise ValueError("an adapter cannot be divided among ranks; fuse it with mlx_lm.fuse first")
     model = load_model(directory, dtype=dtype, context=context, pack=False)
     _load_adapter(model, adapter_path)
     return _for_inference(model) if pack else model, tokenizer
@@ -88,6 +106,9 @@ def load_model(
     context: int = DEFAULT_CONTEXT,
     revision: str | None = None,
     pack: bool = True,
+    group: Group = ALONE,
+    mode: Mode | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Model:
     """Loads a model without a tokenizer; its MTP head is attached if the checkpoint has one.
 
@@ -99,9 +120,11 @@ def load_model(
         context: tokens the cache is to hold, for the memory check.
         pack: for inference (:func:`mlx_qwen3next.packing.pack`). Whoever wants to train, save or
             look into the model with the checkpoint's names says False.
+        group, mode, layers: the ranks that divide it, and how: see
+            :meth:`mlx_qwen3next.model.Model.shard`. Each reads and holds its part alone.
 
     Raises:
-        ValueError: as for :func:`load`.
+        ValueError: as for :func:`load`; or the ranks' files are not the same.
     """
     directory = resolve(path_or_repo, revision)
     config = Config.from_file(directory / "config.json")
@@ -119,14 +142,16 @@ def load_model(
         raise ValueError(f"{directory}: the config's sizes are beyond MLX's arrays") from None
     _quantize(model, tensors, dtype)
     sources = _match(model, tensors, directory)
+    if group.size > 1:
+        _check_same(directory, group, dtype)
+    part = model.shard(group, mode, layers)
     _check_memory(model, dtype, context)
 
     model.eval()
-    read = _read(sources, tensors, dtype)
+    own = {path: sources[part.whole_path(path)] for path, _ in _parameters(model)}
+    read = _read(own, tensors, dtype, part)
     # Only a large model takes long enough for the bar to appear.
-    bar = tqdm(
-        read, "loading", total=len(sources), unit="tensor", leave=False, delay=2, disable=None
-    )
+    bar = tqdm(read, "loading", total=len(own), unit="tensor", leave=False, delay=2, disable=None)
     for path, value in bar:
         model.load_weights([(path, value)], strict=False)
     return _for_inference(model) if pack else model
@@ -359,8 +384,30 @@ def _check_memory(model: Model, dtype: mx.Dtype, context: int) -> None:
     memory.check(weights, cache, context)
 
 
+def _check_same(directory: Path, group: Group, dtype: mx.Dtype) -> None:
+    """Checks that all ranks have the same model, and what runs it.
+
+    Raises:
+        ValueError: this one has another than rank 0.
+    """
+    own = {
+        "the files' fingerprint": fingerprint(directory),
+        "dtype": str(dtype),
+        "mlx": version("mlx"),
+        "mlx-qwen3next": version("mlx-qwen3next"),
+    }
+    for name, value in group.decide("model", own).items():
+        if own[name] != value:
+            raise ValueError(
+                f"{directory} is not run as on rank 0: {name} is {own[name]}, there {value}"
+            )
+
+
 def _read(
-    sources: dict[str, checkpoint.Source], tensors: dict[str, shards.Tensor], dtype: mx.Dtype
+    sources: dict[str, checkpoint.Source],
+    tensors: dict[str, shards.Tensor],
+    dtype: mx.Dtype,
+    part: Shard,
 ) -> Iterator[tuple[str, mx.array]]:
     """Evaluated parameters, one at a time."""
     lazy: dict[str, mx.array] = {}
@@ -368,7 +415,12 @@ def _read(
         lazy |= {name: array for name, array in _open(file).items() if tensors[name].file == file}
     uses = Counter(name for source in sources.values() for name in source.names)
     for path, source in sources.items():
-        value = source.build([lazy[name] for name in source.names])
+        index = part.index(part.whole_path(path), source.shape)
+        if index is not None and source.as_is:
+            value = shards.read_part(tensors[source.names[0]], index)
+        else:
+            value = source.build([lazy[name] for name in source.names])
+            value = value if index is None else take(value, index)
         value = value.astype(_held_dtype(path, value, dtype))
         mx.eval(value)
         # What was stored in another form than it is held in must not stay in memory as well.

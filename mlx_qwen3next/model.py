@@ -21,7 +21,7 @@ al. 2025, "Gated Attention for Large Language Models".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -32,10 +32,11 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from . import checkpoint, ops
+from . import checkpoint, ops, sharding
 from .attention import attention
 from .cache import Cache, GatedDeltaCache, Memory, Tape
 from .config import MODEL_TYPE, Config
+from .group import ALONE, WHOLE, Group, connected
 
 
 class RMSNorm(nn.Module):
@@ -66,6 +67,7 @@ class GatedDeltaNet(nn.Module):
     """Linear attention by the gated delta rule: a fixed-size state instead of a growing cache."""
 
     step = staticmethod(ops.gated_delta_step)
+    group = ALONE
 
     def __init__(self, config: Config):
         super().__init__()
@@ -122,7 +124,7 @@ class GatedDeltaNet(nn.Module):
             cache.record(Tape(rows, *tape), state)
         elif cache is not None:
             cache.store(rows, state, L)
-        return self.out_proj(o)
+        return self.group.all_sum(self.out_proj(o))
 
 
 class GatedAttention(nn.Module):
@@ -130,6 +132,7 @@ class GatedAttention(nn.Module):
 
     split_heads = staticmethod(ops.attention_heads)
     gate = staticmethod(ops.attention_gate)
+    group = ALONE
 
     def __init__(self, config: Config):
         super().__init__()
@@ -175,11 +178,13 @@ class GatedAttention(nn.Module):
             k, v = cache.update_and_fetch(k, v)
         scale = self.hd**-0.5
         o = attention(q, k, v, scale=scale, mask=mask, cache=cache)
-        return self.o_proj(self.gate(o, row, kv_heads=self.nkv))
+        return self.group.all_sum(self.o_proj(self.gate(o, row, kv_heads=self.nkv)))
 
 
 class MLP(nn.Module):
     """SwiGLU: ``down(silu(gate x) up x)``."""
+
+    group = ALONE
 
     def __init__(self, dims: int, width: int):
         super().__init__()
@@ -188,11 +193,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.group.all_sum(self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x))))
 
 
 class SparseMoE(nn.Module):
     """The top k of E experts by a softmax router, plus one shared expert behind a sigmoid gate."""
+
+    group = ALONE
+    own: range | None = None  # the experts that are here, if not all
 
     def __init__(self, config: Config):
         super().__init__()
@@ -206,9 +214,13 @@ class SparseMoE(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         experts, weights = ops.route(self.gate(x), self.top_k, self.norm_topk_prob)
+        if self.own is not None:
+            experts, weights = ops.only_own(experts, weights, self.own)
         y = self.switch_mlp(x, experts)  # [B, L, top_k, H]
         y = (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
-        return y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        if "shared_expert" in self:
+            y = y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return self.group.all_sum(y)
 
 
 class DecoderLayer(nn.Module):
@@ -235,6 +247,10 @@ class DecoderLayer(nn.Module):
 class Trunk(nn.Module):
     """Embedding, the decoder layers and the final norm: tokens to hidden states."""
 
+    vocabulary = ALONE  # the group that has it together…
+    first_token = 0  # …and the first of its tokens that is here
+    stage = WHOLE
+
     def __init__(self, config: Config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -254,7 +270,7 @@ class Trunk(nn.Module):
 
         ``between`` is called with the number and the output of every layer that another follows.
         """
-        x = self.embed_tokens(tokens)
+        x = self.stage.enter(self.embed(tokens))
         caches = [None] * len(self.layers) if cache is None else cache
         pairs = list(zip(self.layers, caches, strict=True))
         # All layers of a kind share one mask, the first one's.
@@ -266,7 +282,17 @@ class Trunk(nn.Module):
             if between is not None and i > 0:
                 between(i - 1, x)
             x = layer(x, linear_mask if layer.is_linear else attention_mask, c)
-        return self.norm(x)
+        return self.norm(self.stage.leave(x))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Tokens ``[B, L]`` to ``[B, L, H]``."""
+        if self.vocabulary.size == 1:
+            return self.embed_tokens(tokens)
+        rows = self.embed_tokens.weight.shape[0]
+        own = tokens.astype(mx.int32) - self.first_token
+        here = (own >= 0) & (own < rows)
+        x = self.embed_tokens(mx.where(here, own, 0))
+        return self.vocabulary.all_sum(mx.where(here[..., None], x, 0))
 
 
 class Model(nn.Module):
@@ -276,6 +302,7 @@ class Model(nn.Module):
     """
 
     packed = False  # whether it has been through mlx_qwen3next.packing
+    group = ALONE  # the processes that run it together
 
     def __init__(self, config: Config):
         super().__init__()
@@ -292,9 +319,9 @@ class Model(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states ``[..., H]`` (after the final norm) to logits ``[..., vocab]``."""
-        if self.args.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(hidden)
-        return self.lm_head(hidden)
+        tied = self.args.tie_word_embeddings
+        logits = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
+        return self.model.vocabulary.all_gather(logits)
 
     def train(self, mode: bool = True) -> nn.Module:
         """As ``nn.Module``'s.
@@ -314,6 +341,28 @@ class Model(nn.Module):
         """
         self._check_unpacked("save")
         super().save_weights(file, **options)
+
+    def shard(
+        self,
+        group: Group | mx.distributed.Group,
+        mode: sharding.Mode | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> sharding.Shard:
+        """Leaves what is this rank's, in place; :func:`mlx_qwen3next.load` reads no more than that.
+
+        Args:
+            group: what :func:`mlx_qwen3next.group.join` or ``mx.distributed.init`` gave.
+            mode, layers: see :func:`mlx_qwen3next.sharding.plan`.
+
+        Raises:
+            ValueError: the model is packed, or does not divide among so many ranks.
+        """
+        self._check_unpacked("shard")
+        group = connected(group)
+        part = sharding.plan(self, group, mode, layers)
+        if group.size > 1:
+            sharding.shard(self, group, part)
+        return part
 
     def _check_unpacked(self, to_do: str) -> None:
         if self.packed:

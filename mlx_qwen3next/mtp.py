@@ -198,5 +198,5 @@ def attach(model: Model) -> MTPHead:
     """Gives the model a head (with unset weights) and returns it."""
     # A closure, not the module: the embedding's parameters belong to the trunk alone, and
     # quantization may replace it.
-    model.mtp = MTPHead(model.args, lambda tokens: model.model.embed_tokens(tokens))
+    model.mtp = MTPHead(model.args, lambda tokens: model.model.embed(tokens))
     return model.mtp

@@ -124,6 +124,15 @@ def route(logits: mx.array, top_k: int, normalise: bool) -> tuple[mx.array, mx.a
     return experts, weights
 
 
+def only_own(experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array, mx.array]:
+    """Those of a token's experts that are in ``own``, counted from its start, and their weights.
+
+    The others are the first, with weight 0.
+    """
+    here = (experts >= own.start) & (experts < own.stop)
+    return mx.where(here, experts - own.start, 0), mx.where(here, weights, 0)
+
+
 def sparse_experts(
     x: mx.array,
     logits: mx.array,
@@ -134,6 +143,7 @@ def sparse_experts(
     experts: int,
     top_k: int,
     normalise: bool,
+    own: range | None = None,
 ) -> mx.array:
     """``residual`` plus the mixture of experts, on packed weights.
 
@@ -142,13 +152,16 @@ def sparse_experts(
         logits: ``[R, E]``, or ``[R, E + 1]`` where the shared expert is number E, its gate last.
         gate_up: ``[E, 2 I, H]``, gate's rows first; down: ``[E, H, I]``.
         experts: E; top_k, normalise: as for :func:`route`.
+        own: the experts that ``gate_up`` and ``down`` have, if not all.
 
     Returns:
         ``[R, H]``.
     """
     indices, weights = route(logits[:, :experts], top_k, normalise)
+    if own is not None:
+        indices, weights = only_own(indices, weights, own)
     if logits.shape[1] > experts:
-        shared = mx.full((x.shape[0], 1), experts, indices.dtype)
+        shared = mx.full((x.shape[0], 1), len(own or range(experts)), indices.dtype)
         indices = mx.concatenate([indices, shared], axis=1)
         gate = mx.sigmoid(logits[:, experts:].astype(mx.float32))
         weights = mx.concatenate([weights, gate], axis=1)

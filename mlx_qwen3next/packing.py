@@ -73,19 +73,23 @@ class PackedSparseMoE(SparseMoE):
         """``x``, ``residual`` ``[B, L, H]`` to ``residual + mixture(x)``."""
         shape = x.shape
         x, residual = x.reshape(-1, shape[-1]), residual.reshape(-1, shape[-1])
+        if self.group.rank > 0:  # one of those that are summed has it
+            residual = mx.zeros_like(residual)
         logits = self.gate(x)
         if "shared_expert" in self:
             shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
             residual = residual + shared
         weights = _experts(self.gate_up_proj), _experts(self.down_proj)
-        turned_around = any(isinstance(w, Columns) for w in weights)  # which no kernel takes
-        y = (ops.sparse_experts if turned_around else fused.sparse_experts)(
-            *(x, logits, *weights, residual),
-            experts=self.num_experts,
-            top_k=self.top_k,
-            normalise=self.norm_topk_prob,
-        )
-        return y.reshape(shape)
+        options: dict[str, Any] = {
+            "experts": self.num_experts,
+            "top_k": self.top_k,
+            "normalise": self.norm_topk_prob,
+        }
+        if self.own is not None or any(isinstance(w, Columns) for w in weights):  # for no kernel
+            y = ops.sparse_experts(x, logits, *weights, residual, own=self.own, **options)
+        else:
+            y = fused.sparse_experts(x, logits, *weights, residual, **options)
+        return self.group.all_sum(y.reshape(shape))
 
 
 class PackedDecoderLayer(DecoderLayer):
@@ -157,14 +161,17 @@ def _pack_attention(layer: GatedAttention) -> GatedAttention:
 def _pack_experts(layer: SparseMoE) -> SparseMoE:
     if isinstance(layer, PackedSparseMoE) or not isinstance(layer.switch_mlp, SwitchGLU):
         return layer
-    routed, shared = layer.switch_mlp, layer.shared_expert
+    routed = layer.switch_mlp
     gate_up = _stack([routed.gate_proj, routed.up_proj], axis=1)
     if gate_up is None or not all(_is_plain(part) for part in (gate_up, routed.down_proj)):
         return layer
     packed = _recast(layer, PackedSparseMoE)
     packed.gate_up_proj, packed.down_proj = gate_up, routed.down_proj
     del packed["switch_mlp"]
+    if "shared_expert" not in layer:  # another rank has it
+        return packed
 
+    shared = layer.shared_expert
     router = _stack([layer.gate, layer.shared_expert_gate])
     shared_gate_up = _stack([shared.gate_proj, shared.up_proj])
     if router is None or shared_gate_up is None:

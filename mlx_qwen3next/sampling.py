@@ -26,6 +26,8 @@ from mlx_lm.sample_utils import (
     make_sampler,
 )
 
+from .group import ALONE, Group
+
 # Logits [1, vocab] and the drafts [1] before to a draft [1], by the same rules as the tokens.
 Choose = Callable[[mx.array, list[mx.array]], mx.array]
 
@@ -143,6 +145,7 @@ class Chooser:
         prompt: the tokens ``[n]`` uint32 before the first choice.
         key: with a position, what its random numbers are drawn from; None draws one.
         position: how many tokens were chosen with that key before.
+        group: whose rank 0 chooses for all.
     """
 
     def __init__(
@@ -152,8 +155,9 @@ class Chooser:
         prompt: mx.array,
         key: int | None = None,
         position: int = 0,
+        group: Group = ALONE,
     ):
-        self._sampler, self._processors = sampler, processors
+        self._sampler, self._processors, self._group = sampler, processors, group
         self._tokens = np.array(prompt)
         self._greedy = sampler is greedy_sampler and not processors
         self._position = position
@@ -166,6 +170,12 @@ class Chooser:
             logits: ``[1, vocab]``.
             after: tokens ``[1]`` that come between what was :meth:`extend`-ed and the choice.
         """
+        token, logprobs = self._choose(logits, after)
+        return self._group.agree(token), logprobs
+
+    def _choose(
+        self, logits: mx.array, after: Sequence[mx.array] = ()
+    ) -> tuple[mx.array, mx.array]:
         self._seed(len(after))
         if self._processors:
             tokens = mx.concatenate([mx.array(self._tokens), *after])
@@ -179,8 +189,9 @@ class Chooser:
         ``[n + 1, vocab]``, from logits ``[n + 1, vocab]``."""
         if self._greedy:
             return self.choose(logits)
-        rows = [self.choose(logits[i : i + 1], drafts[:i]) for i in range(len(drafts) + 1)]
-        return mx.concatenate([r[0] for r in rows]), mx.concatenate([r[1] for r in rows])
+        rows = [self._choose(logits[i : i + 1], drafts[:i]) for i in range(len(drafts) + 1)]
+        tokens, logprobs = (mx.concatenate(list(parts)) for parts in zip(*rows, strict=True))
+        return self._group.agree(tokens), logprobs
 
     def extend(self, token: int) -> None:
         """Takes over the token that was chosen."""

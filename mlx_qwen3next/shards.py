@@ -212,6 +212,21 @@ def read_rows(tensor: Tensor, first: int = 0, last: int | None = None) -> mx.arr
     return from_bytes(raw, tensor.dtype, (last - first, *tensor.shape[1:]))
 
 
+def read_part(tensor: Tensor, index: tuple[Any, ...]) -> mx.array:
+    """Some elements, read now: of the file as little as its pages allow.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    item = np.dtype(f"u{_ITEM_BYTES[tensor.dtype]}")
+    try:
+        whole = np.memmap(tensor.file, item, "r", tensor.start, tensor.shape)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{tensor.file} cannot be read: {error}") from None
+    part = np.ascontiguousarray(whole[index])
+    return from_bytes(part.view(np.uint8).reshape(-1), tensor.dtype, part.shape)
+
+
 def from_bytes(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
     """The array that ``raw`` (bytes) holds (FP8 as bytes)."""
     return mx.array(raw).view(DTYPES[dtype]).reshape(shape)
