@@ -100,6 +100,7 @@ def add_group_options(parser: argparse.ArgumentParser) -> None:
         type=_counts,
         nargs="?",
         const=(),
+        default=False,  # as in mlx_lm.server
         metavar="N,N,…",
         help="Give each machine whole layers: as many as fit its memory, or so many in order of "
         "rank. Takes the least traffic, but the machines work one after the other (default: "
@@ -119,14 +120,14 @@ def division(args: argparse.Namespace, size: int) -> dict[str, Any]:
     Raises:
         ValueError: they contradict each other, or this process is alone.
     """
-    asked = ["--pipeline"] * (args.pipeline is not None) + [
+    asked = ["--pipeline"] * (args.pipeline is not False) + [
         "--expert-parallel"
     ] * args.expert_parallel
     if len(asked) > 1:
         raise ValueError("--pipeline and --expert-parallel exclude each other")
     if asked and size == 1:
         raise ValueError(f"{asked[0]} is for several processes: start them with mlx.launch")
-    if args.pipeline is not None:
+    if args.pipeline is not False:
         return {"mode": "pipeline", "layers": args.pipeline or None}
     return {"mode": "expert"} if args.expert_parallel else {}
 

@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from .cache import Cache
+from .group import ALONE, Group
 from .prompt_files import Folder, logger, read_file, write_file
 from .prompt_pieces import Piece, assemble, size, take_apart
 from .prompt_tree import Damaged, Node, common, tree
@@ -49,6 +50,8 @@ class PromptCache:
             locked, there is a warning, and all is kept in memory alone.
         fingerprint: of the model and its options, see
             :func:`mlx_qwen3next.prompt_files.fingerprint`.
+        group: of processes that each keep their part of the same texts; rank 0 decides what is
+            dropped.
 
     Raises:
         ValueError: there is a directory, but the fingerprint is no plain name.
@@ -62,13 +65,14 @@ class PromptCache:
         tokenizer: Any = None,
         directory: Path | None = None,
         fingerprint: str = "",
+        group: Group = ALONE,
     ):
         self.max_bytes, self._max_sequences = max_bytes, max_sequences
         self._turn, self._think = (
             None if tokenizer is None else tokenizer.convert_tokens_to_ids(mark)
             for mark in (TURN, THINK)
         )
-        self._fingerprint = fingerprint
+        self._fingerprint, self._group = fingerprint, group
         self._folder: Folder | None = None
         self._root = Node(Piece(0, np.zeros(0, np.uint32), {}, {}, {}), None, saved=True)
         self._nbytes, self._clock = 0, 0.0
@@ -242,16 +246,26 @@ class PromptCache:
     # --- dropping --------------------------------------------------------------------------------
     def trim(self, max_bytes: int) -> None:
         """Drops what is worth least until what is held takes no more than ``max_bytes``."""
-        while self._used:
-            leaves = [node for node in self._used if not node.children]
-            if self.nbytes > max_bytes:
-                least = [min(self._used, key=self._worth)]
-            elif self._max_sequences is not None and len(leaves) > self._max_sequences:
-                least = min(map(self._stem, leaves), key=self._best)
-            else:
-                return
+        while least := self._agreed(self._least(max_bytes)):
             self._clock = max(self._clock, self._best(least))
             self._discard(least)
+
+    def _least(self, max_bytes: int) -> list[Node]:
+        """What is to be dropped next; nothing if the rest may stay."""
+        leaves = [node for node in self._used if not node.children]
+        if self._used and self.nbytes > max_bytes:
+            return [min(self._used, key=self._worth)]
+        if self._max_sequences is not None and len(leaves) > self._max_sequences:
+            return min(map(self._stem, leaves), key=self._best)
+        return []
+
+    def _agreed(self, nodes: list[Node]) -> list[Node]:
+        """The nodes that rank 0 names: of a pipeline's ranks not all hold as much of a text."""
+        if self._group.size == 1:
+            return nodes
+        named = {node.name: node for node in tree(self._root)}
+        names = self._group.decide("dropped", [node.name for node in nodes])
+        return [named[name] for name in names]
 
     def clear(self) -> None:
         """Drops everything, the files included."""

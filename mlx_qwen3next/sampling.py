@@ -212,16 +212,16 @@ class SeededSampler:
     """A sampler that draws, call after call, what a :class:`Chooser` with its key draws.
 
     Args:
-        key, position: the chooser's.
+        key, position, group: the chooser's.
     """
 
-    def __init__(self, sampler: Sampler, key: int, position: int = 0):
-        self.sampler, self.key, self.position = sampler, key, position
+    def __init__(self, sampler: Sampler, key: int, position: int = 0, group: Group = ALONE):
+        self.sampler, self.key, self.position, self._group = sampler, key, position, group
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         _seed(self.key, self.position)
         self.position += 1
-        return self.sampler(logprobs)
+        return self._group.agree(self.sampler(logprobs))
 
 
 def draw_key() -> int:

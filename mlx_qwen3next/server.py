@@ -29,11 +29,20 @@ from mlx_lm.utils import _parse_size
 
 from . import compatibility, memory
 from .api import MAX_CONNECTIONS, Handler, Server, Settings
-from .command import Parser, add_speed_options, fingerprint_of, guarded, refuse
+from .command import (
+    Parser,
+    add_group_options,
+    add_speed_options,
+    division,
+    fingerprint_of,
+    guarded,
+    refuse,
+)
 from .config import MODEL_TYPE, Config
 from .dispatch import set_kernels
 from .errors import first_line
 from .generation import check_kv_quantization
+from .group import ALONE, Group, join
 from .load import hub_errors, load, local_directory, resolve
 from .prompt_cache import PromptCache
 from .sampling import Sampling, check_integer
@@ -45,9 +54,10 @@ LEAST_CACHE = 256 * 2**20  # bytes of the prompt cache, however full the memory 
 _NOT_OURS = {
     "draft_model": "the model drafts with its own MTP head: use --mtp",
     "num_draft_tokens": "use --mtp",
-    "pipeline": "this server runs on one machine",
 }
 _ONLY_OURS = {
+    "pipeline": "this model is not Qwen3-Next",
+    "expert_parallel": "this model is not Qwen3-Next",
     "prompt_cache_dir": "this model is not Qwen3-Next",
     "mtp": "this model is not Qwen3-Next",
     "kernels": "this model is not Qwen3-Next",
@@ -89,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
         "the repository, or the directory's name).",
     )
     add_speed_options(essential)
+    add_group_options(result)
     cache = result.add_argument_group("prompt cache")
     cache.add_argument(
         "--prompt-cache-bytes",
@@ -161,8 +172,12 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     compatibility.check()
-    if mx.distributed.init().size() > 1:
-        raise ValueError("this server runs on one machine; start it without mlx.launch")
+    with join() as group:
+        return _run(args, group)
+
+
+def _run(args: argparse.Namespace, group: Group) -> int:
+    divided = division(args, group.size)
     set_kernels(args.kernels)
     _allow_files()
     settings = Settings(
@@ -174,6 +189,12 @@ def run(args: argparse.Namespace) -> int:
     )
     ours = _model_type(args.model) == MODEL_TYPE
     refuse(args, parser(), _NOT_OURS if ours else _ONLY_OURS)
+    if group.size > 1 and not ours:
+        raise ValueError(
+            "this model is not Qwen3-Next: mlx_lm.server serves it on several machines"
+        )
+    if group.size > 1 and args.prompt_cache_dir is not None:
+        raise ValueError("--prompt-cache-dir is not supported on several machines")
 
     generator: Any = None
     errors: list[Exception] = []
@@ -187,11 +208,22 @@ def run(args: argparse.Namespace) -> int:
         errors.append(error)
         stopping.set()
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    def engine() -> Engine:
+        cache = partial(_prompt_cache, args, group=group)
+        return Engine(Provider(args, group, divided), cache, args.mtp, failed)
+
+    if group.rank > 0:  # does what rank 0 does, without clients
+        logging.disable()
+        _wait(engine().ended)
+        return _outcome(errors)
+
+    # Ctrl-C as well, where there are others: they are told to end after the last answer.
+    for number in (signal.SIGTERM, *([signal.SIGINT] if group.size > 1 else [])):
+        signal.signal(number, signal.default_int_handler)
     with Server(args.host, args.port, handler) as server:  # the port first: loading takes long
         try:
             if ours:
-                generator = Engine(Provider(args), partial(_prompt_cache, args), args.mtp, failed)
+                generator = engine()
             else:
                 texts = LRUPromptCache(args.prompt_cache_size or _TEXTS)
                 generator = Other(stock.ModelProvider(args), texts)
@@ -209,6 +241,10 @@ def run(args: argparse.Namespace) -> int:
             _wait(generator.ended)
         server.shutdown()
         server.wait(_LAST_WORDS)
+    return _outcome(errors)
+
+
+def _outcome(errors: list[Exception]) -> int:
     if errors:
         raise ValueError(first_line(errors[0])) from errors[0]
     return 0
@@ -221,7 +257,15 @@ def _wait(event: threading.Event) -> None:
 
 
 class Provider(stock.ModelProvider):
-    """Loads the one model there is, in place of mlx-lm's provider."""
+    """Loads the one model there is, in place of mlx-lm's provider.
+
+    Args:
+        group, divided: who serves it together, and how: see :func:`mlx_qwen3next.load`.
+    """
+
+    def __init__(self, args: argparse.Namespace, group: Group, divided: dict[str, Any]):
+        self._group, self._divided = group, divided
+        super().__init__(args)
 
     def load_default(self) -> None:
         """Loads the model; see ``_load``."""
@@ -243,7 +287,11 @@ class Provider(stock.ModelProvider):
         kv = args.kv_bits, args.kv_group_size, args.quantized_kv_start
         check_kv_quantization(config.head_dim, *kv)  # before 45 GB are read
         model, tokenizer = load(
-            model_path, tokenizer_config=self._tokenizer_config, adapter_path=adapter_path
+            model_path,
+            tokenizer_config=self._tokenizer_config,
+            adapter_path=adapter_path,
+            group=self._group,
+            **self._divided,
         )
         if args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
@@ -349,7 +397,7 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _prompt_cache(args: argparse.Namespace, tokenizer: Any) -> PromptCache:
+def _prompt_cache(args: argparse.Namespace, tokenizer: Any, group: Group = ALONE) -> PromptCache:
     """The prompt cache that the arguments ask for, once the model is loaded."""
     size = args.prompt_cache_bytes
     if size is None:
@@ -360,6 +408,7 @@ def _prompt_cache(args: argparse.Namespace, tokenizer: Any) -> PromptCache:
         tokenizer=tokenizer,
         directory=args.prompt_cache_dir,
         fingerprint="" if args.prompt_cache_dir is None else fingerprint_of(args),
+        group=group,
     )
 
 

@@ -3,6 +3,9 @@
 :class:`Engine` takes the place of mlx_lm.server's ResponseGenerator for Qwen3-Next. What tokens
 come is up to :mod:`mlx_qwen3next.batching`, what is kept to :mod:`mlx_qwen3next.prompt_cache`.
 
+Where several processes serve one model (:mod:`mlx_qwen3next.group`), each has such a thread and
+does the same: rank 0, which clients talk to, decides turn by turn who comes and who has gone.
+
 An error in a forward has broken the caches of all sequences that were in it. Each of them goes on
 from its checkpoint and its tokens, one after the other: the one that fails by itself is to blame,
 and its request ends with the error.
@@ -15,9 +18,9 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from queue import Empty, Queue
 from typing import Any
 
@@ -56,6 +59,7 @@ class _Live:
     """A request that is being answered."""
 
     queue: Queue[Any]  # mlx_lm.server's: progress, responses, an exception; None at the end
+    arguments: GenerationArguments
     ctx: GenerationContext
     tokens: list[int]  # the prompt and all that was told
     max_tokens: int
@@ -73,6 +77,14 @@ class _Live:
     on_trial: bool = False  # it was in a forward that failed
     fresh: bool = True  # nothing was told since it came into the batch
     places: Sequence[int] = ()  # where its prompt is to have checkpoints
+    number: int = 0  # in the order in which they came
+
+
+class _Nobody(Queue[Any]):
+    """Whom an answer is told to by a rank that has no clients."""
+
+    def put(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 class Engine(ResponseGenerator):
@@ -95,6 +107,7 @@ class Engine(ResponseGenerator):
         self._make_prompt_cache, self._mtp, self._failed = prompt_cache, mtp, failed
         self._live: dict[int, _Live] = {}
         self._waiting: deque[_Live] = deque()
+        self._numbers = count()
         self._reassured = 0.0  # when those were told something last
         self._loaded = threading.Event()
         # To wait for: Thread.join() takes a thread for stopped once Ctrl-C has interrupted it.
@@ -134,7 +147,7 @@ class Engine(ResponseGenerator):
             raise RuntimeError("the server is shutting down")
         try:
             with self._reading:
-                live = self._read(request, generation_args)
+                live = self._read(request, generation_args, Queue())
         except ValueError:
             raise
         except Exception as error:  # templates and tokenizers raise what they like
@@ -172,18 +185,17 @@ class Engine(ResponseGenerator):
             provider: Any = self.model_provider
             self._model, self._tokenizer = provider.model, provider.tokenizer
             depth = choose_depth(self._mtp, self._model)
+            self._group = self._model.group
             self._checkpoints = self._make_prompt_cache(self._tokenizer)
         except Exception as error:
             self._generation_failed = True
             self._failed(error)
             return
         self._stream = mx.default_stream(mx.default_device())
-        self._budget = self._checkpoints.max_bytes
+        self._budget = min(self._group.gather("budget", self._checkpoints.max_bytes))
         self._start(depth)
         self._loaded.set()
-        while not self._over():
-            self._take_in()
-            self._drop_gone()
+        while self._turn():
             self._fill()
             if self._live:
                 self._step()
@@ -207,6 +219,27 @@ class Engine(ResponseGenerator):
         )
         self._at_once = 1 if args.kv_bits is not None else args.decode_concurrency
 
+    def _turn(self) -> bool:
+        """Takes in who came and drops who has gone; returns whether there is more to do."""
+        mine: list[_Live] = []
+        told: Any = None
+        if self._group.rank == 0:
+            over = self._over()
+            mine = [] if over else self._take_in()
+            everybody = [*self._live.values(), *self._waiting]
+            gone = {live.number for live in everybody if live.ctx._should_stop}
+            if not (over or mine or everybody):
+                return True  # the others need not be told
+            told = over, [(live.tokens, live.arguments) for live in mine], gone
+        over, asked, gone = self._group.decide("turn", told)
+        if self._group.rank > 0:
+            mine = [self._read(_as_request(tokens), args, _Nobody()) for tokens, args in asked]
+        for live in mine:
+            live.number = next(self._numbers)
+        self._waiting += mine
+        self._drop(gone)
+        return not over
+
     def _over(self) -> bool:
         if not self._stop:
             return False
@@ -219,16 +252,17 @@ class Engine(ResponseGenerator):
             live.queue.put(RuntimeError("the server is shutting down"))
         return True
 
-    def _take_in(self) -> None:
-        """Takes in what was asked; with nothing else to do it waits for that, or saves."""
-        idle = not (self._live or self._waiting)
+    def _take_in(self) -> list[_Live]:
+        """What was asked; with nothing else to do it waits for that, or saves."""
+        idle, asked = not (self._live or self._waiting), []
         try:
-            self._waiting.append(self.requests.get(block=idle, timeout=IDLE))
+            asked.append(self.requests.get(block=idle, timeout=IDLE))
             while True:
-                self._waiting.append(self.requests.get_nowait())
+                asked.append(self.requests.get_nowait())
         except Empty:
-            if idle and not self._waiting:
+            if idle and not asked:
                 self._checkpoints.save_next()
+        return asked
 
     def _reassure(self) -> None:
         """Tells those that wait so, now and then: only then is it noticed if a client has gone."""
@@ -237,7 +271,9 @@ class Engine(ResponseGenerator):
             for live in self._waiting:
                 live.queue.put((0, len(live.tokens)))
 
-    def _read(self, request: CompletionRequest, args: GenerationArguments) -> _Live:
+    def _read(
+        self, request: CompletionRequest, args: GenerationArguments, queue: Queue[Any]
+    ) -> _Live:
         """What a request asks for.
 
         Raises:
@@ -272,7 +308,8 @@ class Engine(ResponseGenerator):
             prompt=prompt,
         )
         return _Live(
-            Queue(),
+            queue,
+            args,
             ctx,
             list(prompt),
             budget,
@@ -308,14 +345,14 @@ class Engine(ResponseGenerator):
             state = "reasoning"
         return prompt, tokenizer.response_initial_state or state
 
-    def _drop_gone(self) -> None:
+    def _drop(self, gone: Container[int]) -> None:
         """Frees the places of those whose clients have gone."""
-        gone = [uid for uid, live in self._live.items() if live.ctx._should_stop]
-        for uid in gone:
+        uids = [uid for uid, live in self._live.items() if live.number in gone]
+        for uid in uids:
             del self._live[uid]
-        if gone:
-            self._remove(gone)
-        self._waiting = deque(live for live in self._waiting if not live.ctx._should_stop)
+        if uids:
+            self._remove(uids)
+        self._waiting = deque(live for live in self._waiting if live.number not in gone)
 
     def _fill(self) -> None:
         """Lets in who waits, as far as there are places."""
@@ -337,7 +374,8 @@ class Engine(ResponseGenerator):
         longest = max(len(live.tokens) for live in batch)
         config, mtp = self._model.args, self._model.mtp is not None
         row = memory.cache_bytes(config, longest, mtp=mtp, itemsize=default_dtype().size)
-        return len(batch) == 1 or len(batch) * row <= self._budget
+        fits = len(batch) == 1 or len(batch) * row <= self._budget
+        return self._group.decide("fits", fits)
 
     def _insert(self, live: _Live) -> None:
         cache, held = self._checkpoints.fetch(live.tokens)
@@ -345,10 +383,10 @@ class Engine(ResponseGenerator):
             live.ctx.prompt_cache_count = held
             logging.info(f"Prompt: {len(live.tokens)} tokens, {held} of them cached")
         sampler = live.sampler
-        if sampler is not greedy_sampler:
+        if sampler is not greedy_sampler or self._group.size > 1:
             if live.key is None:
-                live.key = _key(live.seed)
-            sampler = SeededSampler(sampler, live.key, live.told)
+                live.key = self._group.decide("key", _key(live.seed))
+            sampler = SeededSampler(sampler, live.key, live.told, self._group)
         live.places = self._checkpoints.places(live.tokens, held)
         cuts = [held, *live.places, len(live.tokens)]
         (uid,) = self._batch.insert_segments(
@@ -439,6 +477,7 @@ class Engine(ResponseGenerator):
     def _recover(self, error: Exception) -> None:
         """Ends the request to blame for a forward that failed, and begins anew with the others."""
         logging.error(f"A forward failed: {first_line(error)}", exc_info=error)
+        self._group.leave(1)  # where others wait for what has not come
         among = list(self._live.items())
         fresh = [(uid, live) for uid, live in among if live.fresh]
         suspects = [(uid, live) for uid, live in fresh if live.on_trial] or fresh or among
@@ -463,6 +502,11 @@ class Engine(ResponseGenerator):
     def _fail(self, live: _Live, error: Exception) -> None:
         logging.error(f"A request failed: {first_line(error)}")
         live.queue.put(RuntimeError(first_line(error)))
+
+
+def _as_request(tokens: list[int]) -> CompletionRequest:
+    prompt: Any = tokens  # as mlx_lm.server's own handler takes them
+    return CompletionRequest("text", prompt, [], None, None)
 
 
 def _key(seed: int | None) -> int:
