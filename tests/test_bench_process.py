@@ -19,7 +19,7 @@ BENCH = [sys.executable, "-m", "mlx_qwen3next.bench"]
 @pytest.fixture
 def worker():
     """A worker of ours on the golden."""
-    worker = Worker(Side("ours", "float32"), GOLDENS / "base")
+    worker = Worker(Side("ours", "float32"), GOLDENS / "base", {})
     yield worker
     worker.close()
 
@@ -83,13 +83,13 @@ def test_a_worker_that_dies_or_refuses(worker):
 
 def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(WorkerError, match=r"^mlx-lm, float32: FileNotFoundError: .*config.json"):
-        Worker(Side("stock", "float32"), tmp_path)
+        Worker(Side("stock", "float32"), tmp_path, {})
 
 
 def test_stray_prints_are_no_replies(monkeypatch, capfd):
     prints = "worker.Ours.queued = lambda self: (print('stray', flush=True), 40)[1]; worker.main"
     monkeypatch.setattr(sides, "_START", sides._START.replace("worker.main", prints))
-    worker = Worker(Side("ours", "float32"), GOLDENS / "base")
+    worker = Worker(Side("ours", "float32"), GOLDENS / "base", {})
     try:
         assert worker.ask("queued") == 40
     finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 STEP = 2048  # tokens read at a time
 MARKS = [1024 * 2**i for i in range(12)]  # where a step is timed
 
@@ -19,6 +21,14 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     return over / sum((a - mx) ** 2 for a in xs)
 
 
+def shares(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """a and b of ``y = a x + b x^2`` that fit best, and the largest relative error."""
+    n, t = np.array(x), np.array(y)
+    rows = np.stack([n, n**2], axis=1) / t[:, None]
+    (a, b), *_ = np.linalg.lstsq(rows, np.ones(len(t)))
+    return float(a), float(b), float(np.abs(rows @ (a, b) - 1).max())
+
+
 def in_words(rows: Sequence[Row]) -> list[str]:
     """What the figures say, a line each."""
     if len(rows) < 2:
@@ -27,6 +37,13 @@ def in_words(rows: Sequence[Row]) -> list[str]:
     n = [row["tokens"] for row in rows]
     p = exponent(n, [row["seconds"] for row in rows])
     lines = [f"reading grows as tokens^{p:.2f} (1: every token costs the same)"]
+    if len(rows) > 2:
+        a, b, error = shares(n, [row["seconds"] for row in rows])
+        part = b * n[-1] / (a + b * n[-1])
+        lines.append(
+            f"that is {a * 1e3:.2f} ms a token, and what attention adds with each token before it: "
+            f"{part:.0%} of all at {n[-1]:.0f} tokens (so fitted, within {error:.0%})"
+        )
     for kind in ("linear", "attention", "step"):
         if kind in last:
             name = "a whole step" if kind == "step" else f"a {kind} layer"

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .agreement import EXACT, ROUNDED, check_logits, check_tie, common, error_of
 from .growth import MARKS, STEP
 from .limits import another, predicted
-from .sides import Side, Worker, WorkerError, partner
+from .sides import Side, Worker, WorkerError, partner, rank
 
 DEPTHS = (1, 2, 3, 4)
 SPECULATED, WARM_UP = 128, 256  # tokens of a measurement; before those of "auto"
@@ -52,6 +52,7 @@ class Plan:
     model_bytes: int
     growth: int = 0
     room: int = 0  # tokens that the model's context takes
+    divided: dict[str, Any] = field(default_factory=dict)  # among ranks, how
     raw: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -95,7 +96,7 @@ class _Session:
     def workers(self, group: Sequence[Side]) -> Iterator[None]:
         """Loads in turns, in fresh processes; the last ones stay."""
         plan = self._plan
-        repeats = plan.repeats if plan.model_bytes <= LARGE else 1
+        repeats = plan.repeats if plan.model_bytes <= LARGE and rank() is None else 1
         with ExitStack() as stack:
             for repeat in range(repeats):
                 for side in group:
@@ -103,7 +104,7 @@ class _Session:
                         continue
                     self._say(f"loading, {side.label}")
                     try:
-                        worker = Worker(side, plan.directory)
+                        worker = Worker(side, plan.directory, plan.divided)
                     except WorkerError as error:
                         self._without(side, error)
                         continue

@@ -14,13 +14,15 @@ from typing import Any
 import mlx.core as mx
 
 from .. import checkpoint, memory, shards
+from ..command import division
 from ..config import Config
 from ..load import detect_layout, resolve
 from . import machine, plots, prompts, report, shapes
 from .measure import Plan, measure
-from .sides import Kinds, Side, sides_of
+from .sides import Kinds, Side, rank, sides_of
 from .summary import medians
 from .traffic import Traffic, traffic
+from .worker import follow
 
 HELD = 1.5  # times its files' size that a model may take in memory, caches included
 
@@ -33,18 +35,30 @@ def run(args: argparse.Namespace) -> None:
         Disagreement: the sides do not compute the same.
     """
     _check(args)
+    divided = division(args, 1 if rank() is None else 2)
     kinds: Kinds = args.dtype or ("both" if mx.default_device() == mx.cpu else "default")
     with ExitStack() as stack:
         directory, model = stack.enter_context(_model(args, kinds))
         config = Config.from_file(directory / "config.json")
         tensors = shards.read_headers(shards.find_files(directory))
-        sides = sides_of(kinds, tensors, stock=not args.without_mlx_lm)
+        sides = sides_of(kinds, tensors, stock=not args.without_mlx_lm and rank() is None)
+        sides = sides if rank() is None else sides[:1]
         view = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        plan = _plan(args, config, tensors, as_mlx_lm_would(directory, view), sides)
+        view = as_mlx_lm_would(directory, view)
+        if rank():
+            follow(view, sides[0].dtype, divided)
+            return
+        plan = _plan(args, config, tensors, view, sides)
+        plan.divided = divided
         longest = max(*plan.contexts, plan.growth)
         plan.prompt, kind = prompts.tokens(directory, longest, config.vocab_size)
         moved = {side.label: traffic(tensors, config, side.itemsize) for side in sides}
         raw = measure(plan)
+        ranks = raw["loads"][sides[0].label][0]["ranks"]
+        if ranks > 1:
+            plan.notes.append(
+                f"{ranks} processes ran one model; the limit is that of one which reads all of it"
+            )
         model |= {"config": machine.digest(directory), "prompts": kind}
     figures = medians(raw, plan.sides, moved)
     where = machine.describe()
@@ -77,6 +91,8 @@ def _check(args: argparse.Namespace) -> None:
             f"--layers must be a multiple of {shapes.PERIOD} (three linear layers, one of "
             f"attention), at most {shapes.FULL}, got {args.layers}"
         )
+    if rank() is not None and args.shape == "80b" and args.layers is None:
+        raise ValueError("--layers is needed with mlx.launch: the machines' memories may differ")
     if args.plots is not None:
         plots.check_available()
     for file in (args.json, args.plots):

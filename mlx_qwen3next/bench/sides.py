@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -27,6 +28,15 @@ _START = (
     "import time; start = time.perf_counter(); import {}; seconds = time.perf_counter() - start; "
     "from mlx_qwen3next.bench import worker; worker.main(seconds)"
 )
+
+
+LAST_WORDS = 1.0  # seconds that an idle process takes at most to end
+
+
+def rank() -> int | None:
+    """This process's, if ``mlx.launch`` started it; the worker joins the others, not it."""
+    given = os.environ.get("MLX_RANK")
+    return None if given is None else int(given)
 
 
 class WorkerError(ValueError):
@@ -85,17 +95,20 @@ def partner(side: Side, sides: list[Side]) -> Side:
 class Worker:
     """A side's process, from its start to :meth:`close`.
 
+    Args:
+        divided: among ranks, how: see :func:`mlx_qwen3next.command.division`.
+
     Raises:
         WorkerError: the model cannot be loaded there.
     """
 
-    def __init__(self, side: Side, directory: Path):
+    def __init__(self, side: Side, directory: Path, divided: Mapping[str, Any]):
         self._name = side.label
         # A session of its own, so that Ctrl-C reaches this process alone, which ends the others.
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-c", _START.format(_IMPORTS[side.which])),
-                *(side.which, str(directory), side.dtype),
+                *(side.which, str(directory), side.dtype, json.dumps(divided)),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -137,10 +150,13 @@ class Worker:
         return WorkerError(f"{self._name}: its process ended unasked ({how})")
 
     def close(self) -> None:
-        """Ends the process, whatever it is doing."""
+        """Ends the process, at once if it is doing something."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # of what was not sent
+            self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(LAST_WORDS)
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with suppress(BrokenPipeError):  # of what was not sent
-                    stream.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()

@@ -2,6 +2,9 @@
 
 A request is ``{"do": name, …}`` with the arguments of the method of that name; the reply is
 ``{"result": …}`` or ``{"error": …}``. The first reply, without a request, is that of loading.
+
+Of several processes that run one model (``mlx.launch``) rank 0 has such a process, which joins
+them; the others' benches do what it is asked for (:func:`follow`).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,6 +39,7 @@ from ..cache import Undo, settle, tokens_held
 from ..columns import ColumnLinear
 from ..errors import first_line
 from ..generation import generate_step, prefill
+from ..group import ALONE, Group, join
 from ..load import load_model
 from ..prompt_cache import PromptCache
 from ..speculative import Acceptance, Token
@@ -51,6 +55,7 @@ class Side(ABC):
     """What both sides answer, on a loaded ``model``."""
 
     model: Any
+    rank = 0
 
     @abstractmethod
     def steps(self, prompt: list[int], tokens: int, mtp: str | int) -> Iterable[Any]:
@@ -105,7 +110,9 @@ class Side(ABC):
         if len(prompt) > tail:
             mx.eval(self.model(tokens[:, :-tail], cache=cache), [c.state for c in cache])
         last = self.model(tokens[:, -tail:], cache=cache)[0, -1]
-        np.save(file, np.array(last.astype(mx.float32)))
+        mx.eval(last)
+        if self.rank == 0:
+            np.save(file, np.array(last.astype(mx.float32)))
         return file
 
     def queued(self) -> int:
@@ -135,8 +142,10 @@ class Side(ABC):
 class Ours(Side):
     """This package."""
 
-    def __init__(self, directory: str, dtype: str):
-        self.model = load_model(directory, dtype=getattr(mx, dtype), context=1)
+    def __init__(self, directory: str, dtype: str, group: Group, divided: dict[str, Any]):
+        options: dict[str, Any] = {"context": 1, "group": group, **divided}
+        self.model = load_model(directory, dtype=getattr(mx, dtype), **options)
+        self._group, self.rank = group, group.rank
         self._grown: list[Any] = []
         self._before = 0
 
@@ -144,7 +153,8 @@ class Ours(Side):
         return generate_step(prompt, self.model, max_tokens=tokens, mtp=cast(Any, mtp))
 
     def turns(self, first: list[int], more: list[int], tokens: int, keep: bool) -> dict[str, Any]:
-        cache = PromptCache(max_bytes=memory.spare()) if keep else None
+        spare = min(self._group.gather("spare", memory.spare()))
+        cache = PromptCache(max_bytes=spare, group=self._group) if keep else None
 
         def steps(prompt: list[int], n: int) -> Iterable[Any]:
             return generate_step(prompt, self.model, max_tokens=n, mtp="off", prompt_cache=cache)
@@ -213,7 +223,7 @@ class Ours(Side):
 class Stock(Side):
     """Stock mlx-lm."""
 
-    def __init__(self, directory: str, dtype: str):
+    def __init__(self, directory: str, dtype: str, *_: Any):
         self.model, _ = load_stock(Path(directory))
         if dtype == "float32":
             self.model.set_dtype(mx.float32)
@@ -276,9 +286,10 @@ def _resident() -> int:
 def main(import_seconds: float) -> None:
     """Loads the model and answers until the requests end.
 
-    Arguments of the process: ``ours`` or ``stock``, the model directory, its dtype.
+    Arguments of the process: ``ours`` or ``stock``, the model directory, its dtype, and how it is
+    divided, in JSON.
     """
-    which, directory, dtype = sys.argv[1:]
+    which, directory, dtype, divided = sys.argv[1:]
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints must not print among the replies
 
@@ -290,16 +301,29 @@ def main(import_seconds: float) -> None:
         print(json.dumps(result), file=replies, flush=True)
         return result.get("result")
 
-    side: Any = None
+    with join() if which == "ours" else ALONE as group:
+        side: Any = None
 
-    def load() -> dict[str, Any]:
-        nonlocal side
-        start = time.perf_counter()
-        side = {"ours": Ours, "stock": Stock}[which](directory, dtype)
-        seconds = time.perf_counter() - start
-        return {"import": import_seconds, "load": seconds, "resident": _resident(), **side.held()}
+        def load() -> dict[str, Any]:
+            nonlocal side
+            start = time.perf_counter()
+            kind: Any = {"ours": Ours, "stock": Stock}[which]
+            side = kind(directory, dtype, group, json.loads(divided))
+            seconds = time.perf_counter() - start
+            about = {"import": import_seconds, "load": seconds, "ranks": group.size}
+            return {**about, "resident": _resident(), **side.held()}
 
-    reply(load)
-    for line in sys.stdin:
-        request = json.loads(line)
-        reply(partial(getattr(side, request.pop("do")), **request))
+        reply(load)
+        for line in sys.stdin:
+            request = group.decide("request", json.loads(line))
+            reply(partial(getattr(side, request.pop("do")), **request))
+        group.decide("request", None)
+
+
+def follow(directory: Path, dtype: str, divided: dict[str, Any]) -> None:
+    """Does as a rank other than 0 what rank 0's process is asked for."""
+    with join() as group:
+        side = Ours(str(directory), dtype, group, divided)
+        while (request := group.decide("request", None)) is not None:
+            with suppress(ValueError):  # rank 0 has the same error, and says so
+                getattr(side, request.pop("do"))(**request)
