@@ -11,7 +11,7 @@ from mlx_lm.utils import load_model as load_stock
 from mlx_qwen3next import load_model, shards
 from mlx_qwen3next.bench import prompts, shapes
 from mlx_qwen3next.bench.agreement import Disagreement, check_tie, common
-from mlx_qwen3next.bench.growth import exponent, in_words
+from mlx_qwen3next.bench.growth import exponent, in_words, shares
 from mlx_qwen3next.bench.limits import another, predicted
 from mlx_qwen3next.bench.run import as_mlx_lm_would, clipped
 from mlx_qwen3next.bench.sides import Side, partner, sides_of
@@ -124,11 +124,14 @@ def test_growth_in_words():
         {"tokens": n, "seconds": n / 100, "linear": 1e-3, "attention": 1e-3 + n * 1e-8,
          "step": 2e-3, "cache": 1.01 * n, "formula": n} for n in (1000, 2000, 4000)
     ]  # fmt: skip
-    reading, linear, attention, _, memory = in_words(rows)
+    reading, parts, linear, attention, _, memory = in_words(rows)
     assert "tokens^1.00" in reading
+    assert "10.00 ms a token" in parts and ": 0% of all at 4000 tokens" in parts
     assert "a linear layer takes 1.00 times" in linear and "+0.0 µs" in linear
     assert "an attention layer takes 1.03 times" in attention and "+10.0 µs" in attention
     assert "within 1.0%" in memory
+    n = [1000, 2000, 4000]
+    assert shares(n, [x * 2e-3 + x * x * 1e-6 for x in n]) == pytest.approx((2e-3, 1e-6, 0))
 
 
 def test_more_layers_take_more_time_but_for_what_is_outside_them():
