@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +30,8 @@ L2_EPS = 1e-6  # fixed in the reference implementation; not rms_norm_eps
 # Both measured on the CPU (NOTES.md, "chunk size").
 CHUNK = 16
 CHUNKED_FROM = 16
+
+MANY = 64  # rows times experts from which on they are sorted, as in mlx-lm
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -165,20 +168,37 @@ def sparse_experts(
         indices = mx.concatenate([indices, shared], axis=1)
         gate = mx.sigmoid(logits[:, experts:].astype(mx.float32))
         weights = mx.concatenate([weights, gate], axis=1)
-    # Many rows: sorted by expert, so that MLX reads an expert's weights once.
-    shape, order = indices.shape, None
-    if indices.size < 64:
-        rows = x[:, None, None]  # [R, 1, 1, H]
-    else:
-        order = mx.argsort(indices.flatten())
-        indices = indices.flatten()[order, None]
-        rows = x[order // shape[1], None, None]  # [pairs, 1, 1, H]
-    gate, up = mx.split(_gather(rows, gate_up, indices, order is not None), 2, axis=-1)
-    y = _gather(swiglu(gate, up), down, indices, order is not None)
-    if order is not None:
-        y = y[mx.argsort(order)]
-    y = y.reshape(*shape, -1)
-    return residual + (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
+    if indices.size < MANY:
+        y = _mixed(x[:, None, None], gate_up, down, indices, is_sorted=False)  # [R, k, 1, H]
+        return residual + (y.squeeze(-2) * weights[..., None].astype(y.dtype)).sum(axis=-2)
+    # Sorted by expert, so that MLX reads an expert's weights once.
+    k, indices, weights = indices.shape[1], indices.flatten(), weights.flatten()
+    if own is None:
+        order = mx.argsort(indices)
+        y = _mixed(x[order // k, None, None], gate_up, down, indices[order, None], is_sorted=True)
+        y = y[mx.argsort(order)].reshape(-1, k, x.shape[-1])
+        return residual + (y * weights.reshape(-1, k, 1).astype(y.dtype)).sum(axis=-2)
+    # Those without weight are others'; how many are not has to be known here.
+    order = mx.argsort(mx.where(weights > 0, indices, experts))
+    order = order[: int(cast(int, (weights > 0).sum().item()))]
+    if order.size == 0:
+        return residual
+    rows = order // k
+    y = _mixed(x[rows, None, None], gate_up, down, indices[order, None], is_sorted=True)
+    y = y.reshape(-1, x.shape[-1]) * weights[order, None].astype(y.dtype)
+    return residual.at[rows].add(y)
+
+
+def _mixed(
+    rows: mx.array,
+    gate_up: Experts | Columns,
+    down: Experts | Columns,
+    indices: mx.array,
+    is_sorted: bool,
+) -> mx.array:
+    """Each row through its experts: ``rows`` ``[R, 1, 1, H]``, ``indices`` ``[R, k]``."""
+    gate, up = mx.split(_gather(rows, gate_up, indices, is_sorted), 2, axis=-1)
+    return _gather(swiglu(gate, up), down, indices, is_sorted)
 
 
 def _gather(

@@ -126,7 +126,7 @@ def test_growth_in_words():
     ]  # fmt: skip
     reading, parts, linear, attention, _, memory = in_words(rows)
     assert "tokens^1.00" in reading
-    assert "10.00 ms a token" in parts and ": 0% of all at 4000 tokens" in parts
+    assert "10.00 ms a token" in parts and "0% of all at 4000 tokens" in parts
     assert "a linear layer takes 1.00 times" in linear and "+0.0 µs" in linear
     assert "an attention layer takes 1.03 times" in attention and "+10.0 µs" in attention
     assert "within 1.0%" in memory

@@ -39,7 +39,7 @@ def in_words(rows: Sequence[Row]) -> list[str]:
     lines = [f"reading grows as tokens^{p:.2f} (1: every token costs the same)"]
     if len(rows) > 2:
         a, b, error = shares(n, [row["seconds"] for row in rows])
-        part = b * n[-1] / (a + b * n[-1])
+        part = max(b * n[-1] / (a + b * n[-1]), 0)
         lines.append(
             f"that is {a * 1e3:.2f} ms a token, and what attention adds with each token before it: "
             f"{part:.0%} of all at {n[-1]:.0f} tokens (so fitted, within {error:.0%})"
