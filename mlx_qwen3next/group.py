@@ -167,7 +167,8 @@ class _Connected(Group):
         self._inbox: list[Queue[tuple[str, Any]]] = [Queue() for _ in range(self.size)]
         self._last: mx.array | None = None  # collective
         self._gone: set[int] = set()  # ranks that have ended as they should
-        self._ending = threading.Lock()
+        self._ending, self._writing = threading.Lock(), threading.Lock()
+        self._leaving = False  # whether the others have been told that this one ends
         self._peers = _connect(self)
         for rank, peer in self._peers.items():
             threading.Thread(target=self._listen, args=(rank, peer), daemon=True).start()
@@ -224,7 +225,8 @@ class _Connected(Group):
     def _send(self, peer: socket.socket, what: str, value: Any) -> None:
         message = pickle.dumps((what, value))
         try:
-            peer.sendall(_HEAD.pack(len(message)) + message)
+            with self._writing:
+                peer.sendall(_HEAD.pack(len(message)) + message)
         except OSError:
             time.sleep(REPORT)  # whoever listens to it knows more
             self._fail("the connection to another rank was lost")
@@ -241,7 +243,7 @@ class _Connected(Group):
                 else:
                     self._inbox[rank].put((what, value))
         except OSError:
-            if rank not in self._gone:
+            if rank not in self._gone and not self._leaving:
                 self._fail(f"rank {rank} has ended unexpectedly")
             if self.rank > 0:  # whatever this one still waits for will not come
                 time.sleep(REPORT)
@@ -270,7 +272,7 @@ class _Connected(Group):
         if error is None:
             self._tell("bye", None)
             return
-        if "[ring]" in str(error):
+        if isinstance(error, RuntimeError) and str(error).startswith("["):  # [ring], [jaccl], …
             time.sleep(REPORT)  # whoever listens to the one that ended says more
             self._fail("the connection to another rank was lost")
         if isinstance(error, KeyboardInterrupt):
@@ -288,9 +290,10 @@ class _Connected(Group):
         os._exit(status)
 
     def _tell(self, what: str, value: Any) -> None:
+        self._leaving = True
         message = pickle.dumps((what, value))
         for peer in self._peers.values():
-            with suppress(OSError):
+            with suppress(OSError), self._writing:
                 peer.sendall(_HEAD.pack(len(message)) + message)
 
     def _stop(self, rank: int, status: int, text: str) -> NoReturn:

@@ -126,9 +126,9 @@ def serving(generator=None, settings=None):
             thread.join()
 
 
-def until(condition):
+def until(condition, seconds=10):
     """Waits for something to become true."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.002)
