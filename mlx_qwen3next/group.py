@@ -15,11 +15,12 @@ import secrets
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from queue import Queue
 from types import TracebackType
 from typing import Any, NoReturn
@@ -128,16 +129,11 @@ def join() -> Group:
     Raises:
         ValueError: the others cannot be reached, or the hostfile is none.
     """
-    # MLX waits for its neighbours without end.
-    timer = threading.Timer(JOIN, _give_up)
-    timer.daemon = True
-    timer.start()
     try:
-        group = connected(mx.distributed.init())
+        with _limited() if "MLX_RANK" in os.environ else nullcontext():
+            group = connected(mx.distributed.init())
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"the other processes cannot be joined: {first_line(error)}") from None
-    finally:
-        timer.cancel()
     hostfile = os.environ.get("MLX_HOSTFILE")
     if group.size == 1 and hostfile and os.environ.get("MLX_RANK", "0") != "0":
         raise ValueError(f"MLX_RANK is {os.environ['MLX_RANK']}, but {hostfile} has no other host")
@@ -155,8 +151,30 @@ def connected(group: Group | mx.distributed.Group) -> Group:
     return ALONE if group.size() == 1 else _Connected(group)
 
 
-def _give_up() -> NoReturn:
-    _end(f"the other processes did not come within {JOIN:.0f} s; is the hostfile right?")
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Has another process end this one if what is done here takes longer than ``JOIN``.
+
+    MLX waits for its neighbours without end, and lets no thread of Python run meanwhile; nor would
+    Ctrl-C be noticed.
+    """
+    text = f"error: the other processes did not come within {JOIN:.0f} s; is the hostfile right?\n"
+    watch = [sys.executable, "-ISc", _WATCH, str(JOIN), str(os.getpid()), text]
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with subprocess.Popen(watch, stdin=subprocess.PIPE):  # which is closed in the end
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+_WATCH = """
+import os, select, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+if not select.select([0], [], [], float(sys.argv[1]))[0]:
+    sys.stderr.write(sys.argv[3])
+    os.kill(int(sys.argv[2]), signal.SIGTERM)
+"""
 
 
 class _Connected(Group):
@@ -167,7 +185,8 @@ class _Connected(Group):
         self._inbox: list[Queue[tuple[str, Any]]] = [Queue() for _ in range(self.size)]
         self._last: mx.array | None = None  # collective
         self._gone: set[int] = set()  # ranks that have ended as they should
-        self._ending, self._writing = threading.Lock(), threading.Lock()
+        self._ending = threading.Lock()
+        self._writing = threading.RLock()  # Ctrl-C may come while the main thread has it
         self._leaving = False  # whether the others have been told that this one ends
         self._peers = _connect(self)
         for rank, peer in self._peers.items():
@@ -242,9 +261,12 @@ class _Connected(Group):
                     self._stop(rank, *value)
                 else:
                     self._inbox[rank].put((what, value))
-        except OSError:
-            if rank not in self._gone and not self._leaving:
-                self._fail(f"rank {rank} has ended unexpectedly")
+        except Exception:
+            if self._leaving:
+                return
+            if rank not in self._gone:
+                time.sleep(0.2)  # MLX has lines of its own, which must not get into ours
+                self._fail(f"rank {rank} has ended unexpectedly", by_all=rank == 0)
             if self.rank > 0:  # whatever this one still waits for will not come
                 time.sleep(REPORT)
                 os._exit(0)
@@ -270,6 +292,7 @@ class _Connected(Group):
         traceback: TracebackType | None,
     ) -> None:
         if error is None:
+            mx.synchronize()  # the others may need what is on its way
             self._tell("bye", None)
             return
         if isinstance(error, RuntimeError) and str(error).startswith("["):  # [ring], [jaccl], …
@@ -305,10 +328,13 @@ class _Connected(Group):
                     _say(f"rank {rank}: {text}")
             os._exit(status)
 
-    def _fail(self, text: str) -> NoReturn:
+    def _fail(self, text: str, by_all: bool = False) -> NoReturn:
+        """Ends all. Rank 0 says why, or each one that knows."""
         with self._ending:
             self._tell("end", (1, "" if self.rank == 0 else text))
-            _end(text if self.rank == 0 else "")
+            if self.rank == 0 or by_all:
+                _say(text)
+            os._exit(1)
 
 
 def _connect(group: _Connected) -> dict[int, socket.socket]:
@@ -391,11 +417,4 @@ def _read(peer: socket.socket, count: int) -> bytes:
 
 
 def _say(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr, flush=True)
-
-
-def _end(text: str) -> NoReturn:
-    """Ends the process from any of its threads."""
-    if text:
-        _say(text)
-    os._exit(1)
+    print(f"error: {text}", file=sys.__stderr__, flush=True)

@@ -73,10 +73,10 @@ class Shard:
         # Of the inputs, which may be packed, or stand for a group of them.
         first, last = (int(n) * shape[-1] for n in (chosen[0], chosen[-1] + 1))
         if first % total or last % total:
-            module = path.rsplit(".", 1)[0]
+            module, width = path.rsplit(".", 1)[0], total // shape[-1]
             raise ValueError(
                 f"{module} cannot be divided among {self.size} ranks: {len(chosen)} of its {total} "
-                f"inputs are no whole number of quantization groups or words (of {shape[-1]})"
+                f"inputs for each would cut through its quantization groups or words of {width}"
             )
         return (..., slice(first // total, last // total))
 

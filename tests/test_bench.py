@@ -26,13 +26,13 @@ class Fake:
     noise = ()  # factors of the first tokens, turn after turn
     asked: ClassVar[list] = []
 
-    def __init__(self, side, directory):
+    def __init__(self, side, directory, divided):
         self.side, self.turn = side, {}
         if side.label in self.unloadable:
             raise WorkerError(f"{side.label}: no such luck")
         self.loaded = {
             "import": 1.0, "load": 2.0, "bytes": 10**6, "device": "Device(cpu, 0)",
-            "turned": 3, "matrices": 4,
+            "turned": 3, "matrices": 4, "ranks": 1,
         }  # fmt: skip
 
     def ask(self, do, **args):

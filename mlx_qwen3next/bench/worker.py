@@ -223,7 +223,9 @@ class Ours(Side):
 class Stock(Side):
     """Stock mlx-lm."""
 
-    def __init__(self, directory: str, dtype: str, *_: Any):
+    def __init__(self, directory: str, dtype: str, group: Group, divided: dict[str, Any]):
+        if group.size > 1 or divided:
+            raise ValueError("mlx-lm is measured on one machine alone")
         self.model, _ = load_stock(Path(directory))
         if dtype == "float32":
             self.model.set_dtype(mx.float32)
