@@ -115,7 +115,7 @@ def generate_step(
         cache = known or model.make_cache()
     else:
         cache = model.make_cache() if prompt_cache is None else _check_cache(prompt_cache, model)
-        budget = token_budget(model, tokens_held(cache) + prompt.size, max_tokens)
+        budget = token_budget(model, _held(model, cache) + prompt.size, max_tokens)
     trunk, head = cache[: len(model.layers)], cache[len(model.layers) :]
     keep_head = bool(head) or store is not None
     if not head and not depth.idle:
@@ -129,7 +129,7 @@ def generate_step(
             """Keeps a checkpoint after ``n`` tokens."""
             if drafter is not None:
                 drafter.rest()
-            if store is not None and tokens_held(trunk) == n:  # not if an error has cut it short
+            if store is not None and _held(model, trunk) == n:  # not if an error has cut it short
                 text = np.append(np.array(prompt), np.array(told, np.uint32))
                 store.insert(text[:n], [*trunk, *head])
 
@@ -249,7 +249,7 @@ def stream_generate(
     cache = options.get("prompt_cache")
     held = 0
     if cache is not None and not isinstance(cache, PromptCache):
-        held = tokens_held(_check_cache(cache, model))
+        held = _held(model, _check_cache(cache, model))
     budget = token_budget(model, held + tokens.size, max_tokens)
     progress = _Progress(options.pop("prompt_progress_callback", None))
     steps = generate_step(
@@ -443,6 +443,11 @@ def _check_prompt(prompt: mx.array | Sequence[int], model: Model) -> mx.array:
     return mx.array(tokens.astype(np.uint32))  # the dtype of mx.argmax
 
 
+def _held(model: Model, cache: Cache) -> int:
+    """How many tokens a cache holds; not all ranks of a pipeline have a layer that knows."""
+    return max(model.group.gather("held", tokens_held(cache)))
+
+
 def _check_cache(cache: Cache, model: Model) -> Cache:
     """Returns ``cache``, with entries that mlx-lm's own model made replaced by ours in place."""
     layers = model.layers
@@ -463,8 +468,9 @@ def _check_cache(cache: Cache, model: Model) -> Cache:
                 f"prompt_cache[{i}] ({type(entry).__name__}) does not fit {whose} of this model; "
                 "use what its make_cache() made"
             )
+    held = _held(model, own[: len(fits)])
     for head in own[len(fits) :]:
-        if head.hidden is not None and head.offset + 1 != tokens_held(own[: len(fits)]):
+        if head.hidden is not None and head.offset + 1 != held:
             head.offset, head.hidden = 0, None  # of another text: drafts begin anew
     cache[:] = own
     return cache

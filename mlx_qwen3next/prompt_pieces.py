@@ -66,6 +66,7 @@ class Piece:
     head: Arrays  # the MTP head's "0" and "1", likewise; empty if they are not known
     # "LAYER.rows" [1, K-1, C] and "LAYER.state" [1, Hv, Dv, Dk] of the linear layers at the piece's
     # end, and "hidden" [1, 1, H], which the MTP head goes on from, if known; empty without one.
+    # A pipeline's rank may have no linear layers: then "end" stands for their states.
     checkpoint: Arrays
     quantization: Quantization | None = None  # of kv
 
@@ -169,6 +170,8 @@ def take_apart(tokens: np.ndarray, cache: Cache) -> Piece:
         arrays = [*keys, *values] if quantization else [keys, values]
         piece.quantization = tuple(quantization) or None
         piece.kv |= {f"{i}.{j}": x[:, :, :n] for j, x in enumerate(arrays)}
+    if not piece.checkpoint:
+        piece.checkpoint["end"] = mx.zeros((1,), mx.uint8)
     for head in cache[len(trunk) :]:
         if head.hidden is not None and head.offset == n - 1 > 0:
             piece.head = {str(j): x[:, :, : n - 1] for j, x in enumerate((head.keys, head.values))}
@@ -193,7 +196,7 @@ def assemble(path: list[Piece]) -> Cache:
     quantization = next((piece.quantization for piece in path if piece.quantization), None)
     kv = _join([_quantized(piece, quantization) for piece in path])
     cache: Cache = []
-    layers = {name.partition(".")[0] for name in states.keys() | kv.keys()} - {"hidden"}
+    layers = {name.partition(".")[0] for name in states.keys() | kv.keys()} - {"hidden", "end"}
     for i in map(str, range(len(layers))):
         if f"{i}.rows" in states:
             entry = GatedDeltaCache()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import helpers_group as group
 import pytest
 from checkpoints import GOLDENS
 
@@ -122,3 +123,19 @@ def workers_in(folder):
     """The processes whose model is below a folder."""
     listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
     return [line for line in listed.splitlines() if f" ours {folder}" in line]
+
+
+def test_two_processes_that_run_one_model(tmp_path):
+    """Rank 0 alone reports; the other one does what rank 0's worker does."""
+    file = tmp_path / "figures.json"
+    command = [
+        *("-m", "mlx_qwen3next.bench", "--model", GOLDENS / "permutation", "--repeats", "1"),
+        *("--contexts", "8,16", "--tokens", "4", "--pipeline", "1,1", "--json", file),
+    ]
+    (status, out, err), other = group.run(tmp_path, 2, command)
+    assert status == 0, err
+    assert other[:2] == (0, "")
+    assert "2 processes ran one model" in out and "mlx-lm," not in out
+    figures = json.loads(file.read_text())
+    assert figures["samples"]["loads"]["here, float32"][0]["ranks"] == 2
+    assert len(figures["samples"]["speed"]) == 1

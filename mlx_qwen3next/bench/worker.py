@@ -215,7 +215,9 @@ class Ours(Side):
                 seconds[name] = _timed(partial(layer, x, None, entry), [entry])
         mx.clear_cache()
         in_use = mx.get_active_memory() - self._before
-        held = tokens_held(cache) + 1  # for which the steps, taken back, made room
+        held = (
+            max(self._group.gather("held", tokens_held(cache))) + 1
+        )  # for which the steps, taken back, made room
         formula = memory.cache_bytes(model.args, held, mtp=False, itemsize=x.dtype.size)
         return {**seconds, "cache": in_use, "formula": formula}
 
