@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -57,6 +57,21 @@ class Source:
         if self.stacked:
             return self.build([read(name, 0, self.shape[0]) for name in self.names[first:last]])
         return self.build([read(name, first, last) for name in self.names])
+
+    def part(
+        self, read: Callable[[str, tuple[Any, ...]], mx.array], index: tuple[Any, ...]
+    ) -> mx.array | None:
+        """Some elements, by reading no others; None if it takes all to make any.
+
+        Args:
+            read: reads the elements of an index from a tensor.
+        """
+        if self.as_is:
+            return read(self.names[0], index)
+        if not self.stacked:
+            return None
+        which, inner = (slice(None), index) if index[0] is ... else (index[0], index[1:])
+        return self.build([read(name, inner) for name in self.names[which]])
 
 
 def is_zero_centred(path: str) -> bool:

@@ -416,9 +416,10 @@ def _read(
     uses = Counter(name for source in sources.values() for name in source.names)
     for path, source in sources.items():
         index = part.index(part.whole_path(path), source.shape)
-        if index is not None and source.as_is:
-            value = shards.read_part(tensors[source.names[0]], index)
-        else:
+        value = None
+        if index is not None:
+            value = source.part(lambda name, of: shards.read_part(tensors[name], of), index)
+        if value is None:
             value = source.build([lazy[name] for name in source.names])
             value = value if index is None else take(value, index)
         value = value.astype(_held_dtype(path, value, dtype))
