@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from . import memory
 from .cache import Cache
+from .checks import check_max_tokens
 from .command import division, fingerprint_of
 from .dispatch import set_kernels
 from .flags import DEFAULT_PROMPT, DEMO_PROMPT
-from .generation import GenerationResponse, check_max_tokens, statistics, stream_generate
+from .generation import GenerationResponse, statistics, stream_generate
 from .group import Group, join
 from .load import DEFAULT_CONTEXT, load
 from .prompt_cache import PromptCache

@@ -20,22 +20,17 @@ from mlx_lm.generate import (
     wired_limit,
 )
 from mlx_lm.generate import GenerationResponse as MLXGenerationResponse
-from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .cache import Cache, GatedDeltaCache, MTPCache, Undo, settle, tokens_held
-from .config import Config
+from .cache import Cache, Undo
+from .checks import check_cache, check_kv_quantization, check_prompt, held_by, token_budget
 from .depth import MAX_DEPTH, DecidedDepth, Depth, FixedDepth
-from .errors import ContextLengthError
 from .model import Model
 from .prompt_cache import PromptCache
 from .sampling import Chooser, Sampling, check_integer
 from .speculative import Acceptance, Decoding, Drafter, Token, forward
 from .text import TextDecoder
-
-KV_BITS = (2, 3, 4, 5, 6, 8)  # what mx.quantize takes
-KV_GROUP_SIZES = (32, 64, 128)
 
 MTP = Literal["auto", "off"] | int
 
@@ -97,7 +92,7 @@ def generate_step(
     Raises:
         ValueError: an argument is out of range; raised at the call, before any work.
     """
-    prompt = _check_prompt(prompt, model)
+    prompt = check_prompt(prompt, model)
     check_depth(mtp, model)
     check_integer("prefill_step_size", prefill_step_size, least=1)
     check_kv_quantization(model.args.head_dim, kv_bits, kv_group_size, quantized_kv_start)
@@ -114,8 +109,8 @@ def generate_step(
         known, held = store.fetch(prompt)
         cache = known or model.make_cache()
     else:
-        cache = model.make_cache() if prompt_cache is None else _check_cache(prompt_cache, model)
-        budget = token_budget(model, _held(model, cache) + prompt.size, max_tokens)
+        cache = model.make_cache() if prompt_cache is None else check_cache(prompt_cache, model)
+        budget = token_budget(model, held_by(model, cache) + prompt.size, max_tokens)
     trunk, head = cache[: len(model.layers)], cache[len(model.layers) :]
     keep_head = bool(head) or store is not None
     if not head and not depth.idle:
@@ -129,7 +124,7 @@ def generate_step(
             """Keeps a checkpoint after ``n`` tokens."""
             if drafter is not None:
                 drafter.rest()
-            if store is not None and _held(model, trunk) == n:  # not if an error has cut it short
+            if store is not None and held_by(model, trunk) == n:  # not if an error has cut it short
                 text = np.append(np.array(prompt), np.array(told, np.uint32))
                 store.insert(text[:n], [*trunk, *head])
 
@@ -243,13 +238,13 @@ def stream_generate(
     if isinstance(prompt, str):
         bos = tokenizer.bos_token
         special = bos is None or not prompt.startswith(bos)
-        tokens = _check_prompt(tokenizer.encode(prompt, add_special_tokens=special), model)
+        tokens = check_prompt(tokenizer.encode(prompt, add_special_tokens=special), model)
     else:
-        tokens = _check_prompt(prompt, model)
+        tokens = check_prompt(prompt, model)
     cache = options.get("prompt_cache")
     held = 0
     if cache is not None and not isinstance(cache, PromptCache):
-        held = _held(model, _check_cache(cache, model))
+        held = held_by(model, check_cache(cache, model))
     budget = token_budget(model, held + tokens.size, max_tokens)
     progress = _Progress(options.pop("prompt_progress_callback", None))
     steps = generate_step(
@@ -391,127 +386,3 @@ def choose_depth(mtp: MTP, model: Model) -> Depth:
         alone = model.group.size == 1
         return model.mtp.depth if alone else DecidedDepth(model.mtp.depth, model.group.decide)
     return FixedDepth(mtp if isinstance(mtp, int) else 0)
-
-
-def check_kv_quantization(
-    head_dim: int, kv_bits: int | None, kv_group_size: int, quantized_kv_start: int
-) -> None:
-    """Checks how keys and values are to be quantized, if they are.
-
-    Raises:
-        ValueError: MLX or the model cannot do that.
-    """
-    if kv_bits is None:
-        return
-    check_integer("quantized_kv_start", quantized_kv_start, least=0)
-    if kv_bits not in KV_BITS:
-        raise ValueError(f"kv_bits must be one of {KV_BITS}, got {kv_bits!r}")
-    if kv_group_size not in KV_GROUP_SIZES or head_dim % kv_group_size:
-        raise ValueError(
-            f"kv_group_size must be one of {KV_GROUP_SIZES} and divide this model's head_dim "
-            f"({head_dim}), got {kv_group_size!r}"
-        )
-
-
-def check_max_tokens(max_tokens: int) -> int:
-    """Returns ``max_tokens`` if it is a positive integer or -1.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if max_tokens != -1:
-        check_integer("max_tokens (-1 for no limit)", max_tokens, least=1)
-    return max_tokens
-
-
-def _check_prompt(prompt: mx.array | Sequence[int], model: Model) -> mx.array:
-    vocab = model.args.vocab_size
-    try:
-        tokens = np.asarray(prompt)
-    except ValueError:  # ragged, or bfloat16
-        raise ValueError("the prompt must be one sequence of token ids") from None
-    if tokens.size == 0:
-        raise ValueError("the prompt is empty")
-    if tokens.ndim != 1:
-        raise ValueError(
-            f"the prompt must be one sequence of token ids, got shape {list(tokens.shape)}"
-        )
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"the prompt must be token ids (integers), got {tokens.dtype}")
-    if tokens.min() < 0 or tokens.max() >= vocab:
-        raise ValueError(f"the prompt holds a token id outside 0…{vocab - 1}")
-    return mx.array(tokens.astype(np.uint32))  # the dtype of mx.argmax
-
-
-def _held(model: Model, cache: Cache) -> int:
-    """How many tokens a cache holds; not all ranks of a pipeline have a layer that knows."""
-    return max(model.group.gather("held", tokens_held(cache)))
-
-
-def _check_cache(cache: Cache, model: Model) -> Cache:
-    """Returns ``cache``, with entries that mlx-lm's own model made replaced by ours in place."""
-    layers = model.layers
-    lengths = (len(layers), len(layers) + (model.mtp is not None))
-    if not isinstance(cache, list) or len(cache) not in lengths:
-        got = f"{len(cache)} entries" if isinstance(cache, list) else repr(cache)
-        raise ValueError(
-            f"prompt_cache must be a list with an entry for each of the model's {len(layers)} "
-            f"layers, as model.make_cache() makes it, got {got}"
-        )
-    own = [GatedDeltaCache.from_state(c.state) if type(c) is ArraysCache else c for c in cache]
-    settle(own)
-    fits = [_fits_linear if layer.is_linear else _fits_attention for layer in layers]
-    for i, entry in enumerate(own):
-        if not (fits[i] if i < len(fits) else _fits_head)(entry, model.args):
-            whose = f"layer {i}" if i < len(fits) else "the MTP head"
-            raise ValueError(
-                f"prompt_cache[{i}] ({type(entry).__name__}) does not fit {whose} of this model; "
-                "use what its make_cache() made"
-            )
-    held = _held(model, own[: len(fits)])
-    for head in own[len(fits) :]:
-        if head.hidden is not None and head.offset + 1 != held:
-            head.offset, head.hidden = 0, None  # of another text: drafts begin anew
-    cache[:] = own
-    return cache
-
-
-def _fits_linear(entry: Any, c: Config) -> bool:
-    rows = (1, c.linear_conv_kernel_dim - 1, c.linear_conv_dim)
-    state = (1, c.linear_num_value_heads, c.linear_value_head_dim, c.linear_key_head_dim)
-    return isinstance(entry, GatedDeltaCache) and (
-        entry.empty() or [x.shape for x in entry.cache if x is not None] == [rows, state]
-    )
-
-
-def _fits_attention(entry: Any, c: Config) -> bool:
-    quantized = isinstance(entry, QuantizedKVCache)
-    if not quantized and not isinstance(entry, KVCache):
-        return False
-    if entry.empty():
-        return True
-    keys = entry.keys[1] if quantized else entry.keys  # [1]: the scales, one a group
-    B, nkv, _, columns = keys.shape
-    hd = columns * entry.group_size if quantized else columns
-    return (B, nkv, hd) == (1, c.num_key_value_heads, c.head_dim)
-
-
-def _fits_head(entry: Any, c: Config) -> bool:
-    return (
-        isinstance(entry, MTPCache)
-        and _fits_attention(entry, c)
-        and (entry.hidden is None or entry.hidden.shape == (1, 1, c.hidden_size))
-    )
-
-
-def token_budget(model: Model, positions: int, max_tokens: int) -> int:
-    """How many tokens to generate after ``positions`` of prompt and cache."""
-    limit = model.args.max_position_embeddings
-    check_max_tokens(max_tokens)
-    if positions > limit:
-        raise ContextLengthError(
-            f"the prompt is {positions} tokens long (cached ones included), but this model's "
-            f"max_position_embeddings is {limit}; shorten it"
-        )
-    room = max(1, limit - positions)
-    return room if max_tokens == -1 else min(max_tokens, room)

@@ -29,6 +29,7 @@ from mlx_lm.utils import _parse_size
 
 from . import compatibility, memory
 from .api import MAX_CONNECTIONS, Handler, Server, Settings
+from .checks import check_kv_quantization
 from .command import (
     Parser,
     add_group_options,
@@ -41,7 +42,6 @@ from .command import (
 from .config import MODEL_TYPE, Config
 from .dispatch import set_kernels
 from .errors import first_line
-from .generation import check_kv_quantization
 from .group import ALONE, Group, join
 from .load import hub_errors, load, local_directory, resolve
 from .prompt_cache import PromptCache

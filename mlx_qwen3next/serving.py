@@ -41,9 +41,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from . import memory
 from .batching import Generated, KVQuantization, Prompted, SpeculativeBatchGenerator
 from .cache import Cache
+from .checks import token_budget
 from .depth import Depth
 from .errors import first_line
-from .generation import MTP, choose_depth, token_budget
+from .generation import MTP, choose_depth
 from .load import default_dtype
 from .prompt_cache import PromptCache
 from .sampling import Sampling, SeededSampler, draw_key
