@@ -17,7 +17,7 @@ EPILOG = """examples:
       the message comes from another command
   %(prog)s --ignore-chat-template -p "def fibonacci(n):" -m 60
       the text is continued, not answered
-  mlx.launch -n 2 python -m mlx_qwen3next.generate --model DIR -p "Hello"
+  mlx.launch -n 2 -- python -m mlx_qwen3next.generate --model DIR -p "Hello"
       two processes share the model, with --hostfile on as many machines
 """
 
