@@ -97,6 +97,19 @@ def row(out, name):
     return [line[len(name) :].split() for line in out.splitlines() if line.startswith(name)]
 
 
+@pytest.mark.parametrize(
+    ("contexts", "n"), [("10,262000", 262000), ("10,262080", 10), ("262080,262090", None)]
+)
+def test_a_second_turn_where_the_context_takes_it(fake, bench, contexts, n):
+    """Of 262,144 tokens the turns take 4 and 64."""
+    options = "--without-mlx-lm", "--limit", 1e6
+    status, out, err, _ = bench("--contexts", contexts, *options)
+    assert (status, err) == (0, "")
+    asked = {len(args["first"]) for _, do, args in fake.asked if do == "turns"}
+    assert asked == ({n} if n else set())
+    assert ("a second turn is left out" in out) == (n is None)
+
+
 def test_medians_come_from_the_samples(fake, bench):
     fake.noise = [1, 4, 2]
     status, out, err, figures = bench("--contexts", "10,20")

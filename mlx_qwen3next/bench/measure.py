@@ -58,8 +58,13 @@ class Plan:
 
     @property
     def middle(self) -> int:
-        """The context of what is measured at one alone."""
-        return self.contexts[min(1, len(self.contexts) - 1)]
+        """The context of what is measured at one alone: the second, if a second turn fits."""
+        fitting = [n for n in self.contexts[:2] if self.takes_another_turn(n)]
+        return fitting[-1] if fitting else self.contexts[0]
+
+    def takes_another_turn(self, n: int) -> bool:
+        """Whether the model's context takes, after so many tokens, another turn's as well."""
+        return n + self.tokens + MORE < self.room
 
 
 def measure(plan: Plan) -> dict[str, Any]:
@@ -173,6 +178,9 @@ class _Session:
         """Time to the first token of a second turn."""
         plan, n = self._plan, self._plan.middle
         more = plan.prompt[:MORE]
+        if not plan.takes_another_turn(n):
+            plan.notes.append("a second turn is left out: the model's context does not take it")
+            return
         for _ in range(plan.repeats):
             for side, worker in self._alive.items():
                 done = self._raw["turns"].get(side.label, [])
