@@ -32,14 +32,14 @@ def whole(tmp_path_factory):
 
 
 def test_killed_at_random_moments(tmp_path, whole):
-    """Ten times, outright, so that nothing can be tidied up."""
+    """Six times, outright, so that nothing can be tidied up."""
     script, target = Path(__file__).with_name("killed.py"), tmp_path / "out"
-    command = [script, GOLDENS / "base", target, 10, 0.5, 1]
+    command = [script, GOLDENS / "base", target, 6, 0.5, 1]
     result = subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, check=True
     )
     outcome = json.loads(result.stdout)
-    assert outcome["status"] == 0 and len(outcome["done"]) == 10
+    assert outcome["status"] == 0 and len(outcome["done"]) == 6
     assert any(outcome["done"])  # some were in the middle of it
     assert contents(target) == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -155,13 +155,13 @@ print((peak() - before) * unit)
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, layout):
-    """A gigabyte; the experts of one layer alone are 400 MB in one tensor."""
+    """Nearly a gigabyte; the experts of one layer alone are 400 MB in one tensor."""
     experts = {"num_experts": 256, "moe_intermediate_size": 512, "hidden_size": 1024}
-    layers = {"num_hidden_layers": 1, "full_attention_interval": 4, "vocab_size": 100_000}
+    layers = {"num_hidden_layers": 1, "full_attention_interval": 4, "vocab_size": 20_000}
     source = checkpoints.write_zeros(
         tmp_path / layout, checkpoints.INSTRUCT | experts | layers, layout
     )
-    assert (source / "model.safetensors").stat().st_size > 1.1e9
+    assert (source / "model.safetensors").stat().st_size > 0.85e9
     result = subprocess.run(
         [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "out")],
         capture_output=True, text=True, check=True,

@@ -53,10 +53,8 @@ for args in json.loads(sys.argv[1]):
 def test_two_processes_answer_as_one_and_one_of_them_prints(tmp_path, call):
     variants = [
         [],
-        ["--mtp", "3"],
         ["--temp", "0.8"],
         ["--expert-parallel", "--mtp", "2", "--temp", "0.8"],
-        ["--pipeline"],
         ["--pipeline", "1,3", "--mtp", "3"],
     ]
     expected = ""

@@ -27,7 +27,7 @@ def test_answers_are_those_of_one_process(tmp_path, divided):
     asked = [
         {"prompt": text * times, "temperature": temperature, "seed": 3, "max_tokens": 12}
         for times in (1, 20)
-        for text in TEXTS
+        for text in TEXTS[:2]
         for temperature in (0.0, 0.8)
     ]
 

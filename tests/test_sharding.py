@@ -271,7 +271,7 @@ PLAIN, DRAFTS, CHANCE = ("off", 0.0), (3, 0.0), (3, 0.9)
 OTHER_WISHES = ("auto", 0.0)  # each rank would draft to other depths
 
 
-def case(model, mode, *kinds, pack=True, layers=None, prompt=40, tokens=16):
+def case(model, mode, *kinds, pack=True, layers=None, prompt=40, tokens=10):
     numbers = np.random.default_rng(prompt)
     return {
         "name": f"{model}-{mode}-{pack}",
@@ -290,16 +290,13 @@ TWO = [
     case("demo", "tensor", PLAIN, DRAFTS, CHANCE, OTHER_WISHES),
     case("demo", "expert", PLAIN, DRAFTS),
     case("demo", "pipeline", PLAIN, DRAFTS, CHANCE, OTHER_WISHES, layers=[3, 1]),
-    case("demo", "tensor", pack=False),
     case("base", "tensor", PLAIN, DRAFTS),
     case("base", "tensor", pack=False),
     case("base", "expert", PLAIN, DRAFTS),
-    case("base", "expert", pack=False),
     case("base", "pipeline", PLAIN, DRAFTS, layers=[1, 3]),
     case("dense", "tensor", PLAIN, DRAFTS),
     case("dense", "expert", PLAIN, DRAFTS, pack=False),
     case("permutation", "tensor"),
-    case("base_fused", "tensor", pack=False),
     case("quantized", "expert", pack=False),
     case("eps", "pipeline", PLAIN, DRAFTS, layers=[4, 2]),
 ]
