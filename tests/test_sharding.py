@@ -12,6 +12,7 @@ import rank
 from helpers_group import results
 
 from mlx_qwen3next import mtp
+from mlx_qwen3next.bench import shapes
 from mlx_qwen3next.bench.shard_plan import sent_a_step
 from mlx_qwen3next.config import Config
 from mlx_qwen3next.group import Group
@@ -39,10 +40,24 @@ def quantized_dir(tmp_path_factory):
     return checkpoints.convert(directory, bits=4, group_size=32, mode="affine")
 
 
+@pytest.fixture(scope="module")
+def wide_dir(tmp_path_factory):
+    """Random 4-bit weights whose experts four ranks can divide: 64 channels each."""
+    directory = tmp_path_factory.mktemp("model")
+    widths = {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+    small = {"hidden_size": 128, "vocab_size": 512, "num_experts": 8}
+    shapes.SHAPES["wide"] = shapes.SHAPES["small"] | widths | small
+    try:
+        shapes.write(directory, "wide", 4)
+    finally:
+        del shapes.SHAPES["wide"]
+    return directory
+
+
 @pytest.fixture
-def path_of(quantized_dir):
+def path_of(quantized_dir, wide_dir):
     """A case's directory."""
-    known = {"demo": BUNDLED, "quantized": quantized_dir}
+    known = {"demo": BUNDLED, "quantized": quantized_dir, "wide": wide_dir}
     return lambda case: str(known.get(case, checkpoints.GOLDENS / case))
 
 
@@ -302,6 +317,7 @@ TWO = [
 ]
 FEW = {"prompt": 8, "tokens": 6}
 FOUR = [
+    case("wide", "tensor", PLAIN, DRAFTS, **FEW),
     case("base", "tensor", PLAIN, DRAFTS, **FEW),
     case("base", "pipeline", PLAIN, DRAFTS, **FEW, layers=[1, 1, 1, 1]),
     case("demo", "expert", PLAIN, DRAFTS, **FEW),
