@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 
-# Queries in a piece, and from how many on turning the keys around pays (NOTES.md, "attention on a
-# CPU").
+# Queries in a piece, and from how many on turning the keys around pays (NOTES.md, "Causal
+# attention on a CPU").
 PIECE = 256
 FROM = 16
 

@@ -120,9 +120,8 @@ def division(args: argparse.Namespace, size: int) -> dict[str, Any]:
     Raises:
         ValueError: they contradict each other, or this process is alone.
     """
-    asked = ["--pipeline"] * (args.pipeline is not False) + [
-        "--expert-parallel"
-    ] * args.expert_parallel
+    given = {"--pipeline": args.pipeline is not False, "--expert-parallel": args.expert_parallel}
+    asked = [flag for flag, is_given in given.items() if is_given]
     if len(asked) > 1:
         raise ValueError("--pipeline and --expert-parallel exclude each other")
     if asked and size == 1:

@@ -9,6 +9,7 @@ waiting. By the same connections every process learns at once that another has e
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import secrets
@@ -22,7 +23,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from queue import Queue
-from types import TracebackType
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -66,13 +66,14 @@ class Group:
         """All ranks' values, in order."""
         return [value]
 
-    def send_on(self, x: mx.array) -> mx.array:
-        """Sends ``x`` to the next rank; returns it, to be evaluated."""
-        raise NotImplementedError
+    def from_before(self, x: mx.array) -> mx.array:
+        """In a pipeline what the rank before gives, on the first ``x``; it looks like ``x``."""
+        return x
 
-    def receive_like(self, x: mx.array) -> mx.array:
-        """What the rank before sends, in shape and dtype as ``x``, which is not evaluated."""
-        raise NotImplementedError
+    def from_last(self, x: mx.array) -> mx.array:
+        """In a pipeline what the last rank gives, on each of them; this one gives ``x`` to the
+        next."""
+        return x
 
     def leave(self, status: int) -> None:
         """Ends all the others at once, and with them this process."""
@@ -80,44 +81,11 @@ class Group:
     def __enter__(self) -> Group:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         pass
 
 
 ALONE = Group()
-
-
-class Stage:
-    """A rank's place in a pipeline: hidden states come from the rank before, and go to the next.
-
-    Of a group of one, a place that changes nothing.
-    """
-
-    def __init__(self, group: Group):
-        self._group = group
-
-    def enter(self, x: mx.array) -> mx.array:
-        """What the first of this rank's layers takes; ``x``, if they are the model's first."""
-        return x if self._group.rank == 0 else self._group.receive_like(x)
-
-    def leave(self, x: mx.array) -> mx.array:
-        """What the last rank's last layer gave, on every rank; from ``x``, of this rank's last."""
-        if self._group.size == 1:
-            return x
-        if self._group.rank < self._group.size - 1:
-            x = mx.depends(mx.zeros_like(x), self._group.send_on(x))
-        x = self._group.all_sum(x)
-        # Others wait for what is sent here, whether the result is looked at here or not.
-        mx.async_eval(x)
-        return x
-
-
-WHOLE = Stage(ALONE)
 
 
 def join() -> Group:
@@ -210,15 +178,22 @@ class _Connected(Group):
     def agree(self, x: mx.array) -> mx.array:
         return self.all_sum(x if self.rank == 0 else mx.zeros_like(x))
 
-    def send_on(self, x: mx.array) -> mx.array:
-        self._last = mx.distributed.send(self._ordered(x), self.rank + 1, group=self._engine)
-        return self._last
-
-    def receive_like(self, x: mx.array) -> mx.array:
+    def from_before(self, x: mx.array) -> mx.array:
+        if self.rank == 0:
+            return x
         if self._last is not None:
             mx.async_eval(self._last)  # which nothing can be made to depend on
         self._last = mx.distributed.recv_like(x, self.rank - 1, group=self._engine)
         return self._last
+
+    def from_last(self, x: mx.array) -> mx.array:
+        if self.rank < self.size - 1:
+            sent = mx.distributed.send(self._ordered(x), self.rank + 1, group=self._engine)
+            self._last, x = sent, mx.depends(mx.zeros_like(x), sent)
+        x = self.all_sum(x)
+        # Others wait for what is sent here, whether the result is looked at here or not.
+        mx.async_eval(x)
+        return x
 
     # --- decisions -----------------------------------------------------------------------------
     def decide(self, what: str, value: Any) -> Any:
@@ -241,11 +216,14 @@ class _Connected(Group):
             self._fail(f"rank {rank} is at {told!r}, rank {self.rank} at {what!r}")
         return value
 
-    def _send(self, peer: socket.socket, what: str, value: Any) -> None:
+    def _write(self, peer: socket.socket, what: str, value: Any) -> None:
         message = pickle.dumps((what, value))
+        with self._writing:
+            peer.sendall(_HEAD.pack(len(message)) + message)
+
+    def _send(self, peer: socket.socket, what: str, value: Any) -> None:
         try:
-            with self._writing:
-                peer.sendall(_HEAD.pack(len(message)) + message)
+            self._write(peer, what, value)
         except OSError:
             time.sleep(REPORT)  # whoever listens to it knows more
             self._fail("the connection to another rank was lost")
@@ -285,12 +263,8 @@ class _Connected(Group):
         print("\ninterrupted", file=sys.stderr, flush=True)
         self.leave(130)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
+        _, error, _ = raised
         if error is None:
             mx.synchronize()  # the others may need what is on its way
             self._tell("bye", None)
@@ -305,7 +279,7 @@ class _Connected(Group):
                 time.sleep(REPORT / 2)  # rank 0 ends all of them if it has the same error
             self._tell("end", (2, first_line(error)))
         else:
-            self._tell("end", (1, f"{kind.__name__ if kind else ''}: {error}"))
+            self._tell("end", (1, f"{type(error).__name__}: {error}"))
 
     def leave(self, status: int) -> NoReturn:
         self._tell("end", (status, ""))
@@ -314,10 +288,9 @@ class _Connected(Group):
 
     def _tell(self, what: str, value: Any) -> None:
         self._leaving = True
-        message = pickle.dumps((what, value))
         for peer in self._peers.values():
-            with suppress(OSError), self._writing:
-                peer.sendall(_HEAD.pack(len(message)) + message)
+            with suppress(OSError):
+                self._write(peer, what, value)
 
     def _stop(self, rank: int, status: int, text: str) -> NoReturn:
         """Ends as another rank did; rank 0 says why, and passes it on."""
@@ -369,11 +342,11 @@ def _connect(group: _Connected) -> dict[int, socket.socket]:
 def _own_names() -> Sequence[str]:
     """What the others may reach this machine as, the likeliest first."""
     names = []
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        import json
-
-        with open(os.environ["MLX_HOSTFILE"]) as file:
-            names.append(json.load(file)[0][0].rsplit(":", 1)[0].strip("[]"))
+    with (
+        suppress(OSError, ValueError, LookupError, TypeError),
+        open(os.environ["MLX_HOSTFILE"]) as file,
+    ):
+        names.append(json.load(file)[0][0].rsplit(":", 1)[0].strip("[]"))
     with suppress(OSError):
         names += [entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None)]
     return list(dict.fromkeys([*names, socket.gethostname(), "127.0.0.1"]))

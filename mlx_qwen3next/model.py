@@ -36,7 +36,7 @@ from . import checkpoint, ops, sharding
 from .attention import attention
 from .cache import Cache, GatedDeltaCache, Memory, Tape
 from .config import MODEL_TYPE, Config
-from .group import ALONE, WHOLE, Group, connected
+from .group import ALONE, Group, connected
 
 
 class RMSNorm(nn.Module):
@@ -249,7 +249,7 @@ class Trunk(nn.Module):
 
     vocabulary = ALONE  # the group that has it together…
     first_token = 0  # …and the first of its tokens that is here
-    stage = WHOLE
+    pipeline = ALONE  # the group that has the layers one after the other
 
     def __init__(self, config: Config):
         super().__init__()
@@ -270,7 +270,7 @@ class Trunk(nn.Module):
 
         ``between`` is called with the number and the output of every layer that another follows.
         """
-        x = self.stage.enter(self.embed(tokens))
+        x = self.pipeline.from_before(self.embed(tokens))
         caches = [None] * len(self.layers) if cache is None else cache
         pairs = list(zip(self.layers, caches, strict=True))
         # All layers of a kind share one mask, the first one's.
@@ -282,7 +282,7 @@ class Trunk(nn.Module):
             if between is not None and i > 0:
                 between(i - 1, x)
             x = layer(x, linear_mask if layer.is_linear else attention_mask, c)
-        return self.norm(self.stage.leave(x))
+        return self.norm(self.pipeline.from_last(x))
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Tokens ``[B, L]`` to ``[B, L, H]``."""

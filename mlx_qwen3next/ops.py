@@ -179,8 +179,9 @@ def sparse_experts(
         y = y[mx.argsort(order)].reshape(-1, k, x.shape[-1])
         return residual + (y * weights.reshape(-1, k, 1).astype(y.dtype)).sum(axis=-2)
     # Those without weight are others'; how many are not has to be known here.
-    order = mx.argsort(mx.where(weights > 0, indices, experts))
-    order = order[: int(cast(int, (weights > 0).sum().item()))]
+    here = weights > 0
+    order = mx.argsort(mx.where(here, indices, experts))
+    order = order[: int(cast(int, here.sum().item()))]
     if order.size == 0:
         return residual
     rows = order // k

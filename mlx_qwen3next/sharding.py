@@ -27,7 +27,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from . import memory
 from .config import Config
-from .group import Group, Stage
+from .group import Group
 
 Mode = Literal["tensor", "expert", "pipeline"]
 Index = tuple[Any, ...]  # of an array
@@ -55,6 +55,17 @@ class Shard:
         if self.mode != "pipeline" or match is None:
             return path
         return f"model.layers.{int(match[1]) + self.layers.start}.{path[match.end() :]}"
+
+    @property
+    def has_shared_expert(self) -> bool:
+        """Whole experts are one rank's alone, the shared one rank 0's."""
+        return self.mode != "expert" or self.rank == 0
+
+    def has(self, path: str) -> bool:
+        """Whether it has any of one of the whole model's parameters."""
+        if self.mode == "pipeline" and (layer := _LAYER.match(path)):
+            return int(layer[1]) in self.layers
+        return self.has_shared_expert or ".shared_expert" not in path
 
     def index(self, path: str, shape: Sequence[int]) -> Index | None:
         """Which elements of a parameter are this rank's; None for all.
@@ -257,7 +268,7 @@ def shard(model: Any, group: Group, part: Shard) -> None:
     model.args, model.group = config, group
     if part.mode == "pipeline":
         model.model.layers = [model.model.layers[i] for i in part.layers]
-        model.model.stage = Stage(group)
+        model.model.pipeline = group
         return
     model.model.vocabulary, model.model.first_token = group, part.vocabulary.start
     stacks = [model.model] if model.mtp is None else [model.model, model.mtp]
@@ -270,7 +281,7 @@ def shard(model: Any, group: Group, part: Shard) -> None:
         mixer.group = mlp.group = group
         if part.mode == "expert" and "switch_mlp" in mlp:
             mlp.own = part.experts
-            if part.rank > 0:
+            if not part.has_shared_expert:
                 del mlp["shared_expert"], mlp["shared_expert_gate"]
 
 

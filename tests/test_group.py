@@ -327,4 +327,4 @@ def test_a_process_that_is_alone_decides_for_itself(monkeypatch):
         assert group is ALONE and (group.rank, group.size) == (0, 1)
         assert group.all_sum(x) is group.all_gather(x) is group.agree(x) is x
         assert group.decide("it", 7) == 7 and group.gather("all", 7) == [7]
-    assert group_module.WHOLE.enter(x) is group_module.WHOLE.leave(x) is x
+    assert group_module.ALONE.from_before(x) is group_module.ALONE.from_last(x) is x

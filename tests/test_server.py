@@ -15,6 +15,7 @@ import mlx.core as mx
 import openai
 import pytest
 from helpers_generate import bundled, endless, forced, process
+from helpers_group import free_port
 from helpers_server import CALL, CHAT, TEXT, ask, bodies, exchange, until
 from helpers_serving import TOOLS, running, served, user
 from mlx.utils import tree_flatten
@@ -344,12 +345,6 @@ def other_model(tmp_path_factory):
         str(directory / "model.safetensors"), dict(tree_flatten(model.parameters()))
     )
     return directory
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -95,10 +95,8 @@ def own(tensors: Tensors, part: Shard) -> Tensors:
     for path, tensor in tensors.items():
         layer = _LAYER.match(path)
         kind = path[layer.end() :] if layer else path, tensor.dtype, tensor.shape
-        if part.mode == "pipeline" and layer and int(layer[1]) not in part.layers:
+        if not part.has(path):
             continue
-        if part.mode == "expert" and part.rank > 0 and ".shared_expert" in path:
-            continue  # rank 0's alone
         if kind not in known:
             index = part.index(path, tensor.shape)
             whole = np.broadcast_to(np.empty((), np.bool_), tensor.shape)  # takes no memory

@@ -35,7 +35,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import load_model as load_stock
 
 from .. import dispatch, memory
-from ..cache import Undo, settle, tokens_held
+from ..cache import Undo, settle
+from ..checks import held_by
 from ..columns import ColumnLinear
 from ..errors import first_line
 from ..generation import generate_step, prefill
@@ -215,9 +216,7 @@ class Ours(Side):
                 seconds[name] = _timed(partial(layer, x, None, entry), [entry])
         mx.clear_cache()
         in_use = mx.get_active_memory() - self._before
-        held = (
-            max(self._group.gather("held", tokens_held(cache))) + 1
-        )  # for which the steps, taken back, made room
+        held = held_by(model, cache) + 1  # for which the steps, taken back, made room
         formula = memory.cache_bytes(model.args, held, mtp=False, itemsize=x.dtype.size)
         return {**seconds, "cache": in_use, "formula": formula}
 
