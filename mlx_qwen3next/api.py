@@ -83,9 +83,8 @@ class Handler(APIHandler):
     """Answers the request of one connection.
 
     Args:
-        generator: mlx-lm's ResponseGenerator or one like it. Its ``generate`` raises ValueError for
-            what the client did wrong; it may have ``health``: "ok", "loading", "draining" or
-            "unavailable".
+        generator: like mlx-lm's ResponseGenerator. Its ``generate`` raises ValueError for what the
+            client did wrong; its ``health`` is "ok", "loading", "draining" or "unavailable".
         settings: what the server says and allows.
         connection: what ``socketserver`` gives: request, client_address, server.
         system_fingerprint: what mlx-lm's handler would otherwise compute for every request.
@@ -150,7 +149,7 @@ class Handler(APIHandler):
         elif path == _MODELS:
             self._send(200, {"object": "list", "data": [self._model(self.settings.names[0])]})
         elif path == "/health":
-            health = _health(self.generator)
+            health = self.generator.health
             self._send(200 if health == "ok" else 503, {"status": health})
         else:
             self._complete(path)
@@ -275,7 +274,7 @@ class Handler(APIHandler):
             yield Response("", 0, 0.0, "stop", ({},))
 
     def _failure(self, error: Exception) -> RequestError:
-        health = _health(self.generator)
+        health = self.generator.health
         if isinstance(error, RuntimeError) and health != "ok":
             message = f"the server is not ready ({health}): {first_line(error)}"
             return RequestError(message, status=503, headers=_RETRY)
@@ -471,12 +470,6 @@ class _Incoming(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self._connection.settimeout(max(self.deadline - time.monotonic(), 1e-3))
         return self._connection.recv_into(buffer)
-
-
-def _health(generator: Any) -> str:
-    if hasattr(generator, "health"):
-        return generator.health
-    return "ok" if generator.is_healthy else "unavailable"  # mlx-lm's own
 
 
 def _server_error(error: Exception) -> RequestError:

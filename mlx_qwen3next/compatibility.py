@@ -53,7 +53,6 @@ _CALLS: dict[str, dict[str, tuple[str, ...] | None]] = {
             *("has_tool_calling", "has_thinking", "tool_parser", "text_sm", "initial_state"),
             *("prompt", "prompt_cache_count", "_should_stop"),
         ),
-        "LRUPromptCache": ("max_size",),
         "ModelProvider": ("cli_args",),
         "ModelProvider._load": ("model_path", "adapter_path", "draft_model_path"),
         "ModelProvider.load_default": (),

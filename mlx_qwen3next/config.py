@@ -90,7 +90,7 @@ class Config:
         if model_type != MODEL_TYPE:
             raise ValueError(
                 f"model_type is {model_type!r}; this package runs {MODEL_TYPE!r} only. "
-                "Use mlx_lm for other models."
+                "mlx_lm.generate and mlx_lm.server run other models."
             )
         required = _REQUIRED + (_MOE_REQUIRED if raw.get("num_experts") else ())
         if missing := [key for key in required if raw.get(key) is None]:

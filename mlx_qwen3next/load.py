@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
@@ -181,6 +181,22 @@ def resolve(path_or_repo: str | Path | None, revision: str | None = None) -> Pat
         return directory
     with hub_errors(repo):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD)))
+
+
+def read_config(path_or_repo: str | Path | None = None) -> Config:
+    """The config of a model, of whose repository nothing else is fetched.
+
+    Args:
+        path_or_repo: as for :func:`load`.
+
+    Raises:
+        ValueError: there is no such model, or it is none that this package runs.
+    """
+    directory = BUNDLED if path_or_repo is None else local_directory(path_or_repo)
+    if directory is None:
+        with hub_errors(str(path_or_repo)):
+            directory = Path(hf_hub_download(str(path_or_repo), "config.json")).parent
+    return Config.from_file(directory / "config.json")
 
 
 def local_directory(path_or_repo: str | Path) -> Path | None:

@@ -1,14 +1,13 @@
 """The command ``python -m mlx_qwen3next.server``: mlx_lm.server, for Qwen3-Next.
 
 mlx-lm's own parser, handler and batch do the work that is not ours; nothing in mlx-lm is changed.
-A model of another type is served as by mlx_lm.server, behind the same checks of requests.
+A model of another type is refused: mlx_lm.server serves it.
 """
 
 from __future__ import annotations
 
 import argparse
 import ipaddress
-import json
 import logging
 import os
 import resource
@@ -21,10 +20,7 @@ from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any, NoReturn
 
-import mlx.core as mx
-from huggingface_hub import hf_hub_download
 from mlx_lm import server as stock
-from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.utils import _parse_size
 
 from . import compatibility, memory
@@ -39,30 +35,21 @@ from .command import (
     guarded,
     refuse,
 )
-from .config import MODEL_TYPE, Config
 from .dispatch import set_kernels
 from .errors import first_line
 from .group import ALONE, Group, join
-from .load import hub_errors, load, local_directory, resolve
+from .load import load, read_config
 from .prompt_cache import PromptCache
 from .sampling import Sampling, check_integer
 from .serving import Engine
 
 DEMO = "qwen3-next-demo"  # what the bundled model is called
 LEAST_CACHE = 256 * 2**20  # bytes of the prompt cache, however full the memory is
-# Flags that would have no effect, and why: for Qwen3-Next, and for models of other types.
-_NOT_OURS = {
+# Flags that would have no effect, and why.
+_UNSUPPORTED = {
     "draft_model": "the model drafts with its own MTP head: use --mtp",
     "num_draft_tokens": "use --mtp",
 }
-_ONLY_OURS = {
-    "pipeline": "this model is not Qwen3-Next",
-    "expert_parallel": "this model is not Qwen3-Next",
-    "prompt_cache_dir": "this model is not Qwen3-Next",
-    "mtp": "this model is not Qwen3-Next",
-    "kernels": "this model is not Qwen3-Next",
-}
-_TEXTS = 10  # mlx-lm's default of --prompt-cache-size
 _LAST_WORDS = 5.0  # seconds that clients have to read the end of their answers
 
 EPILOG = """examples:
@@ -187,16 +174,14 @@ def _run(args: argparse.Namespace, group: Group) -> int:
         api_key=_api_key(args.api_key),
         max_body_bytes=args.max_body_bytes,
     )
-    ours = _model_type(args.model) == MODEL_TYPE
-    refuse(args, parser(), _NOT_OURS if ours else _ONLY_OURS)
-    if group.size > 1 and not ours:
-        raise ValueError(
-            "this model is not Qwen3-Next: mlx_lm.server serves it on several machines"
-        )
+    refuse(args, parser(), _UNSUPPORTED)
+    config = read_config(args.model)  # before 45 GB are fetched or read
+    kv_quantization = args.kv_bits, args.kv_group_size, args.quantized_kv_start
+    check_kv_quantization(config.head_dim, *kv_quantization)
     if group.size > 1 and args.prompt_cache_dir is not None:
         raise ValueError("--prompt-cache-dir is not supported on several machines")
 
-    generator: Any = None
+    generator: Engine | None = None
     errors: list[Exception] = []
     stopping = threading.Event()
     system = stock.get_system_fingerprint()
@@ -222,11 +207,7 @@ def _run(args: argparse.Namespace, group: Group) -> int:
         signal.signal(number, signal.default_int_handler)
     with Server(args.host, args.port, handler) as server:  # the port first: loading takes long
         try:
-            if ours:
-                generator = engine()
-            else:
-                texts = LRUPromptCache(args.prompt_cache_size or _TEXTS)
-                generator = Other(stock.ModelProvider(args), texts)
+            generator = engine()
             threading.Thread(target=server.serve_forever, daemon=True).start()
             _announce(args.host, server.server_port, settings)
             _wait(stopping)
@@ -283,9 +264,6 @@ class Provider(stock.ModelProvider):
             ValueError: it cannot be loaded, or not serve as asked for.
         """
         args = self.cli_args
-        config = Config.from_file(resolve(model_path) / "config.json")
-        kv = args.kv_bits, args.kv_group_size, args.quantized_kv_start
-        check_kv_quantization(config.head_dim, *kv)  # before 45 GB are read
         model, tokenizer = load(
             model_path,
             tokenizer_config=self._tokenizer_config,
@@ -297,30 +275,6 @@ class Provider(stock.ModelProvider):
             tokenizer.chat_template = tokenizer.default_chat_template
         key = model_path, adapter_path, draft_model_path
         vars(self).update(model_key=key, model=model, tokenizer=tokenizer, is_batchable=True)
-
-
-class Other(stock.ResponseGenerator):
-    """mlx-lm's generator, for models of other types."""
-
-    def __init__(self, *args: Any):
-        self.ended = threading.Event()  # as in Engine
-        super().__init__(*args)
-
-    @property
-    def health(self) -> str:
-        """As Engine's."""
-        if not self.generation_available():
-            return "unavailable"
-        return "draining" if self._stop else "ok" if self.model_provider.model else "loading"
-
-    def drain(self, seconds: float) -> None:
-        """Makes the thread end; what was asked is not answered any more."""
-        self._stop = True
-
-    def _run_generate(self) -> None:
-        super()._run_generate()
-        mx.clear_streams()
-        self.ended.set()
 
 
 class _Parsed(Exception):
@@ -365,24 +319,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--chat-template-args must be a JSON object, got {args.chat_template_args}"
         )
-
-
-def _model_type(model: str | None) -> str:
-    """The model's type, by its config.json, which may have to be fetched.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    if model is None:
-        return MODEL_TYPE
-    directory = local_directory(model)
-    if directory is None:
-        with hub_errors(model):
-            directory = Path(hf_hub_download(model, "config.json")).parent
-    try:
-        return json.loads((directory / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{model}: config.json has no model_type: {first_line(error)}") from None
 
 
 def _names(args: argparse.Namespace) -> tuple[str, ...]:

@@ -85,15 +85,6 @@ def test_health_says_what_is_the_matter(health):
         assert (status, json.loads(raw)) == (503, {"status": health})
 
 
-@pytest.mark.parametrize(("is_healthy", "status"), [(True, 200), (False, 503)])
-def test_health_of_a_generator_of_mlx_lms(is_healthy, status):
-    generator = Fake()
-    del generator.health
-    generator.is_healthy = is_healthy
-    with serving(generator) as server:
-        assert exchange(server, "GET", "/health")[0] == status
-
-
 @pytest.mark.parametrize(
     ("raw", "status"),
     [

@@ -5,27 +5,22 @@ import functools
 import inspect
 import json
 import re
-import shutil
 import signal
 import socket
 import time
 from types import SimpleNamespace
 
-import mlx.core as mx
 import openai
 import pytest
 from helpers_generate import bundled, endless, forced, process
 from helpers_group import free_port
 from helpers_server import CALL, CHAT, TEXT, ask, bodies, exchange, until
 from helpers_serving import TOOLS, running, served, user
-from mlx.utils import tree_flatten
 from mlx_lm import server as stock
 from mlx_lm.generate import BatchGenerator, GenerationBatch
-from mlx_lm.models import qwen3
 
 from mlx_qwen3next import api, compatibility, server, stream_generate
 from mlx_qwen3next.command import fingerprint_of
-from mlx_qwen3next.load import BUNDLED
 from mlx_qwen3next.sampling import Sampling
 
 
@@ -325,26 +320,20 @@ def test_spoiled_requests_break_nothing(over_http):
 
 
 # --- other models -------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def other_model(tmp_path_factory):
-    """A tiny model of another type, of random weights, with the bundled model's tokenizer."""
-    directory = tmp_path_factory.mktemp("other")
-    for file in BUNDLED.iterdir():
-        if "token" in file.name or file.suffix == ".jinja":
-            shutil.copy(file, directory)
-    config = {
-        "model_type": "qwen3",
-        **{"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32},
-        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
-        **{"rms_norm_eps": 1e-6, "vocab_size": 4096, "max_position_embeddings": 512},
-        **{"rope_theta": 1e4, "tie_word_embeddings": True},
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
-    mx.save_safetensors(
-        str(directory / "model.safetensors"), dict(tree_flatten(model.parameters()))
-    )
-    return directory
+def test_a_model_of_another_type_is_refused_by_name(tmp_path, call):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    status, _, err = call(server.main, "--model", tmp_path, "--port", "0")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "model_type is 'qwen3'" in err and "mlx_lm.server" in err
+
+
+def test_of_another_repository_the_config_alone_is_fetched(hub, tmp_path, call):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    hub.add("Qwen/Other", tmp_path)
+    status, _, err = call(server.main, "--model", "Qwen/Other", "--port", "0")
+    assert status == 2 and "mlx_lm.server" in err
+    assert hub.sent("model.safetensors") == 0 < hub.sent("config.json")
 
 
 @contextlib.contextmanager
@@ -365,21 +354,6 @@ def get_ready(child, at):
                 return
         time.sleep(0.02)
     raise AssertionError("it is not well after a minute")
-
-
-def test_a_model_of_another_type_is_served_by_mlx_lm_s_generator(other_model, call):
-    """Behind the same checks; with the status of a server that was told to stop."""
-    status, _, err = call(server.main, "--model", other_model, "--port", "0", "--mtp", "2")
-    assert (status, err.count("\n")) == (2, 1) and "--mtp is not supported" in err
-    with command("--model", other_model, "--temp", "0.7", "--model-name", "other") as (child, at):
-        get_ready(child, at)
-        status, answer = ask(at, max_tokens=3, model="other")
-        assert (status, answer["usage"]["completion_tokens"]) == (200, 3)
-        assert answer["model"] == "other"
-        assert ask(at, max_tokens=3, n=2)[0] == 400
-        assert ask(at, model="unknown")[0] == 404
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(60) == 0
 
 
 def test_the_fingerprint_of_a_prompt_cache(tmp_path):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import rank
 from helpers_group import results
+from machines import sent_a_step
 
 from mlx_qwen3next import mtp
 from mlx_qwen3next.bench import shapes
-from mlx_qwen3next.bench.shard_plan import sent_a_step
 from mlx_qwen3next.config import Config
 from mlx_qwen3next.group import Group
 from mlx_qwen3next.load import BUNDLED, load_model

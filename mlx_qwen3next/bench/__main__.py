@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..command import LineParser, add_group_options, guarded
-from . import shapes, shard_report
+from . import shapes
 from .agreement import Disagreement
 from .run import run
 
@@ -19,7 +19,6 @@ EXAMPLES = """examples:
   python -m mlx_qwen3next.bench --model DIR_OR_REPO         a model of yours
   python -m mlx_qwen3next.bench --shape 80b                 the 80B model's shapes, no download
   python -m mlx_qwen3next.bench --shape small --growth 32768 --plots figures
-  python -m mlx_qwen3next.bench --shard-plan                the 80B model on 1 to 8 Macs: computed
 
 Each side has a process of its own, and they take turns; figures are medians. Nothing else should
 run meanwhile. That logits and greedy tokens agree is checked first: if not, no figure is given,
@@ -95,47 +94,6 @@ def parser() -> LineParser:
         "what one turn exceeds it with is left out (default: %(default)g)",
     )
     add_group_options(result)
-    plan = result.add_argument_group(
-        "dividing a model (with --shard-plan)",
-        """
-What a model takes on several machines (mlx.launch), computed from its config.json alone: 'tensor'
-divides every layer, 'expert' as well, but the experts by number, 'pipeline' gives each machine
-whole layers. Of --model or --shape (default: 80b, all 48 layers), as it is quantized and otherwise,
-at the first of --contexts (default: 32768). Nothing is loaded, nothing measured.
-""".strip(),
-    )
-    plan.add_argument(
-        "--shard-plan",
-        action="store_true",
-        help="memory a machine, bytes sent and time a token, and which Macs could hold it",
-    )
-    plan.add_argument(
-        "--machines",
-        type=_counts,
-        metavar="N,N,…",
-        help=f"how many, of equal memory (default: {','.join(map(str, shard_report.MACHINES))})",
-    )
-    rates = shard_report.RATES
-    plan.add_argument(
-        "--link",
-        type=_amount,
-        metavar="GB/S",
-        help="what one machine sends to another, each way (default: "
-        f"{rates['link']:g}, as Thunderbolt 5 by TCP)",
-    )
-    plan.add_argument(
-        "--latency",
-        type=_amount,
-        metavar="µS",
-        help=f"of a message from one machine to the next (default: {rates['latency']:g}); 'tensor' "
-        "and 'expert' send hundreds a token, which then wait for each other",
-    )
-    plan.add_argument(
-        "--memory-bandwidth",
-        type=_amount,
-        metavar="GB/S",
-        help=f"of each machine (default: {rates['memory_bandwidth']:g}, about an M3 Ultra's 819)",
-    )
     output = result.add_argument_group("output, beside the tables")
     output.add_argument("--json", type=Path, metavar="FILE", help="all samples and medians")
     output.add_argument("--plots", type=Path, metavar="DIR", help="PNG files (needs matplotlib)")
@@ -172,16 +130,12 @@ def _positive(text: str, what: str, most: float = math.inf) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    options = parser()
-    args = options.parse_args(argv)
+    args = parser().parse_args(argv)
 
     def terminated(*_: object) -> None:
         raise KeyboardInterrupt("terminated")  # large temporary files must not stay
 
     def command() -> int:
-        if shard_report.asked(args, options):
-            shard_report.run(args)
-            return 0
         try:
             run(args)
             return 0
