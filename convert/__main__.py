@@ -7,7 +7,7 @@ import sys
 
 from mlx_lm.convert import configure_parser
 
-from mlx_qwen3next.command import Parser, guarded
+from mlx_qwen3next.cli import Parser, guarded
 
 from .conversion import convert
 from .quantize import HEAD_BITS, MTP_BITS, UNQUANTIZED

@@ -12,10 +12,11 @@ from pathlib import Path
 import mlx.core as mx
 from huggingface_hub import snapshot_download
 
-from mlx_qwen3next import checkpoint, shards
-from mlx_qwen3next.config import Config
-from mlx_qwen3next.load import hub_errors, local_directory
-from mlx_qwen3next.model import Model
+from mlx_qwen3next.checkpoint import files
+from mlx_qwen3next.checkpoint.loading import hub_errors, local_directory
+from mlx_qwen3next.model import layouts
+from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.qwen3_next import Model
 
 from .plan import Plan, make_plan
 from .quantize import MTP_BITS, UNQUANTIZED
@@ -47,7 +48,7 @@ def plan(source: Source, model: Path, dtype: mx.Dtype | None, mtp_bits: int | No
     if not source.has_head:
         raise ValueError(f"{source.name} has no MTP head (no tensor named mtp.*)")
     trunk = Source(model)
-    if any(checkpoint.is_mtp(n) and t.file.name != shards.HEAD for n, t in trunk.tensors.items()):
+    if any(layouts.is_mtp(n) and t.file.name != files.HEAD for n, t in trunk.tensors.items()):
         raise ValueError(f"{model} has an MTP head in its own shards")
     _check_configs(source.config, trunk.config, source.name)
     if mtp_bits is None:
@@ -77,7 +78,7 @@ def _check_trunks(source: Source, trunk: Source) -> None:
         path: shape
         for path, shape in Model(config).parameter_shapes().items()
         if path.startswith(prefixes)
-        and (checkpoint.is_float32(path) or path.endswith("conv1d.weight"))
+        and (layouts.is_float32(path) or path.endswith("conv1d.weight"))
     }
     theirs, ours = source.plan(shapes), trunk.plan(shapes)
     for path in shapes:

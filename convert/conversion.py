@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlx_qwen3next import shards
+from mlx_qwen3next.checkpoint import files as shards
 
 from . import attaching, package, report, weights
 from .plan import DTYPES, Plan, make_plan

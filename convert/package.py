@@ -11,9 +11,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 
-from mlx_qwen3next import shards
-from mlx_qwen3next.config import Config
-from mlx_qwen3next.load import hub_errors
+from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.loading import hub_errors
+from mlx_qwen3next.model.config import Config
 
 from .plan import Plan
 from .progress import write_whole

@@ -12,8 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen3next import checkpoint, mtp, shards
-from mlx_qwen3next.model import Model
+from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.model import layouts, mtp_head
+from mlx_qwen3next.model.qwen3_next import Model
 
 from . import weights
 from .quantize import Predicate, Quantization, recipe
@@ -46,7 +47,7 @@ class Plan:
 
     def files(self, folder: Path) -> list[File]:
         """The weight files, as they are to be in ``folder``."""
-        metadata = {"format": "mlx", checkpoint.MARK: json.dumps(self.mark)}
+        metadata = {"format": "mlx", layouts.MARK: json.dumps(self.mark)}
         return weights.lay_out(self.parameters, folder, metadata)
 
     @property
@@ -83,7 +84,7 @@ def make_plan(
     try:
         model = Model(source.config)
         if head:
-            mtp.attach(model)
+            mtp_head.attach(model)
     except OverflowError:
         raise ValueError(
             f"{source.directory}: the config's sizes are beyond MLX's arrays"
@@ -91,7 +92,7 @@ def make_plan(
     shapes = {
         path: shape
         for path, shape in model.parameter_shapes().items()
-        if (head if checkpoint.is_mtp(path) else trunk)
+        if (head if layouts.is_mtp(path) else trunk)
     }
     sources = source.plan(shapes)
     source.refuse_surplus(sources)
@@ -119,19 +120,19 @@ def make_plan(
 
 def _parameters(
     source: Source,
-    sources: Mapping[str, checkpoint.Source],
-    shapes: Mapping[str, checkpoint.Shape],
+    sources: Mapping[str, layouts.Source],
+    shapes: Mapping[str, layouts.Shape],
     chosen: Mapping[str, Quantization],
     dtype: mx.Dtype,
 ) -> dict[str, list[Parameter]]:
     """File -> what goes in it."""
     parameters: dict[str, list[Parameter]] = {TRUNK: [], shards.HEAD: [], shards.NORMS: []}
     for path, shape in shapes.items():
-        file = shards.HEAD if checkpoint.is_mtp(path) else TRUNK
+        file = shards.HEAD if layouts.is_mtp(path) else TRUNK
         held = dtype
         if path.endswith(("A_log", "dt_bias")):
             held = shards.DTYPES[source.tensors[path].dtype]
-        elif checkpoint.is_float32(path):
+        elif layouts.is_float32(path):
             # The head's norms are exact: only the trunk's are read by mlx-lm, too, which would
             # compute all activations in their dtype.
             exact = Parameter(path, shape, sources[path], mx.float32, None)

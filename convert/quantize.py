@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.convert import mixed_quant_predicate_builder
 
-from mlx_qwen3next import checkpoint
-from mlx_qwen3next.model import Model
+from mlx_qwen3next.model import layouts
+from mlx_qwen3next.model.qwen3_next import Model
 
 Quantization = dict[str, Any]  # group_size, bits, mode: mx.quantize's arguments
 Predicate = Callable[[str, nn.Module], bool | Quantization]
@@ -77,13 +77,13 @@ def recipe(
 
     chosen: dict[str, Quantization] = {}
     for path, module in model.named_modules():
-        default = head if checkpoint.is_mtp(path) else base
+        default = head if layouts.is_mtp(path) else base
         if default is None or not hasattr(module, "to_quantized"):
             continue
         answer: bool | Quantization = True
-        if checkpoint.is_router(path):
+        if layouts.is_router(path):
             answer = {"group_size": 64, "bits": ROUTER_BITS, "mode": "affine"}
-        elif not checkpoint.is_mtp(path):
+        elif not layouts.is_mtp(path):
             answer = choose(path, module)
         quantization = default
         if isinstance(answer, dict):

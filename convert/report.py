@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_qwen3next import memory, shards
-from mlx_qwen3next.memory import GB
+from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.model import capacity
+from mlx_qwen3next.model.capacity import GB
 
 from . import weights
 from .plan import Plan
@@ -89,7 +90,7 @@ def describe(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> str:
     lines.append(f"memory       less than {_WORKING_MEMORY / GB:.1f} GB while converting")
     held = output - by_file.get(shards.NORMS, 0)
     for context in sorted({min(c, config.max_position_embeddings) for c in _CONTEXTS}):
-        cache = memory.cache_bytes(
+        cache = capacity.cache_bytes(
             config, context, mtp=shards.HEAD in by_file, itemsize=plan.dtype.size
         )
         need = held + cache

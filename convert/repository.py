@@ -12,9 +12,10 @@ import numpy as np
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download
 from tqdm.contrib.concurrent import thread_map
 
-from mlx_qwen3next import checkpoint, shards
-from mlx_qwen3next.load import hub_errors, local_directory
-from mlx_qwen3next.shards import Tensor
+from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.files import Tensor
+from mlx_qwen3next.checkpoint.loading import hub_errors, local_directory
+from mlx_qwen3next.model import layouts
 
 from .source import SMALL_FILES, Source
 
@@ -91,10 +92,10 @@ class Repository(Source):
         return [self.name, self.revision]
 
     def _detect_layout(
-        self, tensors: Mapping[str, Tensor], undecided: checkpoint.Layout
-    ) -> checkpoint.Layout:
+        self, tensors: Mapping[str, Tensor], undecided: layouts.Layout
+    ) -> layouts.Layout:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return checkpoint.detect_layout(shapes, undecided)
+        return layouts.detect_layout(shapes, undecided)
 
     def peek(self, name: str) -> mx.array:
         tensor = self.tensors[name]

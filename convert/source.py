@@ -12,10 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen3next import checkpoint, shards
-from mlx_qwen3next.config import Config, read_json
-from mlx_qwen3next.load import detect_layout, quantization
-from mlx_qwen3next.shards import Tensor
+from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.files import Tensor
+from mlx_qwen3next.checkpoint.loading import detect_layout, quantization
+from mlx_qwen3next.model import layouts
+from mlx_qwen3next.model.config import Config, read_json
 
 from .quantize import dequantize
 
@@ -57,7 +58,7 @@ class Source:
     @property
     def has_head(self) -> bool:
         """Whether there is an MTP head."""
-        return any(checkpoint.is_mtp(name) for name in self.tensors)
+        return any(layouts.is_mtp(name) for name in self.tensors)
 
     @property
     def is_quantized(self) -> bool:
@@ -74,7 +75,7 @@ class Source:
         """The weight files, in their order."""
         return list(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
 
-    def plan(self, parameters: Mapping[str, checkpoint.Shape]) -> dict[str, checkpoint.Source]:
+    def plan(self, parameters: Mapping[str, layouts.Shape]) -> dict[str, layouts.Source]:
         """Where each of the model's (unquantized) parameters comes from, which is checked.
 
         Args:
@@ -83,19 +84,19 @@ class Source:
         Raises:
             ValueError: a tensor is missing, or of another shape or dtype.
         """
-        sources: dict[str, checkpoint.Source] = {}
-        layout: checkpoint.Layout = "hub"
+        sources: dict[str, layouts.Source] = {}
+        layout: layouts.Layout = "hub"
         for of_mtp in (False, True):
-            part = {path: s for path, s in parameters.items() if checkpoint.is_mtp(path) == of_mtp}
-            stored = {n: t for n, t in self.tensors.items() if checkpoint.is_mtp(n) == of_mtp}
+            part = {path: s for path, s in parameters.items() if layouts.is_mtp(path) == of_mtp}
+            stored = {n: t for n, t in self.tensors.items() if layouts.is_mtp(n) == of_mtp}
             layout = self._detect_layout(stored, layout)
-            sources |= checkpoint.plan(part, layout)
+            sources |= layouts.plan(part, layout)
         for source in sources.values():
             for name in source.names:
                 self._expect(name, source.shape)
         return sources
 
-    def refuse_surplus(self, sources: Mapping[str, checkpoint.Source]) -> None:
+    def refuse_surplus(self, sources: Mapping[str, layouts.Source]) -> None:
         """Checks that nothing of trunk or head is left over, whichever was planned.
 
         Raises:
@@ -103,18 +104,18 @@ class Source:
         """
         names = {name for source in sources.values() for name in source.names}
         used = {part for name in names for part in self.parts(name)}
-        planned = {checkpoint.is_mtp(path) for path in sources}
+        planned = {layouts.is_mtp(path) for path in sources}
         for name, tensor in self.tensors.items():
-            needless = name not in used and not checkpoint.is_ignored(name, self.config)
-            if needless and checkpoint.is_mtp(name) in planned:
+            needless = name not in used and not layouts.is_ignored(name, self.config)
+            if needless and layouts.is_mtp(name) in planned:
                 raise ValueError(f"{tensor.file}: the tensor {name} has no place in this model")
 
     def _detect_layout(
-        self, tensors: Mapping[str, Tensor], undecided: checkpoint.Layout
-    ) -> checkpoint.Layout:
+        self, tensors: Mapping[str, Tensor], undecided: layouts.Layout
+    ) -> layouts.Layout:
         return detect_layout(tensors, undecided)
 
-    def _expect(self, name: str, shape: checkpoint.Shape) -> None:
+    def _expect(self, name: str, shape: layouts.Shape) -> None:
         """Checks that a tensor is there and gives floating-point numbers of that shape."""
         tensor = self.tensors.get(name)
         stem = name.removesuffix("weight")
@@ -132,7 +133,7 @@ class Source:
         else:
             self._check(name, shape, _FLOATS)
 
-    def _check(self, name: str, shape: checkpoint.Shape, dtypes: tuple[str, ...]) -> None:
+    def _check(self, name: str, shape: layouts.Shape, dtypes: tuple[str, ...]) -> None:
         tensor = self.tensors.get(name)
         if tensor is None:
             raise ValueError(f"{self.directory}: the tensor {name} is missing from every file")

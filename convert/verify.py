@@ -15,10 +15,11 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
-from mlx_qwen3next import checkpoint, shards
-from mlx_qwen3next.load import default_dtype
-from mlx_qwen3next.model import DecoderLayer, RMSNorm
-from mlx_qwen3next.mtp import MTPHead
+from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.loading import default_dtype
+from mlx_qwen3next.model import layouts
+from mlx_qwen3next.model.mtp_head import MTPHead
+from mlx_qwen3next.model.qwen3_next import DecoderLayer, RMSNorm
 
 from . import weights
 from .plan import Plan
@@ -95,7 +96,7 @@ def _compare_logits(plan: Plan, files: list[File], folder: Path) -> list[str]:
     dtype = default_dtype()
 
     def held(path: str, value: mx.array) -> mx.array:
-        return value.astype(mx.float32 if checkpoint.is_float32(path) else dtype)
+        return value.astype(mx.float32 if layouts.is_float32(path) else dtype)
 
     def original(path: str) -> mx.array:
         parameter = parameters[path]

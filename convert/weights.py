@@ -19,9 +19,10 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_qwen3next import checkpoint, shards
-from mlx_qwen3next.checkpoint import Shape
-from mlx_qwen3next.shards import Tensor
+from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.files import Tensor
+from mlx_qwen3next.model import layouts
+from mlx_qwen3next.model.layouts import Shape
 
 from .progress import Progress
 from .quantize import Quantization, dequantize
@@ -41,7 +42,7 @@ class Parameter:
 
     path: str
     shape: Shape
-    source: checkpoint.Source
+    source: layouts.Source
     dtype: mx.Dtype  # of itself, or of its scales
     quantization: Quantization | None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from mlx_qwen3next import load, stream_generate
-from mlx_qwen3next.prompt_cache import PromptCache
+from mlx_qwen3next.prompt_cache.store import PromptCache
 
 GB = 10**9
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from served import OURS, STOCK, Served, float32_copy
 
-from mlx_qwen3next.load import BUNDLED, load
+from mlx_qwen3next.checkpoint.loading import BUNDLED, load
 
 QUESTIONS = [
     "What does math.sqrt do?",

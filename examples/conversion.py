@@ -24,11 +24,12 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from mlx_qwen3next import checkpoint, mtp, shards
 from mlx_qwen3next.bench.shapes import SHAPES
-from mlx_qwen3next.config import Config
-from mlx_qwen3next.load import BUNDLED
-from mlx_qwen3next.model import Model
+from mlx_qwen3next.checkpoint import files
+from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.model import layouts, mtp_head
+from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.qwen3_next import Model
 
 # Qwen/Qwen3-Next-80B-A3B-Instruct, but for the number of layers and how often attention comes.
 CONFIG = SHAPES["80b"] | {"num_hidden_layers": 2, "full_attention_interval": 2}
@@ -38,13 +39,13 @@ BLOCK = 2**24  # random numbers that all tensors are cut from
 def make(folder: Path) -> Path:
     """The checkpoint: one shard a layer, as published names and shapes ask for."""
     model = Model(Config.from_dict(CONFIG))
-    mtp.attach(model)
-    sources = checkpoint.plan(model.parameter_shapes(), "hub").values()
+    mtp_head.attach(model)
+    sources = layouts.plan(model.parameter_shapes(), "hub").values()
     groups: dict[str, dict[str, tuple[mx.Dtype, tuple[int, ...]]]] = {}
     for source in sources:
         for name in source.names:
             layer = next((i for i in range(2) if f"model.layers.{i}." in name), 2)
-            group = "4" if checkpoint.is_mtp(name) else str(layer + 1)
+            group = "4" if layouts.is_mtp(name) else str(layer + 1)
             groups.setdefault(group, {})[name] = (mx.bfloat16, source.shape)
     random = np.random.default_rng(0)
     numbers = random.standard_normal(BLOCK, np.float32) * 0.02
@@ -52,7 +53,7 @@ def make(folder: Path) -> Path:
     weight_map = {}
     for group, contents in tqdm(groups.items(), "making the checkpoint", unit="shard"):
         file = folder / f"model-0000{group}-of-0000{len(groups)}.safetensors"
-        header, _ = shards.lay_out(file, contents, {"format": "pt"})
+        header, _ = files.lay_out(file, contents, {"format": "pt"})
         with file.open("wb") as stream:
             stream.write(header)
             for name, (_, shape) in contents.items():
@@ -64,7 +65,7 @@ def make(folder: Path) -> Path:
                     stream.write(part.data)
                     left -= part.size
     index = {"metadata": {}, "weight_map": weight_map}
-    (folder / shards.INDEX).write_text(json.dumps(index))
+    (folder / files.INDEX).write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUNDLED / name, folder)

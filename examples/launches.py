@@ -23,11 +23,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import gated_delta, qwen3_next
 
-from mlx_qwen3next import metal_kernels, ops, packing
+from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.bench.graph import arrays_of, count
-from mlx_qwen3next.cache import Round
-from mlx_qwen3next.config import Config
-from mlx_qwen3next.model import Model
+from mlx_qwen3next.compute import ops
+from mlx_qwen3next.model import packing
+from mlx_qwen3next.model.cache import Round
+from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.qwen3_next import Model
 
 # The 80B model's structure, small.
 CONFIG = {

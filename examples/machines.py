@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mlx_qwen3next import memory
 from mlx_qwen3next.bench import shapes
 from mlx_qwen3next.bench.traffic import traffic
-from mlx_qwen3next.config import Config
-from mlx_qwen3next.sharding import Mode, Shard, split_layers
-from mlx_qwen3next.shards import Tensor
+from mlx_qwen3next.checkpoint.files import Tensor
+from mlx_qwen3next.model import capacity
+from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.sharding import Mode, Shard, split_layers
 
 MACHINES = (1, 2, 4, 8)
 MODES: tuple[Mode, ...] = ("tensor", "pipeline")
@@ -55,7 +55,7 @@ def divide(
     weights = [own(tensors, part) for part in parts]
     held = [
         sum(tensor.nbytes for tensor in some.values())
-        + memory.cache_bytes(part.own_config(), context, mtp=True, itemsize=BFLOAT16)
+        + capacity.cache_bytes(part.own_config(), context, mtp=True, itemsize=BFLOAT16)
         for part, some in zip(parts, weights, strict=True)
     ]
     # The machines of a pipeline read one after the other, all others at the same time.

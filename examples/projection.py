@@ -13,7 +13,7 @@ import argparse
 
 from mlx_qwen3next.bench import shapes
 from mlx_qwen3next.bench.traffic import traffic
-from mlx_qwen3next.config import Config
+from mlx_qwen3next.model.config import Config
 
 BANDWIDTHS = {  # GB/s
     "M1 Ultra": 800,

@@ -28,9 +28,9 @@ from mlx_lm.utils import dequantize_model
 from tqdm import tqdm
 
 from mlx_qwen3next import generate_step, load
-from mlx_qwen3next.depth import MAX_DEPTH
-from mlx_qwen3next.model import Model
-from mlx_qwen3next.speculative import Acceptance, Token
+from mlx_qwen3next.decoding.draft_depth import MAX_DEPTH
+from mlx_qwen3next.decoding.speculative import Acceptance, Token
+from mlx_qwen3next.model.qwen3_next import Model
 
 TOKENS = 256
 QUESTIONS = ["What does {} do?", "How do I use {}?", "What is the signature of {}?", "Explain {}."]

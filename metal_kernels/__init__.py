@@ -3,8 +3,8 @@
 The only place that touches ``mx.fast.metal_kernel``. The ``.metal`` files hold the kernels' text,
 one file a family, with ``common.metal`` before each; the bodies below only call into it. Each
 function says what shapes and dtypes it takes and what its limits are; whether a kernel is used at
-all is for :mod:`mlx_qwen3next.dispatch` to decide. T is the activations' dtype: float32, bfloat16
-or float16.
+all is for :mod:`mlx_qwen3next.compute.proof` to decide. T is the activations' dtype: float32,
+bfloat16 or float16.
 """
 
 from __future__ import annotations

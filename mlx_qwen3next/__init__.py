@@ -1,7 +1,5 @@
 """Qwen3-Next on Apple Silicon: the hybrid stack in MLX, with its own MTP head."""
 
-import os
-import platform
 import sys
 from collections.abc import Iterable
 from importlib import import_module
@@ -9,24 +7,25 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .generation import generate, generate_step, stream_generate
-    from .load import load, load_model
+    from .checkpoint.loading import load, load_model
+    from .decoding.generation import generate, generate_step, stream_generate
 
-if platform.system() == "Darwin":
-    # MLX counts a whole expert tensor against its command buffer's size, so its defaults cut a
-    # decoding step into many buffers. Read once, when MLX first touches the GPU; what the user
-    # has set stays.
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "1024")
-    os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "1000")
-
-__all__ = ["generate", "generate_step", "load", "load_model", "stream_generate"]
+__all__ = [
+    "generate",
+    "generate_step",
+    "load",
+    "load_model",
+    "set_kernels",
+    "stream_generate",
+]
 
 _HOMES = {
-    "generate": "generation",
-    "generate_step": "generation",
-    "load": "load",
-    "load_model": "load",
-    "stream_generate": "generation",
+    "generate": "decoding.generation",
+    "generate_step": "decoding.generation",
+    "load": "checkpoint.loading",
+    "load_model": "checkpoint.loading",
+    "set_kernels": "compute.proof",
+    "stream_generate": "decoding.generation",
 }
 
 

@@ -9,19 +9,20 @@ import pytest
 from helpers_convert import refusal  # noqa: F401
 from hub import hub  # noqa: F401
 
-from mlx_qwen3next import dispatch, metal_kernels
+from mlx_qwen3next import metal_kernels
+from mlx_qwen3next.compute import proof
 
 # Where metal_host cannot run, there are its own tests to leave out, and without a Mac's GPU those
 # of the kernels as well.
 collect_ignore: list[str] = []
 if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
     collect_ignore += [
-        *("test_metal_host.py", "test_metal_host_checks.py"),
-        *("test_kernel_defects.py", "test_kernel_bytes.py"),
+        *("metal_kernels/test_metal_host.py", "metal_kernels/test_metal_host_checks.py"),
+        *("metal_kernels/test_kernel_defects.py", "metal_kernels/test_kernel_bytes.py"),
     ]
     if not mx.metal.is_available():
         families = ("attention", "delta", "experts", "model")
-        collect_ignore += [f"test_kernels_{family}.py" for family in families]
+        collect_ignore += [f"metal_kernels/test_kernels_{family}.py" for family in families]
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +30,8 @@ def kernels_off(tmp_path_factory, monkeypatch):
     """Where there is a GPU: the composition runs unless a test says otherwise, so that kernels are
     compared with something else, and what is found here is not what the user's machine goes by."""
     findings = tmp_path_factory.getbasetemp() / "kernels.json"
-    monkeypatch.setattr(dispatch, "_file", lambda: findings)
-    dispatch.set_kernels("off" if metal_kernels.available() else "auto")
+    monkeypatch.setattr(proof, "_file", lambda: findings)
+    proof.set_kernels("off" if metal_kernels.available() else "auto")
 
 
 @pytest.fixture

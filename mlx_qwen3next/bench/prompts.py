@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..load import BUNDLED
+from ..checkpoint.loading import BUNDLED
 
 SEED = 0
 

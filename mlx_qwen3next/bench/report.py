@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..memory import GB
+from ..model.capacity import GB
 from .agreement import TIES
 from .growth import in_words
 from .measure import Plan

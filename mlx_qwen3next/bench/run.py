@@ -13,10 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import checkpoint, memory, shards
-from ..command import division
-from ..config import Config
-from ..load import detect_layout, resolve
+from ..checkpoint import files
+from ..checkpoint.loading import detect_layout, resolve
+from ..cli import division
+from ..model import capacity, layouts
+from ..model.config import Config
 from . import machine, plots, prompts, report, shapes
 from .measure import Plan, measure
 from .sides import Kinds, Side, rank, sides_of
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         directory, model = stack.enter_context(_model(args, kinds))
         config = Config.from_file(directory / "config.json")
-        tensors = shards.read_headers(shards.find_files(directory))
+        tensors = files.read_headers(files.find_files(directory))
         sides = sides_of(kinds, tensors, stock=not args.without_mlx_lm and rank() is None)
         sides = sides if rank() is None else sides[:1]
         view = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -130,7 +131,7 @@ def as_mlx_lm_would(directory: Path, view: Path) -> Path:
     Both sides then have the same weights: norms.safetensors holds more exact ones, for us alone.
     """
     for file in directory.iterdir():
-        if file.name != shards.NORMS:
+        if file.name != files.NORMS:
             os.symlink(file.absolute(), view / file.name)
     return view
 
@@ -138,7 +139,7 @@ def as_mlx_lm_would(directory: Path, view: Path) -> Path:
 def _plan(
     args: argparse.Namespace,
     config: Config,
-    tensors: Mapping[str, shards.Tensor],
+    tensors: Mapping[str, files.Tensor],
     directory: Path,
     sides: list[Side],
 ) -> Plan:
@@ -149,7 +150,7 @@ def _plan(
     if growth:
         (growth,), more = clipped([growth], room - 1, "--growth")
         notes += more
-    together = len(sides) == 1 or len(sides) * size * HELD < memory.spare()
+    together = len(sides) == 1 or len(sides) * size * HELD < capacity.spare()
     if not together:
         notes.append(
             "the models do not fit the memory together: one was measured after the other, not in "
@@ -165,7 +166,7 @@ def _plan(
         limit=args.limit,
         together=together,
         exact=detect_layout(tensors, undecided="hub") == "converted",
-        speculates=any(checkpoint.is_mtp(name) for name in tensors),
+        speculates=any(layouts.is_mtp(name) for name in tensors),
         random=args.shape is not None,
         model_bytes=size,
         growth=growth,

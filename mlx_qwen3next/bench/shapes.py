@@ -18,9 +18,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from .. import checkpoint, memory, mtp, shards
-from ..config import Config
-from ..model import Model
+from ..checkpoint import files
+from ..model import capacity, layouts, mtp_head
+from ..model.config import Config
+from ..model.qwen3_next import Model
 
 GROUP, BITS, ROUTER_BITS = 64, 4, 8
 PERIOD = 4  # layers: three linear ones, one of attention
@@ -85,10 +86,10 @@ def layers_that_fit(shape: str, models: int) -> int:
         ValueError: not even one such model fits.
     """
     few, more = (size_of(shape, n) for n in (PERIOD, 2 * PERIOD))
-    room = memory.spare() * ROOM
+    room = capacity.spare() * ROOM
     if room < few:
         raise ValueError(
-            f"--shape {shape}: {PERIOD} layers take {few / memory.GB:.1f} GB, which does not fit "
+            f"--shape {shape}: {PERIOD} layers take {few / capacity.GB:.1f} GB, which does not fit "
             "this machine's free memory comfortably; use --shape small"
         )
     periods = 1 + math.floor((room / models - few) / (more - few))
@@ -100,10 +101,10 @@ def size_of(shape: str, layers: int) -> int:
     return sum(tensor.nbytes for tensor in headers(shape, layers).values())
 
 
-def headers(shape: str, layers: int) -> dict[str, shards.Tensor]:
+def headers(shape: str, layers: int) -> dict[str, files.Tensor]:
     """What :func:`write` would write, by name."""
     return {
-        path: shards.Tensor(Path(name), shards.NAMES[array.dtype], tuple(array.shape))
+        path: files.Tensor(Path(name), files.NAMES[array.dtype], tuple(array.shape))
         for name, parameters in _parts(shape, layers).items()
         for path, array in parameters.items()
     }
@@ -118,13 +119,13 @@ def write(directory: Path, shape: str, layers: int) -> None:
     need, free = size_of(shape, layers), shutil.disk_usage(directory).free
     if need * 1.02 > free:
         raise ValueError(
-            f"--shape {shape}: {layers} layers need {need / memory.GB:.1f} GB in {directory}, "
-            f"which has {free / memory.GB:.1f} GB; use fewer --layers or another TMPDIR"
+            f"--shape {shape}: {layers} layers need {need / capacity.GB:.1f} GB in {directory}, "
+            f"which has {free / capacity.GB:.1f} GB; use fewer --layers or another TMPDIR"
         )
     (directory / "config.json").write_text(json.dumps(config(shape, layers), indent=1))
     random = np.random.default_rng(0)
     parts = _parts(shape, layers)
-    metadata = {"format": "mlx", checkpoint.MARK: json.dumps({"made_by": "bench", "shape": shape})}
+    metadata = {"format": "mlx", layouts.MARK: json.dumps({"made_by": "bench", "shape": shape})}
     for name, parameters in tqdm(
         parts.items(), "random weights", unit="file", disable=None, leave=False
     ):
@@ -151,13 +152,13 @@ def config(shape: str, layers: int) -> dict[str, Any]:
 def _parts(shape: str, layers: int) -> dict[str, dict[str, mx.array]]:
     """File name -> parameter path -> what has its shape and dtype, never evaluated."""
     model = Model(Config.from_dict(config(shape, layers)))
-    mtp.attach(model)
+    mtp_head.attach(model)
     nn.quantize(model, GROUP, BITS, class_predicate=_bits)
     parts: dict[str, dict[str, mx.array]] = {}
     leaves: Any = tree_flatten(model.parameters())
     for path, array in leaves:
-        if checkpoint.is_mtp(path):
-            name = shards.HEAD
+        if layouts.is_mtp(path):
+            name = files.HEAD
         else:
             pieces = path.split(".")
             number = int(pieces[2]) + 2 if pieces[1] == "layers" else 1
@@ -171,7 +172,7 @@ def _parts(shape: str, layers: int) -> dict[str, dict[str, mx.array]]:
 def _bits(path: str, module: nn.Module) -> bool | dict[str, Any]:
     if not hasattr(module, "to_quantized"):
         return False
-    bits = ROUTER_BITS if checkpoint.is_router(path) else BITS
+    bits = ROUTER_BITS if layouts.is_router(path) else BITS
     return {"group_size": GROUP, "bits": bits}
 
 
@@ -185,7 +186,7 @@ def _drawn(
         if like.dtype == mx.uint32:
             value = mx.array(random.integers(0, 2**32, shape, np.uint32))
         elif kind in ("scales", "biases"):
-            bits = ROUTER_BITS if checkpoint.is_router(module) else BITS
+            bits = ROUTER_BITS if layouts.is_router(module) else BITS
             top, inputs = 2**bits - 1, shape[-1] * GROUP
             # A uniform code's standard deviation is top / sqrt(12), the weights' 1 / sqrt(inputs).
             scale = math.sqrt(12 / inputs) / top

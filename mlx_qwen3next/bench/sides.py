@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from ..load import default_dtype
-from ..shards import DTYPES, Tensor
+from ..checkpoint.files import DTYPES, Tensor
+from ..checkpoint.loading import default_dtype
 
 Kinds = Literal["default", "float32", "both"]
 
 # What a side imports before it can load a model; then comes the worker, which imports more.
 _IMPORTS = {
-    "ours": "mlx_qwen3next.load, mlx_qwen3next.generation",
+    "ours": "mlx_qwen3next.checkpoint.loading, mlx_qwen3next.decoding.generation",
     "stock": "mlx_lm.utils, mlx_lm.generate",
 }
 _START = (
@@ -96,7 +96,7 @@ class Worker:
     """A side's process, from its start to :meth:`close`.
 
     Args:
-        divided: among ranks, how: see :func:`mlx_qwen3next.command.division`.
+        divided: among ranks, how: see :func:`mlx_qwen3next.cli.division`.
 
     Raises:
         WorkerError: the model cannot be loaded there.

@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .. import checkpoint, memory
-from ..config import Config
-from ..shards import Tensor
+from ..checkpoint.files import Tensor
+from ..model import capacity, layouts
+from ..model.config import Config
 
 _EXPERTS = re.compile(r"\.mlp\.(switch_mlp|experts)\.")
 _EMBEDDING = "model.embed_tokens."
@@ -50,7 +50,7 @@ def traffic(tensors: Mapping[str, Tensor], config: Config, itemsize: int) -> Tra
     used = config.num_experts_per_tok / max(config.num_experts, 1)
     trunk = output = head = 0.0
     for name, tensor in tensors.items():
-        if checkpoint.is_ignored(name, config):
+        if layouts.is_ignored(name, config):
             continue
         size = _held(name, tensor, itemsize)
         if _EXPERTS.search(name):
@@ -60,12 +60,12 @@ def traffic(tensors: Mapping[str, Tensor], config: Config, itemsize: int) -> Tra
             output += size if config.tie_word_embeddings else 0
         elif name.startswith("lm_head."):
             output += size
-        elif checkpoint.is_mtp(name):
+        elif layouts.is_mtp(name):
             head += size
         else:
             trunk += size
-    fixed = memory.cache_bytes(config, 0, mtp=False, itemsize=itemsize)
-    kv = (memory.cache_bytes(config, _STEP, mtp=False, itemsize=itemsize) - fixed) // _STEP
+    fixed = capacity.cache_bytes(config, 0, mtp=False, itemsize=itemsize)
+    kv = (capacity.cache_bytes(config, _STEP, mtp=False, itemsize=itemsize) - fixed) // _STEP
     return Traffic(round(trunk), round(output), round(head), 2 * fixed, kv)
 
 
@@ -73,4 +73,4 @@ def _held(name: str, tensor: Tensor, itemsize: int) -> float:
     """Bytes of a tensor in memory."""
     if tensor.dtype in ("U32", "U8"):
         return tensor.nbytes
-    return math.prod(tensor.shape) * (4 if checkpoint.is_float32(name) else itemsize)
+    return math.prod(tensor.shape) * (4 if layouts.is_float32(name) else itemsize)

@@ -34,16 +34,17 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import load_model as load_stock
 
-from .. import dispatch, memory
-from ..cache import Undo, settle
-from ..checks import held_by
-from ..columns import ColumnLinear
+from ..checkpoint.loading import load_model
+from ..compute import proof
+from ..compute.cpu_matmul import ColumnLinear
+from ..decoding.generation import generate_step, prefill
+from ..decoding.speculative import Acceptance, Token
+from ..decoding.validation import held_by
 from ..errors import first_line
-from ..generation import generate_step, prefill
-from ..group import ALONE, Group, join
-from ..load import load_model
-from ..prompt_cache import PromptCache
-from ..speculative import Acceptance, Token
+from ..group.processes import ALONE, Group, join
+from ..model import capacity
+from ..model.cache import Undo, settle
+from ..prompt_cache.store import PromptCache
 from .graph import arrays_of, count
 
 TIMED = 7  # times that a part of a step is timed; the first one does not count
@@ -154,7 +155,7 @@ class Ours(Side):
         return generate_step(prompt, self.model, max_tokens=tokens, mtp=cast(Any, mtp))
 
     def turns(self, first: list[int], more: list[int], tokens: int, keep: bool) -> dict[str, Any]:
-        spare = min(self._group.gather("spare", memory.spare()))
+        spare = min(self._group.gather("spare", capacity.spare()))
         cache = PromptCache(max_bytes=spare, group=self._group) if keep else None
 
         def steps(prompt: list[int], n: int) -> Iterable[Any]:
@@ -170,11 +171,11 @@ class Ours(Side):
 
     def findings(self) -> dict[str, dict[str, Any]]:
         """What was found of the kernels on this machine."""
-        return {kind: asdict(finding) for kind, finding in dispatch.findings().items()}
+        return {kind: asdict(finding) for kind, finding in proof.findings().items()}
 
     def bandwidth(self) -> float:
         """Bytes a second that MLX moves at best when it copies or adds up a large array."""
-        size = min(MOST_COPIED, memory.spare() // 8)
+        size = min(MOST_COPIED, capacity.spare() // 8)
         x = mx.zeros((size // 4,))
         mx.eval(x)
         best = 0.0
@@ -217,7 +218,7 @@ class Ours(Side):
         mx.clear_cache()
         in_use = mx.get_active_memory() - self._before
         held = held_by(model, cache) + 1  # for which the steps, taken back, made room
-        formula = memory.cache_bytes(model.args, held, mtp=False, itemsize=x.dtype.size)
+        formula = capacity.cache_bytes(model.args, held, mtp=False, itemsize=x.dtype.size)
         return {**seconds, "cache": in_use, "formula": formula}
 
 

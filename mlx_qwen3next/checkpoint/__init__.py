@@ -1,0 +1,1 @@
+"""From files to parameters: finding, checking, matching and loading weights."""

@@ -1,0 +1,298 @@
+"""The operations that have a Metal kernel: each picks the kernel or its composition.
+
+A decoded token takes nine launches a linear layer and thirteen an attention layer this way. The
+compositions are in :mod:`mlx_qwen3next.compute.ops`, the kernels in
+:mod:`mlx_qwen3next.metal_kernels`, and :mod:`mlx_qwen3next.compute.proof` chooses; arguments and
+results are documented there.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import metal_kernels as kernels
+from ..metal_kernels import Experts
+from . import ops
+from .proof import Operation
+
+Shape = tuple[int, ...]
+
+_NAMES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
+
+
+def rows_class(rows: int) -> str:
+    """The kind of a step of so many rows: 1, 2, 3-4, 5-8, 9-16, …"""
+    last = 1 << (rows - 1).bit_length()
+    first = last // 2 + 1
+    return f"rows={rows}" if first >= last else f"rows={first}-{last}"
+
+
+# --- norms ---------------------------------------------------------------------------------------
+def _norm_facts(x: mx.array, *rest: Any) -> tuple[Any, ...]:
+    return x.shape, x.dtype, *(a.dtype for a in rest[:-1])
+
+
+def _norm_kind(shape: Shape, dtype: mx.Dtype, *others: mx.Dtype) -> str | None:
+    *y, weight = others
+    *before, H = shape
+    rows = int(np.prod(before))
+    fits = weight == mx.float32 and all(t == dtype for t in y) and H >= 8 and rows > 0
+    return f"{_NAMES[dtype]} {rows_class(rows)} H={H}" if dtype in _NAMES and fits else None
+
+
+rms_norm = Operation("rms_norm", kernels.rms_norm, ops.rms_norm, _norm_facts, _norm_kind)
+add_rms_norm = Operation(
+    "add_rms_norm", kernels.add_rms_norm, ops.add_rms_norm, _norm_facts, _norm_kind
+)
+
+
+# --- the gated delta step ------------------------------------------------------------------------
+def _delta_facts(
+    x: mx.array,
+    before: mx.array,
+    state: mx.array,
+    tape: Any,
+    keep: int,
+    taps: mx.array,
+    *weights: mx.array,
+    key_heads: int,
+    lazy: bool,
+    mask: mx.array | None,
+    lengths: mx.array | None,
+    **__: Any,
+) -> tuple[Any, ...]:
+    same = before.dtype == x.dtype and all(a.dtype == mx.float32 for a in (state, *weights))
+    flags = lazy, keep > 0, mask is not None, lengths is not None
+    return x.shape, x.dtype, state.shape, key_heads, taps.shape[1], same, *flags
+
+
+def _delta_kind(
+    shape: Shape,
+    dtype: mx.Dtype,
+    state: Shape,
+    Hk: int,
+    K: int,
+    same: bool,
+    lazy: bool,
+    replays: bool,
+    masked: bool,
+    has_lengths: bool,
+) -> str | None:
+    B, L, _ = shape
+    _, Hv, Dv, Dk = state
+    if dtype not in _NAMES or not same or has_lengths or not kernels.takes_gated_delta(L, Dk, Dv):
+        return None
+    sizes = f"B={B} Hk={Hk} Hv={Hv} Dk={Dk} Dv={Dv} K={K}"
+    extras = " round" * lazy + " replay" * replays + " masked" * masked
+    return f"{_NAMES[dtype]} {rows_class(L)} {sizes}{extras}"
+
+
+def _delta_kernel(*args: Any, lengths: None = None, **options: Any) -> list[mx.array]:
+    return kernels.gated_delta_step(*args, **options)
+
+
+gated_delta_step = Operation(
+    "gated_delta_step", _delta_kernel, ops.gated_delta_step, _delta_facts, _delta_kind
+)
+
+
+def _replay_facts(
+    state: mx.array, g: mx.array, k: mx.array, delta: mx.array, keep: int
+) -> tuple[Any, ...]:
+    return state.shape, k.shape[2], keep
+
+
+def _replay_kind(state: Shape, Hk: int, keep: int) -> str | None:
+    B, Hv, Dv, Dk = state
+    if not kernels.takes_gated_delta(1, Dk, Dv):
+        return None
+    return f"{rows_class(keep)} B={B} Hk={Hk} Hv={Hv} Dk={Dk} Dv={Dv}"
+
+
+gated_delta_replay = Operation(
+    "gated_delta_replay",
+    kernels.gated_delta_replay,
+    ops.gated_delta_replay,
+    _replay_facts,
+    _replay_kind,
+)
+
+
+# --- attention -----------------------------------------------------------------------------------
+@cache
+def inverse_frequencies(rotary_dims: int, base: float) -> mx.array:
+    """RoPE's radians a position, ``[rotary_dims / 2]`` float32, rounded once."""
+    exponents = np.arange(0, rotary_dims, 2, dtype=np.float64) / rotary_dims
+    return mx.array((base**-exponents).astype(np.float32))
+
+
+@lru_cache(maxsize=8)  # all layers have the same
+def _positions(offset: int, B: int) -> mx.array:
+    return mx.array([offset] * B, mx.int32)
+
+
+def _heads_kernel(
+    x: mx.array,
+    q_weight: mx.array,
+    k_weight: mx.array,
+    offset: int | mx.array,
+    *,
+    rotary_dims: int,
+    base: float,
+    **options: Any,
+) -> tuple[mx.array, mx.array, mx.array]:
+    offsets = _positions(offset, x.shape[0]) if isinstance(offset, int) else offset
+    frequencies = inverse_frequencies(rotary_dims, base)
+    return kernels.attention_heads(x, q_weight, k_weight, frequencies, offsets, **options)
+
+
+def _heads_facts(
+    x: mx.array,
+    q_weight: mx.array,
+    k_weight: mx.array,
+    offset: int | mx.array,
+    *,
+    heads: int,
+    kv_heads: int,
+    rotary_dims: int,
+    **_: Any,
+) -> tuple[Any, ...]:
+    positions = mx.int32 if isinstance(offset, int) else offset.dtype
+    types = q_weight.dtype, k_weight.dtype, positions
+    return x.shape, x.dtype, q_weight.shape[0], heads, kv_heads, rotary_dims, types
+
+
+def _heads_kind(
+    shape: Shape,
+    dtype: mx.Dtype,
+    hd: int,
+    nh: int,
+    nkv: int,
+    rotary: int,
+    types: tuple[mx.Dtype, ...],
+) -> str | None:
+    B, L, _ = shape
+    fits = 8 <= hd <= 1024 and types == (mx.float32, mx.float32, mx.int32)
+    if dtype not in _NAMES or not fits or B * L == 0:
+        return None
+    return f"{_NAMES[dtype]} {rows_class(L)} B={B} nh={nh} nkv={nkv} hd={hd} rotary={rotary}"
+
+
+def _exact_heads(
+    x: mx.array,
+    q_weight: mx.array,
+    k_weight: mx.array,
+    offset: int | mx.array,
+    *,
+    rotary_dims: int,
+    base: float,
+    **options: Any,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The composition, with angles from exact frequencies: MLX's RoPE is fast rather than that."""
+    q, k, v = ops.normalised_heads(x, q_weight, k_weight, **options)
+    positions = mx.array(offset).reshape(-1, 1, 1, 1) + mx.arange(x.shape[1])[:, None]
+    angles = positions.astype(mx.float32) * inverse_frequencies(rotary_dims, base)
+    cos, sin = mx.cos(angles), mx.sin(angles)  # [B, 1, L, rotary / 2]
+
+    def rotated(y: mx.array) -> mx.array:
+        first, second, rest = mx.split(y, [rotary_dims // 2, rotary_dims], axis=-1)
+        parts = [first * cos - second * sin, second * cos + first * sin, rest]
+        return mx.concatenate(parts, axis=-1)
+
+    return rotated(q), rotated(k), v
+
+
+attention_heads = Operation(
+    *("attention_heads", _heads_kernel, ops.attention_heads, _heads_facts, _heads_kind),
+    exact=_exact_heads,
+)
+
+
+def _gate_facts(o: mx.array, x: mx.array, *, kv_heads: int) -> tuple[Any, ...]:
+    return o.shape, o.dtype, x.dtype == o.dtype, kv_heads
+
+
+def _gate_kind(shape: Shape, dtype: mx.Dtype, same: bool, nkv: int) -> str | None:
+    B, nh, L, hd = shape
+    if dtype not in _NAMES or not same or B * L == 0:
+        return None
+    return f"{_NAMES[dtype]} {rows_class(L)} B={B} nh={nh} nkv={nkv} hd={hd}"
+
+
+attention_gate = Operation(
+    "attention_gate", kernels.attention_gate, ops.attention_gate, _gate_facts, _gate_kind
+)
+
+
+# --- sparse experts ------------------------------------------------------------------------------
+def _experts_kernel(
+    x: mx.array,
+    logits: mx.array,
+    gate_up: Experts,
+    down: Experts,
+    residual: mx.array,
+    **options: Any,
+) -> mx.array:
+    plan = kernels.router(logits, **options)
+    y = kernels.expert_gate_up(x, gate_up, plan)
+    return kernels.expert_down(y, down, plan, residual)
+
+
+def _experts_facts(
+    x: mx.array,
+    logits: mx.array,
+    gate_up: Experts,
+    down: Experts,
+    residual: mx.array,
+    *,
+    experts: int,
+    top_k: int,
+    normalise: bool,
+) -> tuple[Any, ...]:
+    types = [a.dtype for a in (logits, residual)]
+    for w in (gate_up, down):
+        types += [a.dtype for a in (w.scales, w.biases) if a is not None] or [w.weight.dtype]
+    stored = [(w.weight.shape, w.bits, w.group_size) for w in (gate_up, down)]
+    return x.shape, x.dtype, (*types,), (*stored,), logits.shape[1], experts, top_k, normalise
+
+
+def _experts_kind(
+    shape: Shape,
+    dtype: mx.Dtype,
+    types: tuple[mx.Dtype, ...],
+    stored: tuple[tuple[Shape, int, int], ...],
+    columns: int,
+    E: int,
+    top_k: int,
+    normalise: bool,
+) -> str | None:
+    R, H = shape
+    taken = (
+        dtype in _NAMES
+        and all(t == dtype for t in types)
+        and kernels.takes_router(R, E, top_k)
+        and all(kernels.takes_experts(*of) for of in stored)
+    )
+    if not taken:
+        return None
+    bits = ",".join(f"{bits}/{group}" for _, bits, group in stored)
+    extras = " shared" * (columns > E) + " normalised" * normalise
+    sizes = f"E={E} top={top_k} H={H} I={stored[0][0][1] // 2} bits={bits}"
+    return f"{_NAMES[dtype]} rows={R} {sizes}{extras}"
+
+
+def _without_residual(
+    x: mx.array, logits: mx.array, gate_up: Experts, down: Experts, residual: mx.array
+) -> tuple[Any, ...]:
+    """What is added would hide an error of what it is added to."""
+    return x, logits, gate_up, down, mx.zeros_like(residual)
+
+
+sparse_experts = Operation(
+    *("sparse_experts", _experts_kernel, ops.sparse_experts, _experts_facts, _experts_kind),
+    proof=_without_residual,
+)

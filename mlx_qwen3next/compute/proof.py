@@ -1,0 +1,253 @@
+"""Which form of an operation runs: a Metal kernel, or the composition of MLX's own operations.
+
+A kernel runs only after it has proved itself on this machine: at the first call of a kind, kernel
+and composition are run on that call's own arguments, compared with the composition in float32,
+and timed in turns. What was found is kept in a small file, for this chip, this version of MLX and
+these kernels; where it is deleted, all is proved anew. So an unknown GPU is to make the model
+plain, not wrong, and not slower than two short measurements can tell.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import mlx.core as mx
+
+from .. import metal_kernels
+from ..errors import first_line
+
+Mode = Literal["auto", "on", "off"]
+
+# A kernel's relative error (L2) may be twice that of the composition in the same dtype, or this:
+# rounding is below 2e-5 in float32, the smallest mistake in a formula above 1e-2.
+TOLERANCE = 1e-4
+TIMED, MOST_CALLS, REPEATS = 2e-3, 10, 5  # seconds at once, calls in them at most; in turns
+
+logger = logging.getLogger("mlx_qwen3next")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of a kernel for one kind of call."""
+
+    used: bool
+    reason: str  # in words, with the figures
+
+
+def _as_called(*args: Any) -> tuple[Any, ...]:
+    return args
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation in two forms of the same arguments and results."""
+
+    name: str
+    kernel: Callable[..., Any]
+    composition: Callable[..., Any]
+    # Of a call's arguments: what decides whether the kernel takes them. Cheap: asked every time.
+    facts: Callable[..., tuple[Any, ...]]
+    # Of the facts: the kind of call, in words, or None if the kernel does not take it.
+    kind: Callable[..., str | None]
+    # What the proof holds both forms against, in float32, if not the composition.
+    exact: Callable[..., Any] | None = None
+    # Of a call's arguments: those of the proof.
+    proof: Callable[..., tuple[Any, ...]] = _as_called
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Calls the form to be used for these arguments."""
+        if _mode == "off" or not metal_kernels.available():
+            return self.composition(*args, **options)
+        facts = self.name, *self.facts(*args, **options)
+        use = _choices.get(facts)
+        if use is None:
+            use = self._choose(facts, args, options)
+        return (self.kernel if use else self.composition)(*args, **options)
+
+    def _choose(self, facts: tuple[Any, ...], args: Sequence[Any], options: dict[str, Any]) -> bool:
+        kind = self.kind(*facts[1:])
+        if kind is None or _mode == "on":
+            return _choices.setdefault(facts, kind is not None)
+        key, findings = f"{self.name} {kind}", _findings()
+        if key not in findings:
+            finding = _prove(self, self.proof(*args), options)
+            if finding is None:
+                return False
+            findings[key] = finding
+            if not finding.used:
+                logger.warning("kernel %s is not used: %s", key, finding.reason)
+            _save(findings)
+        return _choices.setdefault(facts, findings[key].used)
+
+
+_mode: Mode = "auto"
+_choices: dict[tuple[Any, ...], bool] = {}  # whether to use the kernel, by name and facts
+_proofs = 0
+
+
+def set_kernels(mode: Mode) -> None:
+    """Chooses between Metal kernels and MLX's own operations, for all models of this process.
+
+    Args:
+        mode: "auto" uses a kernel where it proved right and fast on this machine, "on" wherever
+            there is one, "off" nowhere.
+
+    Raises:
+        ValueError: ``mode`` is another, or "on" where no kernel can run.
+    """
+    global _mode
+    if mode not in get_args(Mode):
+        raise ValueError(f"kernels must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    if mode == "on" and not metal_kernels.available():
+        raise ValueError(
+            "kernels are 'on', but there is no Metal GPU in use here; choose 'auto' or 'off'"
+        )
+    _mode = mode
+    _choices.clear()
+
+
+def findings() -> dict[str, Finding]:
+    """What is known of the kernels on this machine, by name and kind of call."""
+    return dict(_findings()) if metal_kernels.available() else {}
+
+
+def proofs() -> int:
+    """How many proofs this process has made: whoever times steps leaves those with one out."""
+    return _proofs
+
+
+# --- the proof -----------------------------------------------------------------------------------
+def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -> Finding | None:
+    """Compares and times the forms; None where these arguments prove nothing."""
+    global _proofs
+    _proofs += 1
+    first, *rest = args
+
+    def kernel(x: mx.array) -> list[mx.array]:
+        return _arrays(operation.kernel(x, *rest, **options))
+
+    def composition(x: mx.array) -> list[mx.array]:
+        return _arrays(operation.composition(x, *rest, **options))
+
+    plain = composition(first)
+    judge = operation.exact or operation.composition
+    exact = _arrays(judge(*_widened(args), **_widened(options)))
+    try:
+        finite = all(mx.isfinite(a).all().item() for a in (*plain, *exact))
+    except ValueError:  # a function transformation is under way, which has no values yet
+        return None
+    if not finite:
+        return None
+    try:
+        ours = kernel(first)
+        mx.eval(ours)
+    except Exception as error:  # what Metal's compiler says, or whatever it is
+        return Finding(False, f"it does not run: {first_line(error)}")
+    if len(ours) != len(plain):
+        return Finding(False, f"it is wrong: {len(ours)} results, not {len(plain)}")
+    for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+        off, bound = _error(a, c), max(2 * _error(b, c), TOLERANCE)
+        if not off <= bound:  # a NaN is not
+            return Finding(False, f"result {i} is wrong: error {off:.1e}, bound {bound:.1e}")
+    del ours, plain, exact
+
+    seconds: dict[Callable[[mx.array], list[mx.array]], list[float]] = {kernel: [], composition: []}
+    calls = max(1, min(MOST_CALLS, int(TIMED / _time(composition, first, 1))))
+    for _ in range(REPEATS):
+        for form, times in seconds.items():
+            times.append(_time(form, first, calls))
+    fast, slow = (statistics.median(times) * 1e6 for times in seconds.values())
+    figures = f"{fast:.1f} µs, MLX's own operations {slow:.1f} µs"
+    return Finding(fast <= slow, figures)
+
+
+def _arrays(result: Any) -> list[mx.array]:
+    return [result] if isinstance(result, mx.array) else list(result)
+
+
+def _widened(value: Any) -> Any:
+    """``value`` with every floating-point array in it as float32."""
+    if isinstance(value, mx.array):
+        return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
+    if isinstance(value, dict):
+        return {name: _widened(item) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_widened, value))
+    return type(value)(map(_widened, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _error(a: mx.array, b: mx.array) -> float:
+    """The relative error (L2) of ``a`` beside ``b``; infinite if it is no such array at all."""
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    norm = mx.linalg.norm(b).item()
+    return float(mx.linalg.norm(a - b).item()) / max(float(norm), 1e-30)  # type: ignore[arg-type]
+
+
+def _time(form: Callable[[mx.array], list[mx.array]], x: mx.array, calls: int) -> float:
+    """Seconds a call, each waiting for the one before, as layers do."""
+    start = time.perf_counter()
+    results: list[mx.array] = []
+    for _ in range(calls):
+        if results:
+            (x,) = mx.depends([x], results)
+        results = form(x)
+    mx.eval(results)
+    return (time.perf_counter() - start) / calls
+
+
+# --- the file ------------------------------------------------------------------------------------
+def _file() -> Path:
+    return Path.home() / ".cache" / "mlx_qwen3next" / "kernels.json"
+
+
+@cache
+def _machine() -> str:
+    chip = mx.device_info().get("device_name", "unknown")
+    return f"{chip}, MLX {version('mlx')}, kernels {metal_kernels.source_hash()}"
+
+
+@cache
+def _findings() -> dict[str, Finding]:
+    return _load(_machine())
+
+
+def _load(machine: str) -> dict[str, Finding]:
+    """What the file says of this machine; nothing if it cannot be read or is of another."""
+    try:
+        content = json.loads(_file().read_text(encoding="utf-8"))
+        if content["machine"] != machine:
+            return {}
+        loaded = {key: Finding(**finding) for key, finding in content["findings"].items()}
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    return {key: f for key, f in loaded.items() if isinstance(f.used, bool)}
+
+
+def _save(findings: dict[str, Finding]) -> None:
+    """Writes the file beside its place, then renames it there. No harm if it cannot be kept."""
+    machine = _machine()
+    known = _load(machine) | dict(findings)  # another process may have learned more
+    content = {"machine": machine, "findings": {key: asdict(f) for key, f in known.items()}}
+    try:
+        file = _file()
+        beside = file.with_suffix(f".{os.getpid()}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        try:
+            beside.replace(file)
+        except OSError:
+            beside.unlink()
+    except (OSError, RuntimeError):  # the latter where there is no home
+        pass

@@ -1,0 +1,389 @@
+"""From a prompt to tokens and text: ``generate_step``, ``stream_generate``, ``generate``.
+
+This module checks what comes in, processes the prompt and gives the results their form;
+:mod:`mlx_qwen3next.decoding.speculative` decodes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import (
+    DEFAULT_QUANTIZED_KV_START,
+    maybe_quantize_kv_cache,
+    wired_limit,
+)
+from mlx_lm.generate import GenerationResponse as MLXGenerationResponse
+from mlx_lm.sample_utils import LogitsProcessor, Sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..model.cache import Cache, Undo
+from ..model.qwen3_next import Model
+from ..prompt_cache.store import PromptCache
+from .detokenize import TextDecoder
+from .draft_depth import MAX_DEPTH, DecidedDepth, Depth, FixedDepth
+from .sampling import Chooser, Sampling, check_integer
+from .speculative import Acceptance, Decoding, Drafter, Token, forward
+from .validation import check_cache, check_kv_quantization, check_prompt, held_by, token_budget
+
+MTP = Literal["auto", "off"] | int
+
+
+@dataclass
+class GenerationResponse(MLXGenerationResponse):
+    """mlx-lm's response, plus what speculation did so far."""
+
+    rounds: int = 0  # passes of the trunk, plain steps included
+    mean_accept_length: float = 0.0  # tokens a round
+    acceptance: tuple[float, ...] = ()  # share of right drafts at depth 1, 2, …
+    cached_tokens: int = 0  # of the prompt, found in a PromptCache
+
+
+def generate_step(
+    prompt: mx.array | Sequence[int],
+    model: Model,
+    *,
+    max_tokens: int = 256,
+    mtp: MTP = "auto",
+    prompt_cache: Cache | PromptCache | None = None,
+    prefill_step_size: int = 2048,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Iterable[LogitsProcessor] | None = None,
+    **sampling: Any,
+) -> Generator[Token]:
+    """Generates tokens after a prompt; needs no tokenizer and stops at no token.
+
+    Args:
+        prompt: token ids ``[L]``, not empty.
+        max_tokens: how many to generate, -1 for as many as the context takes. Generation ends at
+            the model's max_position_embeddings in any case.
+        mtp: how many tokens the MTP head drafts a round: 1…8, "off", or "auto" to choose by what
+            is measured, none included. It changes the speed, not the tokens, except that rounding
+            may decide between tokens that are all but equal.
+        prompt_cache: what ``model.make_cache()`` made, with the tokens before the prompt; advanced
+            in place. Whenever the caller stops, it holds the prompt and every token yielded, the
+            last one included: go on with the token that comes after it. (If the prompt was not
+            done with, it holds as many whole steps of it as were.) While tokens are being
+            generated it is nobody else's to read. ``model.make_cache() + model.mtp.make_cache()``
+            keeps what the MTP head knows as well; mlx-lm's own functions want the first part alone.
+            Or a PromptCache: then the prompt is whole, and what of its beginning is known there
+            need not be processed again; it is given checkpoints in the prompt and after the text.
+        prefill_step_size: prompt tokens processed at a time.
+        kv_bits, kv_group_size, quantized_kv_start: quantize keys and values, to 2, 3, 4, 5, 6 or 8
+            bits in groups of 32, 64 or 128, once the cache holds that many tokens.
+        prompt_progress_callback: called with (processed, total) prompt tokens; those that were
+            known count as processed.
+        sampler: an mlx-lm callable, instead of the options that choose a token. Must depend on
+            its argument and ``mx.random`` alone.
+        logits_processors: mlx-lm callables, before the penalties. With them "auto" drafts nothing:
+            some follow the text from call to call, and would take drafts for it.
+        sampling: the options of :class:`mlx_qwen3next.decoding.sampling.Sampling` (``temp``,
+        ``top_p``, …).
+
+    Raises:
+        ValueError: an argument is out of range; raised at the call, before any work.
+    """
+    prompt = check_prompt(prompt, model)
+    check_depth(mtp, model)
+    check_integer("prefill_step_size", prefill_step_size, least=1)
+    check_kv_quantization(model.args.head_dim, kv_bits, kv_group_size, quantized_kv_start)
+    if unknown := sorted(sampling.keys() - {field.name for field in fields(Sampling)}):
+        raise ValueError(f"unknown option: {', '.join(unknown)}")
+    options = Sampling(**sampling)
+    options.check_vocabulary(model.args.vocab_size)
+    processors = list(logits_processors or ())
+    depth = choose_depth("off" if mtp == "auto" and processors else mtp, model)
+    store, held = None, 0
+    if isinstance(prompt_cache, PromptCache):
+        store = prompt_cache
+        budget = token_budget(model, prompt.size, max_tokens)
+        known, held = store.fetch(prompt)
+        cache = known or model.make_cache()
+    else:
+        cache = model.make_cache() if prompt_cache is None else check_cache(prompt_cache, model)
+        budget = token_budget(model, held_by(model, cache) + prompt.size, max_tokens)
+    trunk, head = cache[: len(model.layers)], cache[len(model.layers) :]
+    keep_head = bool(head) or store is not None
+    if not head and not depth.idle:
+        head = model.mtp.make_cache()
+
+    def steps() -> Generator[Token]:
+        drafter = model.make_draft_model(head) if head else None
+        told: list[int] = []
+
+        def keep(n: int) -> None:
+            """Keeps a checkpoint after ``n`` tokens."""
+            if drafter is not None:
+                drafter.rest()
+            if store is not None and held_by(model, trunk) == n:  # not if an error has cut it short
+                text = np.append(np.array(prompt), np.array(told, np.uint32))
+                store.insert(text[:n], [*trunk, *head])
+
+        stops = () if store is None else store.places(prompt, held)
+        progress = prompt_progress_callback or (lambda *_: None)
+        _prefill(
+            model, trunk, prompt, held, prefill_step_size, drafter, quantize, stops, keep, progress
+        )
+        chooser = Chooser(
+            sampler or options.sampler(),
+            [*processors, *options.logits_processors()],
+            prompt,
+            group=model.group,
+        )
+        decoding = Decoding(model, trunk, prompt[-1:], chooser, depth, drafter, keep_head, quantize)
+        try:
+            yield from _noted(decoding.tokens(budget), told)
+        finally:
+            if store is not None:
+                keep(prompt.size + len(told))
+
+    def quantize() -> None:
+        maybe_quantize_kv_cache(trunk, quantized_kv_start, kv_group_size, kv_bits)
+        cache[: len(trunk)] = trunk
+
+    return steps()
+
+
+def _noted(tokens: Generator[Token], told: list[int]) -> Generator[Token]:
+    with closing(tokens):
+        for token in tokens:
+            told.append(token.token)
+            yield token
+
+
+def _prefill(
+    model: Model,
+    cache: Cache,
+    prompt: mx.array,
+    held: int,
+    step_size: int,
+    drafter: Drafter | None,
+    after_forward: Callable[[], None],
+    stops: Sequence[int],
+    stopped: Callable[[int], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Feeds all of the prompt but its last token, from ``held`` on; calls ``stopped`` at stops."""
+    total = prompt.size
+    progress(held, total)
+    try:
+        while held < total - 1:
+            end = min([held + step_size, total - 1, *(stop for stop in stops if stop > held)])
+            prefill(model, cache, prompt[held:end], drafter, after_forward)
+            held = end
+            if held in stops:
+                stopped(held)
+            progress(held, total)
+        progress(total, total)  # the last token goes with the first step
+    except BaseException:
+        if drafter is not None:
+            drafter.rest()
+        raise
+
+
+def prefill(
+    model: Model,
+    cache: Cache,
+    tokens: mx.array,
+    drafter: Drafter | None = None,
+    after_forward: Callable[[], None] = lambda: None,
+) -> None:
+    """Feeds tokens ``[n]`` of a prompt, nothing of them if interrupted, and waits for them.
+
+    Args:
+        cache: the trunk's.
+        drafter, after_forward: as for :class:`mlx_qwen3next.decoding.speculative.Decoding`.
+    """
+    with Undo(cache):
+        hidden = forward(model, cache, tokens)
+        after_forward()
+        # With a drafter hidden, too: what waits must not refer to keys and values.
+        mx.eval([c.state for c in cache], hidden if drafter else [])
+    if drafter is not None:
+        drafter.committed(tokens, hidden)
+    mx.clear_cache()
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Any,
+    prompt: str | mx.array | Sequence[int],
+    max_tokens: int = 256,
+    **options: Any,
+) -> Generator[GenerationResponse]:
+    """Generates text after a prompt, a response a token; ends at the tokenizer's stop tokens.
+
+    The responses' texts, one after the other, are ``tokenizer.decode`` of their tokens (a stop
+    token has no text); none ends within a character.
+
+    Args:
+        tokenizer: what :func:`mlx_qwen3next.load` gave, or a transformers tokenizer.
+        prompt: text or token ids.
+        options: those of :func:`generate_step`.
+
+    Raises:
+        ValueError: as for :func:`generate_step`, at the call.
+    """
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    if isinstance(prompt, str):
+        bos = tokenizer.bos_token
+        special = bos is None or not prompt.startswith(bos)
+        tokens = check_prompt(tokenizer.encode(prompt, add_special_tokens=special), model)
+    else:
+        tokens = check_prompt(prompt, model)
+    cache = options.get("prompt_cache")
+    held = 0
+    if cache is not None and not isinstance(cache, PromptCache):
+        held = held_by(model, check_cache(cache, model))
+    budget = token_budget(model, held + tokens.size, max_tokens)
+    progress = _Progress(options.pop("prompt_progress_callback", None))
+    steps = generate_step(
+        tokens, model, max_tokens=budget, prompt_progress_callback=progress, **options
+    )
+    return _stream(model, tokenizer, tokens.size, progress, budget, steps)
+
+
+class _Progress:
+    """Passes on the progress of a prompt, and notes how much was known at the beginning."""
+
+    known: int | None = None
+
+    def __init__(self, callback: Callable[[int, int], None] | None):
+        self._callback = callback
+
+    def __call__(self, processed: int, total: int) -> None:
+        if self.known is None:
+            self.known = processed
+        if self._callback is not None:
+            self._callback(processed, total)
+
+
+def _stream(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompt_tokens: int,
+    progress: _Progress,
+    budget: int,
+    steps: Generator[Token],
+) -> Generator[GenerationResponse]:
+    text = TextDecoder(tokenizer)
+    prompt_seconds, start = 0.0, time.perf_counter()
+    drafts = Acceptance()
+    with wired_limit(model), closing(steps):
+        for count, step in enumerate(steps, start=1):
+            drafts.add(step)
+            if count == 1:
+                now = time.perf_counter()
+                prompt_seconds, start = now - start, now
+            finish_reason = None
+            if step.token in tokenizer.eos_token_ids:
+                finish_reason = "stop"
+            elif count == budget:
+                finish_reason = "length"
+            yield GenerationResponse(
+                text=text.add(step.token, finish_reason),
+                token=step.token,
+                logprobs=step.logprobs,
+                from_draft=step.from_draft,
+                prompt_tokens=prompt_tokens,
+                prompt_tps=(prompt_tokens - (progress.known or 0)) / prompt_seconds,
+                generation_tokens=count,
+                generation_tps=count / max(time.perf_counter() - start, 1e-9),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=finish_reason,
+                rounds=drafts.rounds,
+                mean_accept_length=drafts.mean_length,
+                acceptance=drafts.by_depth,
+                cached_tokens=progress.known or 0,
+            )
+            if finish_reason:
+                return
+
+
+def generate(
+    model: Model,
+    tokenizer: Any,
+    prompt: str | mx.array | Sequence[int],
+    verbose: bool = False,
+    **options: Any,
+) -> str:
+    """Generates a whole answer. ``verbose`` prints it as it comes, with statistics after it.
+
+    Args:
+        options: those of :func:`stream_generate`.
+
+    Raises:
+        ValueError: as for :func:`generate_step`.
+    """
+    text, last = "", None
+    responses = stream_generate(model, tokenizer, prompt, **options)
+    if verbose:
+        print("=" * 10)
+    try:
+        for last in responses:
+            text += last.text
+            if verbose:
+                print(last.text, end="", flush=True)
+    finally:
+        if verbose:
+            print("\n" + "=" * 10)
+            print(statistics(last))
+    return text
+
+
+def statistics(last: GenerationResponse | None) -> str:
+    """mlx-lm's closing lines, from the last response, and one on the drafts if there were any."""
+    if last is None:
+        return "No text generated for this prompt"
+    cached = f" ({last.cached_tokens} of them cached)" if last.cached_tokens else ""
+    lines = [
+        f"Prompt: {last.prompt_tokens} tokens{cached}, {last.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {last.peak_memory:.3f} GB",
+    ]
+    if last.acceptance:
+        shares = ", ".join(f"{share:.0%}" for share in last.acceptance)
+        lines.append(
+            f"Speculation: {last.rounds} rounds, {last.mean_accept_length:.2f} tokens a round, "
+            f"drafts accepted by depth: {shares}"
+        )
+    return "\n".join(lines)
+
+
+def check_depth(mtp: MTP, model: Model | None = None) -> MTP:
+    """Returns ``mtp`` if it is "auto", "off" or 1…8 (and the model has a head to draft with).
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if mtp in ("auto", "off"):
+        return mtp
+    if isinstance(mtp, bool) or not isinstance(mtp, int) or not 1 <= mtp <= MAX_DEPTH:
+        raise ValueError(f"mtp must be 'auto', 'off' or 1 to {MAX_DEPTH}, got {mtp!r}")
+    if model is not None and model.mtp is None:
+        raise ValueError(f"mtp is {mtp}, but this model has no MTP head; use 'auto' or 'off'")
+    return mtp
+
+
+def choose_depth(mtp: MTP, model: Model) -> Depth:
+    """What chooses the depth of drafting, as for :func:`generate_step`.
+
+    Raises:
+        ValueError: the model cannot draft to that depth.
+    """
+    check_depth(mtp, model)
+    if mtp == "auto" and model.mtp is not None:
+        alone = model.group.size == 1
+        return model.mtp.depth if alone else DecidedDepth(model.mtp.depth, model.group.decide)
+    return FixedDepth(mtp if isinstance(mtp, int) else 0)

@@ -1,0 +1,243 @@
+"""Choosing tokens: the options and mlx-lm's transforms for them, position by position.
+
+The random numbers that choose a token belong to its position in the sequence. Whoever chooses
+there, plain decoding, a draft or the draft's verification, draws with the same ones. So a draft
+is right exactly if it is the token that plain decoding would have chosen: speculation changes no
+token at any temperature, and the distribution is that of the sampler by construction. Drafts
+agree often because alike distributions choose alike from the same numbers (the Gumbel-max
+coupling: Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative
+Decoding"; NOTES.md compares it with accepting by min(1, p/q)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.sample_utils import (
+    LogitsProcessor,
+    Sampler,
+    greedy_sampler,
+    make_logits_processors,
+    make_sampler,
+)
+
+from ..group.processes import ALONE, Group
+
+# Logits [1, vocab] and the drafts [1] before to a draft [1], by the same rules as the tokens.
+Choose = Callable[[mx.array, list[mx.array]], mx.array]
+
+# The least and largest value of each option that is a number; penalties may also be None.
+_RANGES = {
+    "temp": (0, 1e6),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 0.5),
+    "repetition_penalty": (0, 1e6),
+    "presence_penalty": (-1e6, 1e6),
+    "frequency_penalty": (-1e6, 1e6),
+}
+# The least value of each option that counts tokens. A context size of 0 is the whole sequence.
+_LEAST = {
+    "top_k": 0,
+    "min_tokens_to_keep": 1,
+    "repetition_context_size": 0,
+    "presence_context_size": 0,
+    "frequency_context_size": 0,
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Names, defaults and meaning are mlx-lm's; ``temp`` 0 is greedy.
+
+    Raises:
+        ValueError: an option is out of its range; the message names it.
+    """
+
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    min_tokens_to_keep: int = 1
+    top_k: int = 0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    xtc_special_tokens: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] | None = None
+    repetition_penalty: float | None = None
+    repetition_context_size: int = 20
+    presence_penalty: float | None = None
+    presence_context_size: int = 20
+    frequency_penalty: float | None = None
+    frequency_context_size: int = 20
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and name.endswith("_penalty"):
+                continue
+            if not (isinstance(value, (int, float)) and low <= value <= high):
+                raise ValueError(f"{name} must be within {low:g} and {high:g}, got {value!r}")
+        for name, least in _LEAST.items():
+            check_integer(name, getattr(self, name), least)
+        bias = self.logit_bias
+        if bias is not None and not (
+            isinstance(bias, Mapping)
+            and all(isinstance(x, (int, float)) and x < math.inf for x in bias.values())
+        ):
+            raise ValueError(f"logit_bias must map token ids to numbers, got {bias!r}")
+
+    def check_vocabulary(self, size: int) -> None:
+        """Checks the options against the vocabulary's size: MLX indexes without bounds.
+
+        Raises:
+            ValueError: an option names a token that does not exist, or keeps more than there are.
+        """
+        for name in ("logit_bias", "xtc_special_tokens"):
+            for token in getattr(self, name) or ():
+                if not isinstance(token, int) or not 0 <= token < size:
+                    raise ValueError(f"{name} holds {token!r}, no token id within 0…{size - 1}")
+        for name in ("top_k", "min_tokens_to_keep"):
+            if (value := getattr(self, name)) >= size:
+                raise ValueError(
+                    f"{name} must be less than the {size} tokens there are, got {value}"
+                )
+
+    def sampler(self) -> Sampler:
+        """mlx-lm's sampler: log-probabilities ``[B, vocab]`` to tokens ``[B]``."""
+        return make_sampler(
+            self.temp,
+            self.top_p,
+            self.min_p,
+            self.min_tokens_to_keep,
+            self.top_k,
+            self.xtc_probability,
+            self.xtc_threshold,
+            list(self.xtc_special_tokens),
+        )
+
+    def logits_processors(self) -> list[LogitsProcessor]:
+        """mlx-lm's processors for the bias and the penalties."""
+        return make_logits_processors(
+            dict(self.logit_bias) if self.logit_bias else None,
+            self.repetition_penalty,
+            self.repetition_context_size,
+            self.presence_penalty,
+            self.presence_context_size,
+            self.frequency_penalty,
+            self.frequency_context_size,
+        )
+
+
+class Chooser:
+    """Chooses the tokens of one sequence from their logits.
+
+    Args:
+        sampler: log-probabilities ``[1, vocab]`` to a token ``[1]``. Draws from ``mx.random`` if it
+            is random.
+        processors: mlx-lm's: ``(tokens [n], logits [1, vocab])`` to logits; they see the prompt and
+            what was chosen after it, drafts included.
+        prompt: the tokens ``[n]`` uint32 before the first choice.
+        key: with a position, what its random numbers are drawn from; None draws one.
+        position: how many tokens were chosen with that key before.
+        group: whose rank 0 chooses for all.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        processors: Sequence[LogitsProcessor],
+        prompt: mx.array,
+        key: int | None = None,
+        position: int = 0,
+        group: Group = ALONE,
+    ):
+        self._sampler, self._processors, self._group = sampler, processors, group
+        self._tokens = np.array(prompt)
+        self._greedy = sampler is greedy_sampler and not processors
+        self._position = position
+        self._key = 0 if self._greedy else draw_key() if key is None else key
+
+    def choose(self, logits: mx.array, after: Sequence[mx.array] = ()) -> tuple[mx.array, mx.array]:
+        """The next token ``[1]``, and its log-probabilities ``[1, vocab]``.
+
+        Args:
+            logits: ``[1, vocab]``.
+            after: tokens ``[1]`` that come between what was :meth:`extend`-ed and the choice.
+        """
+        token, logprobs = self._choose(logits, after)
+        return self._group.agree(token), logprobs
+
+    def _choose(
+        self, logits: mx.array, after: Sequence[mx.array] = ()
+    ) -> tuple[mx.array, mx.array]:
+        self._seed(len(after))
+        if self._processors:
+            tokens = mx.concatenate([mx.array(self._tokens), *after])
+            for processor in self._processors:
+                logits = processor(tokens, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return self._sampler(logprobs), logprobs
+
+    def choose_all(self, logits: mx.array, drafts: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        """What follows each prefix of n drafts ``[1]``: tokens ``[n + 1]``, and log-probabilities
+        ``[n + 1, vocab]``, from logits ``[n + 1, vocab]``."""
+        if self._greedy:
+            return self.choose(logits)
+        rows = [self._choose(logits[i : i + 1], drafts[:i]) for i in range(len(drafts) + 1)]
+        tokens, logprobs = (mx.concatenate(list(parts)) for parts in zip(*rows, strict=True))
+        return self._group.agree(tokens), logprobs
+
+    def extend(self, token: int) -> None:
+        """Takes over the token that was chosen."""
+        self._position += 1
+        if self._processors:
+            self._tokens = np.append(self._tokens, np.asarray(token, self._tokens.dtype))
+
+    def close(self) -> None:
+        """Leaves the global random state where it depends on the tokens' number alone."""
+        self._seed(0)
+
+    def _seed(self, ahead: int) -> None:
+        if not self._greedy:
+            _seed(self._key, self._position + ahead)
+
+
+class SeededSampler:
+    """A sampler that draws, call after call, what a :class:`Chooser` with its key draws.
+
+    Args:
+        key, position, group: the chooser's.
+    """
+
+    def __init__(self, sampler: Sampler, key: int, position: int = 0, group: Group = ALONE):
+        self.sampler, self.key, self.position, self._group = sampler, key, position, group
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        _seed(self.key, self.position)
+        self.position += 1
+        return self._group.agree(self.sampler(logprobs))
+
+
+def draw_key() -> int:
+    """A :class:`Chooser`'s key, from the global random state, so that its seed decides."""
+    return cast(int, mx.random.randint(0, 2**31 - 1, ()).item())
+
+
+def _seed(key: int, position: int) -> None:
+    mx.random.seed(key << 32 | position)
+
+
+def check_integer(name: str, value: int, least: int) -> None:
+    """Checks an argument that counts something.
+
+    Raises:
+        ValueError: ``value`` is no integer, or below ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -1,0 +1,314 @@
+"""Speculative decoding: a round proposes, verifies, accepts and commits.
+
+A *round* drafts k tokens, runs the trunk once over the last token and the drafts, and yields the
+drafts that are what plain decoding would have chosen, then one token of the trunk's own. The host
+waits for the device once a round: what follows each prefix of the drafts is chosen in advance.
+At depth 0 decoding is plain, with step n + 1 queued while n runs.
+
+Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding"; how a draft is
+judged is in :mod:`mlx_qwen3next.decoding.sampling`, how states roll back in
+:mod:`mlx_qwen3next.model.cache`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import mlx.core as mx
+
+from ..compute import proof
+from ..model.cache import Cache, Round, Undo, settle
+from ..model.qwen3_next import Model
+from .draft_depth import MAX_DEPTH, Depth
+from .sampling import Choose, Chooser
+
+CLEAR_EVERY = 256  # tokens between two returns of unused buffers, as in mlx-lm
+LAYERS_ON_CPU, LAYERS_ON_GPU = 1, 8  # queued at a time; measured on a CPU alone
+
+
+class Drafter(Protocol):
+    """Whoever guesses a sequence's next tokens. A wrong guess costs time, nothing else."""
+
+    def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
+        """Up to ``depth`` drafts ``[1]`` of what follows ``token`` ``[1]``, the sequence's last."""
+
+    def expect(
+        self, tokens: mx.array, hidden: mx.array, token: mx.array, depth: int, choose: Choose
+    ) -> None:
+        """Perhaps ``committed(tokens, hidden)`` and ``propose(token, depth, choose)`` come next:
+        a good time to build what they need."""
+
+    def committed(self, tokens: mx.array, hidden: mx.array) -> None:
+        """The sequence grew by ``tokens`` ``[n]``; the trunk's states at them are ``[1, n, H]``."""
+
+    def rest(self) -> None:
+        """Decoding ended."""
+
+
+@dataclass
+class Token:
+    """One generated token."""
+
+    token: int
+    logprobs: mx.array  # [vocab]
+    from_draft: bool
+    drafted: int = 0  # how many tokens were drafted for the round that gave it
+
+
+class Acceptance:
+    """What became of the drafts, from the tokens as they come."""
+
+    def __init__(self) -> None:
+        self.rounds = 0  # passes of the trunk, plain steps included
+        self._tokens = 0
+        self._run = 0  # drafts of the round so far
+        self._asked = [0] * MAX_DEPTH  # drafts at a depth whose predecessors were right…
+        self._right = [0] * MAX_DEPTH  # …and those among them that were, too
+
+    def add(self, token: Token) -> None:
+        """Takes account of the next token."""
+        self._tokens += 1
+        self.rounds += self._run == 0
+        if token.from_draft or token.drafted > self._run:
+            self._asked[self._run] += 1
+            self._right[self._run] += token.from_draft
+        self._run = self._run + 1 if token.from_draft else 0
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens a pass of the trunk gave on average."""
+        return self._tokens / max(self.rounds, 1)
+
+    @property
+    def by_depth(self) -> tuple[float, ...]:
+        """The share of right drafts at each depth, of those whose predecessors were right."""
+        return tuple(r / n for r, n in zip(self._right, self._asked, strict=True) if n)
+
+
+@dataclass
+class _Step:
+    """A plain step on its way: ``input`` ``[1]`` was fed, ``token`` ``[1]`` follows."""
+
+    input: mx.array
+    hidden: mx.array
+    token: mx.array
+    logprobs: mx.array
+    undo: Undo
+
+
+def forward(model: Model, cache: Cache, tokens: mx.array) -> mx.array:
+    """The trunk's hidden states ``[1, n, H]`` at ``tokens`` ``[n]``.
+
+    The device starts on the first layers while the host still builds the last ones.
+    """
+    layers = LAYERS_ON_CPU if mx.default_device() == mx.cpu else LAYERS_ON_GPU
+
+    def start(layer: int, x: mx.array) -> None:
+        if layer % layers == layers - 1:
+            mx.async_eval(x)
+
+    return model.model(tokens[None], cache, start)
+
+
+class Decoding:
+    """The decoding of one sequence.
+
+    Args:
+        cache: the trunk's; holds everything before ``token``.
+        token: the prompt's last, ``[1]`` uint32.
+        chooser: chooses the tokens; knows the whole prompt.
+        depth: chooses how many are drafted.
+        keep_drafter: whether it has to be told of every token, for its next user.
+        after_forward: called when the cache has grown.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: Cache,
+        token: mx.array,
+        chooser: Chooser,
+        depth: Depth,
+        drafter: Drafter | None = None,
+        keep_drafter: bool = True,
+        after_forward: Callable[[], None] = lambda: None,
+    ):
+        self._model, self._cache = model, cache
+        self._unfed: mx.array | None = token  # part of the sequence, but not of the cache
+        self._chooser, self._depth, self._drafter = chooser, depth, drafter
+        self._keep_drafter, self._after_forward = keep_drafter, after_forward
+        self._since: float | None = None  # when the device was last waited for
+        self._proofs = 0  # and how many proofs there were then
+        self._was_plain = True  # no round came last
+        self._all_right = True  # no draft of the last round was refused
+        self._left = 0
+        self._handed_over = False
+
+    def tokens(self, count: int) -> Generator[Token]:
+        """Yields the next ``count`` tokens.
+
+        However it ends, the cache then holds every token yielded, the last one included, except
+        after :meth:`hand_over`. Until then it may be in a round, and nobody else's to read.
+        """
+        self._left = count
+        try:
+            while self._left > 0 and not self._handed_over:
+                depth = self._choose(self._left - 1)
+                yield from self._round(depth) if depth else self._plain()
+        finally:
+            self._rest()
+
+    def hand_over(self) -> None:
+        """Ends :meth:`tokens` soon: it yields what is chosen already, and feeds it but the last.
+
+        Somebody else goes on from there, with that last token to feed.
+        """
+        self._handed_over = True
+
+    def feed(self) -> None:
+        """Feeds the last token where :meth:`tokens` has not: after :meth:`hand_over`, or if it
+        never began."""
+        self._handed_over = False
+        self._rest()
+
+    def _choose(self, room: int) -> int:
+        """The depth of the next round."""
+        if self._depth.idle and not self._keep_drafter:
+            self._drafter = None  # it falls behind from now on
+        return 0 if self._drafter is None else self._depth.choose(room)
+
+    def _round(self, depth: int) -> Iterator[Token]:
+        assert self._unfed is not None and self._drafter is not None
+        drafts = self._drafter.propose(self._unfed, depth, self._draft)
+        mx.async_eval(drafts)  # those built ahead
+        tokens, n = mx.concatenate([self._unfed, *drafts]), len(drafts)
+        with Round(self._cache, n + 1) as transaction:
+            hidden = forward(self._model, self._cache, tokens)
+            chosen, logprobs = self._chooser.choose_all(self._model.logits(hidden)[0], drafts)
+            mx.async_eval(chosen, logprobs)
+            if self._all_right:
+                self._expect(tokens, hidden, chosen, drafts)
+            # The one time a round that the host waits.
+            values: Any = mx.concatenate([tokens, chosen]).tolist()
+            drafted, answers = values[1 : n + 1], values[n + 1 :]
+            accepted = next((i for i in range(n) if drafted[i] != answers[i]), n)
+            self._record(n, accepted, tells=n == depth and not self._was_plain)
+            self._was_plain, self._all_right = False, accepted == n
+            yielded = 0
+            try:
+                for i in range(accepted + 1):
+                    self._extend(answers[i])
+                    yielded += 1
+                    yield Token(answers[i], logprobs[i], i < accepted, n)
+            finally:
+                keep = 1 + min(yielded, accepted)
+                transaction.commit(keep)
+                self._drafter.committed(tokens[:keep], hidden[:, :keep])
+                self._unfed = chosen[accepted : accepted + 1] if yielded > accepted else None
+        self._after_forward()
+
+    def _expect(
+        self, tokens: mx.array, hidden: mx.array, chosen: mx.array, drafts: list[mx.array]
+    ) -> None:
+        """Has the next round's drafts built, in case that this one's are right again."""
+        assert self._drafter is not None
+        n = len(drafts)
+        depth = min(n, self._left - n - 2)
+
+        def draft(logits: mx.array, more: list[mx.array]) -> mx.array:
+            return self._chooser.choose(logits, [*drafts, chosen[n:], *more])[0]
+
+        if depth > 0:
+            self._drafter.expect(tokens, hidden, chosen[n:], depth, draft)
+
+    def _draft(self, logits: mx.array, drafts: list[mx.array]) -> mx.array:
+        draft = self._chooser.choose(logits, drafts)[0]
+        mx.async_eval(draft)  # while the rest is built
+        return draft
+
+    def _plain(self) -> Iterator[Token]:
+        """Decodes plainly, until the depth is another."""
+        assert self._unfed is not None
+        step = self._step(self._unfed)
+        self._committed(step.input, step.hidden)
+        self._was_plain = True
+        pipelined = False  # whether the step was queued before the host waited for the one before
+        while True:
+            ahead, room = None, self._left - 2  # after this token and the next
+            if room >= 0 and not self._handed_over and self._choose(room) == 0:
+                ahead = self._step(step.token, [step.token])
+            yielded = False
+            try:
+                token = int(cast(int, step.token.item()))
+                self._record(0, 0, tells=pipelined)
+                self._extend(token)
+                self._unfed = step.token if ahead is None else None
+                yielded = True
+                yield Token(token, step.logprobs, False)
+            finally:
+                if ahead is not None and yielded:
+                    self._committed(ahead.input, ahead.hidden)
+                elif ahead is not None:
+                    ahead.undo()
+            if ahead is None:
+                return
+            step, pipelined = ahead, True
+
+    def _step(self, token: mx.array, after: Sequence[mx.array] = ()) -> _Step:
+        """Queues a plain step; ``after`` are the tokens ``[1]`` on their way."""
+        with Undo(self._cache) as undo:
+            hidden = forward(self._model, self._cache, token)
+            chosen, logprobs = self._chooser.choose(self._model.logits(hidden)[:, -1], after)
+            mx.async_eval(chosen, logprobs)
+            self._after_forward()
+        self._unfed = None
+        return _Step(token, hidden, chosen, logprobs[0], undo)
+
+    def _committed(self, tokens: mx.array, hidden: mx.array) -> None:
+        if self._drafter is not None:
+            self._drafter.committed(tokens, hidden)
+
+    def _extend(self, token: int) -> None:
+        self._chooser.extend(token)
+        self._left -= 1
+        if self._left % CLEAR_EVERY == 0:
+            mx.clear_cache()
+
+    def _record(self, drafted: int, accepted: int, tells: bool) -> None:
+        """Tells the depth's chooser how long it took since the device was last waited for."""
+        now, proofs = time.perf_counter(), proof.proofs()
+        tells = tells and proofs == self._proofs  # a kernel's proof takes far longer than a round
+        seconds = now - self._since if tells and self._since is not None else None
+        self._depth.record(drafted, accepted, seconds)
+        self._since, self._proofs = now, proofs
+
+    def _feed(self) -> None:
+        """Feeds the last token yielded, if that is still to be done here."""
+        if self._unfed is None or self._handed_over:
+            return
+        with Undo(self._cache):
+            hidden = forward(self._model, self._cache, self._unfed)
+            self._after_forward()
+        token, self._unfed = self._unfed, None
+        self._committed(token, hidden)
+
+    def _rest(self) -> None:
+        try:
+            self._finish()
+        except KeyboardInterrupt:
+            self._finish()
+            raise
+
+    def _finish(self) -> None:
+        """Leaves all as it should be found; may be called again."""
+        try:
+            self._feed()
+        finally:
+            settle(self._cache)
+            if self._drafter is not None and self._keep_drafter:
+                self._drafter.rest()
+            self._chooser.close()
+            mx.async_eval([c.state for c in self._cache])

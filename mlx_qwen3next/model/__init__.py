@@ -1,0 +1,1 @@
+"""The network and its state: config, layers, MTP head, caches, packing, division."""

@@ -1,0 +1,332 @@
+"""The model's memory: Gated DeltaNet states beside mlx-lm's KV caches, and rounds on both.
+
+A cache is a list with one entry a layer: :class:`GatedDeltaCache` for linear layers, mlx-lm's
+``KVCache`` (or its quantized or batched form) for attention layers. The list works with mlx-lm's
+own tools: ``save_prompt_cache``, ``load_prompt_cache``, batching by merge/filter/extend/extract.
+
+A *round* is a forward whose tokens may be taken back, in whole or from some token on::
+
+    with Round(cache, n) as round:
+        hidden = model.model(tokens, cache)  # n tokens
+        round.commit(keep)  # the first `keep` stay; leaving without commit keeps none
+
+Nothing is copied for it. Attention caches roll back by their offset. A linear layer does not
+advance its state in a round: it keeps the state before it and a tape (convolution rows, decay,
+keys and written errors), and the next forward replays the kept prefix first: lazy commit.
+
+A plain forward advances at once; :class:`Undo` takes the last one back.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import ArraysCache, KVCache
+
+from ..compute import operations
+
+Cache = list[Any]
+
+
+class Tape(NamedTuple):
+    """What a linear layer remembers of a round of n tokens."""
+
+    rows: mx.array  # [B, K-1 + n, C] inputs of the convolution, those before the round first
+    g: mx.array  # [B, n, Hv] log decay
+    k: mx.array  # [B, n, Hk, Dk] normalised keys
+    delta: mx.array  # [B, n, Hv, Dv] written errors
+
+
+class Memory(NamedTuple):
+    """What a linear layer goes on from: its arrays, and what a round left to be replayed."""
+
+    rows: mx.array  # [B, K-1 + n, C] inputs of the convolution; n = 0 without a round
+    state: mx.array  # [B, Hv, Dv, Dk] float32, before the round
+    tape: tuple[mx.array, ...]  # g, k, delta of the round's n tokens, or nothing
+    keep: int  # how many of them are part of the sequence
+
+
+class GatedDeltaCache(ArraysCache):
+    """One linear layer's convolution rows ``[B, K-1, C]`` and state ``[B, Hv, Dv, Dk]`` float32.
+
+    Extends mlx-lm's ``ArraysCache`` (same saved form, same batching) by rounds.
+    """
+
+    # Class attributes, since mlx-lm's from_state() builds an entry without __init__.
+    _open = False  # a round has begun and was neither committed nor dropped
+    _tape: Tape | None = None  # of the open round
+    _pending: tuple[Tape, int] | None = None  # a committed tape, and how much of it counts
+
+    cache: list[mx.array | None]  # type: ignore[assignment]
+
+    def __init__(self, size: int = 2, left_padding: list[int] | None = None):
+        super().__init__(size, left_padding)
+
+    # --- what the layer does -------------------------------------------------------------------
+    def memory(self) -> Memory | None:
+        """What the next token meets; None before the first."""
+        self._check_closed()
+        if self.left_padding is not None or self.lengths is not None:
+            self._settle()  # what is pending has its part in them
+        return self._memory()
+
+    def _memory(self) -> Memory | None:
+        rows, state = self.cache
+        if self._pending is not None:
+            tape, keep = self._pending
+            if state is None:
+                B, _, Hv, Dv = tape.delta.shape
+                state = mx.zeros((B, Hv, Dv, tape.k.shape[-1]))
+            return Memory(tape.rows, state, (tape.g, tape.k, tape.delta), keep)
+        return None if rows is None or state is None else Memory(rows, state, (), 0)
+
+    @property
+    def recording(self) -> bool:
+        """Whether the forward belongs to a round, so that a tape is wanted, not a new state."""
+        return self._open
+
+    def record(self, tape: Tape, state: mx.array) -> None:
+        """Keeps a round's tape, and the state before the round."""
+        changes: dict[str, Any] = {"_tape": tape, "_pending": None}
+        if self._pending is not None or self.cache[0] is not None:
+            taps = tape.rows.shape[1] - tape.g.shape[1]  # K - 1
+            changes["cache"] = [tape.rows[:, :taps], state]
+        self._replayed(changes)
+
+    def store(self, rows: mx.array, state: mx.array, tokens: int) -> None:
+        """Takes over the rows and state after ``tokens`` more tokens."""
+        self._replayed({"cache": [rows, state], "_pending": None}, tokens)
+
+    def _replayed(self, changes: dict[str, Any], more: int = 0) -> None:
+        """Takes over what a forward made of the memory, and of ``more`` tokens after it."""
+        more += 0 if self._pending is None else self._pending[1]
+        # At once, so that no interrupt comes between; in new arrays, which an Undo may share.
+        vars(self).update(changes, **self._padding_after(more))
+
+    def _padding_after(self, tokens: int) -> dict[str, mx.array]:
+        padding = {"left_padding": self.left_padding, "lengths": self.lengths}
+        return {name: of - tokens for name, of in padding.items() if of is not None}
+
+    # --- rounds --------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Opens a round: the next forward records instead of advancing."""
+        if self._open:
+            raise RuntimeError("a round is open already: commit or drop it first")
+        self._open = True
+
+    def commit(self, keep: int) -> None:
+        """Closes the round; its first ``keep`` tokens become part of the sequence."""
+        if not self._open:
+            raise RuntimeError("no round is open: call begin() first")
+        pending = self._pending
+        if self._tape is not None and keep > 0:
+            pending = self._tape, keep
+        vars(self).update(_tape=None, _pending=pending, _open=False)
+
+    def settle(self) -> None:
+        """Replays a committed tape now, so that rows and state are those of the sequence."""
+        self._check_closed()
+        self._settle()
+
+    def _settle(self) -> None:
+        memory = self._memory()
+        if memory is None or not memory.tape:
+            return
+        rows, state, (g, k, delta), keep = memory
+        rows = mx.contiguous(rows[:, keep : keep + rows.shape[1] - g.shape[1]])
+        state = operations.gated_delta_replay(state, g, k, delta, keep)
+        self._replayed({"cache": [rows, state], "_pending": None})
+
+    def _check_closed(self) -> None:
+        if self._tape is not None:
+            raise RuntimeError("a round is open: commit or drop it before using its cache")
+
+    # --- mlx-lm's cache protocol, on settled arrays --------------------------------------------
+    @property
+    def state(self) -> Any:
+        self.settle()
+        return super().state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.cache, self.left_padding, self.lengths = value
+        vars(self).update(_open=False, _tape=None, _pending=None)
+
+    def make_mask(self, N: int) -> mx.array | None:
+        self.memory()  # settles what is pending if there is padding
+        return super().make_mask(N)
+
+    def prepare(self, lengths: Any = None, **options: Any) -> None:
+        self.settle()
+        super().prepare(lengths, **options)
+
+    def advance(self, N: int) -> None:
+        vars(self).update(self._padding_after(N))
+
+    def filter(self, batch_indices: Any) -> None:
+        self.settle()
+        super().filter(batch_indices)
+
+    def extend(self, other: GatedDeltaCache) -> None:
+        self.settle()
+        other.settle()
+        super().extend(other)
+
+    def extract(self, idx: int) -> GatedDeltaCache:
+        self.settle()
+        one = GatedDeltaCache()
+        one.cache = [None if c is None else mx.contiguous(c[idx : idx + 1]) for c in self.cache]
+        return one
+
+    @classmethod
+    def merge(cls, caches: list[GatedDeltaCache]) -> GatedDeltaCache:
+        for c in caches:
+            c.settle()
+        return super().merge(caches)
+
+    def empty(self) -> bool:
+        return self.cache[0] is None and self._tape is None and self._pending is None
+
+    @property
+    def nbytes(self) -> int:
+        tape = self._tape or (self._pending[0] if self._pending else ())
+        return super().nbytes + sum(x.nbytes for x in tape)
+
+
+class MTPCache(KVCache):
+    """The MTP head's keys and values, and the trunk's last hidden state ``[1, 1, H]`` or None.
+
+    Position i holds the pair of hidden state h_i and token t_{i+1}, so there is one position less
+    than tokens; ``hidden`` waits for the token that comes next.
+    """
+
+    hidden: mx.array | None = None  # on the class: mlx-lm's from_state() skips __init__
+
+    @property
+    def state(self) -> Any:
+        return [*super().state, self.hidden]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.keys, self.values, self.offset, self.hidden = value
+
+
+# load_prompt_cache() finds an entry's class by its name in mlx-lm's module.
+for _entry in (GatedDeltaCache, MTPCache):
+    setattr(mlx_lm_cache, _entry.__name__, _entry)
+
+
+class Round:
+    """A forward of up to ``n`` tokens on ``cache`` as a transaction (see the module's text).
+
+    Every way out of the ``with`` block, exceptions included, commits or keeps nothing.
+
+    Raises:
+        ValueError: ``n`` is less than 1.
+        RuntimeError: a round is open on the cache already.
+    """
+
+    def __init__(self, cache: Cache, n: int):
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        self._cache, self._n = cache, n
+        self._lengths: list[int] = []
+        self._keep = 0
+        self._done = False
+
+    def __enter__(self) -> Round:
+        if any(isinstance(c, GatedDeltaCache) and c.recording for c in self._cache):
+            raise RuntimeError("a round is open already: commit or drop it first")
+        self._lengths = [0 if isinstance(c, GatedDeltaCache) else length(c) for c in self._cache]
+        try:
+            for c in self._cache:
+                if isinstance(c, GatedDeltaCache):
+                    c.begin()
+        except BaseException:
+            self._finish()
+            raise
+        return self
+
+    def commit(self, keep: int) -> None:
+        """Ends the round; its first ``keep`` tokens stay.
+
+        Raises:
+            ValueError: ``keep`` is not within 0…n.
+        """
+        if not 0 <= keep <= self._n:
+            raise ValueError(f"keep must be within 0 and {self._n}, got {keep}")
+        if self._done:
+            raise RuntimeError("the round has ended already")
+        self._keep = keep
+        self._finish()
+
+    def _finish(self) -> None:
+        """May be called again after an interrupt."""
+        for c, before in zip(self._cache, self._lengths, strict=True):
+            if isinstance(c, GatedDeltaCache):
+                if c.recording:
+                    c.commit(self._keep)
+            elif (extra := length(c) - before - self._keep) > 0:
+                c.trim(extra)
+        self._done = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._done:
+            self._finish()
+
+
+class Undo:
+    """Takes back the plain forward in its ``with`` block: at an exception, or later when called.
+
+    Linear layers keep references to the arrays they had, attention layers roll back by their
+    offset: no reference to keys or values is held, which would make MLX copy them.
+    """
+
+    def __init__(self, cache: Cache):
+        self._cache = cache
+        self._before: list[Any] = []
+
+    def __enter__(self) -> Undo:
+        self._before = [
+            dict(vars(c)) if isinstance(c, GatedDeltaCache) else length(c) for c in self._cache
+        ]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self()
+
+    def __call__(self) -> None:
+        """Restores the cache, which nothing else has advanced since."""
+        for c, before in zip(self._cache, self._before, strict=True):
+            if isinstance(before, dict):
+                vars(c).clear()
+                vars(c).update(before)
+            elif (extra := length(c) - before) > 0:
+                c.trim(extra)
+
+
+def settle(cache: Cache) -> None:
+    """Replays what committed rounds left on their tapes, before handing the cache to others."""
+    for c in cache:
+        if isinstance(c, GatedDeltaCache):
+            c.settle()
+
+
+def length(entry: Any) -> int:
+    """How many positions an attention layer's cache entry holds (padding included)."""
+    offset = getattr(entry, "offset", None)
+    return offset if isinstance(offset, int) else entry.size()
+
+
+def tokens_held(cache: Cache) -> int:
+    """How many positions the cache's attention layers hold, 0 if there are none."""
+    return max((length(c) for c in cache if not isinstance(c, ArraysCache)), default=0)

@@ -1,0 +1,426 @@
+"""Qwen3-Next's hybrid stack: three Gated DeltaNet layers, one gated attention layer, and so on.
+
+Glossary (code / config.json)::
+
+    B, L      batch, tokens of this call
+    H         hidden_size
+    nh, nkv   num_attention_heads, num_key_value_heads; hd = head_dim
+    Hk, Hv    linear_num_key_heads, linear_num_value_heads; r = Hv / Hk
+    Dk, Dv    linear_key_head_dim, linear_value_head_dim
+    K, C      linear_conv_kernel_dim; C = 2 Hk Dk + Hv Dv channels of the convolution
+    E, top_k  num_experts, num_experts_per_tok; I = moe_intermediate_size
+    g         log decay of the state, gamma = exp(g);  beta  write strength;  z  output gate
+
+Modules and parameters have the checkpoint's names, in mlx-lm's converted layout (experts stacked
+in ``switch_mlp``, convolution weights ``[C, K, 1]``, norm weights with their ``+ 1``), so that
+mlx-lm's tools work on the model. Norm weights, ``A_log`` and ``dt_bias`` are float32.
+
+Sources: transformers' ``modeling_qwen3_next.py``; Yang et al. 2024, "Gated Delta Networks"; Qiu et
+al. 2025, "Gated Attention for Large Language Models".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.activations import swiglu
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from ..compute import ops
+from ..compute.cpu_attention import attention
+from ..group.processes import ALONE, Group, connected
+from . import layouts, sharding
+from .cache import Cache, GatedDeltaCache, Memory, Tape
+from .config import MODEL_TYPE, Config
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm; ``weight`` is the effective one, the checkpoint's zero-centred w plus 1."""
+
+    def __init__(self, dims: int, eps: float):
+        super().__init__()
+        self.weight = mx.ones((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class RMSNormGated(nn.Module):
+    """Of ``weight norm(x) silu(z)`` over one value head; the checkpoint's weight has no ``+ 1``.
+
+    Holds the weight; ops.gated_delta_step applies it.
+    """
+
+    def __init__(self, dims: int, eps: float):
+        super().__init__()
+        self.weight = mx.ones((dims,))
+        self.eps = eps
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention by the gated delta rule: a fixed-size state instead of a growing cache."""
+
+    step = staticmethod(ops.gated_delta_step)
+    group = ALONE
+
+    def __init__(self, config: Config):
+        super().__init__()
+        H, eps = config.hidden_size, config.rms_norm_eps
+        self.Hk, self.Dk = config.linear_num_key_heads, config.linear_key_head_dim
+        self.Hv, self.Dv = config.linear_num_value_heads, config.linear_value_head_dim
+        self.K, C = config.linear_conv_kernel_dim, config.linear_conv_dim
+        key_dim, value_dim = config.linear_key_dim, config.linear_value_dim
+        self.in_proj_qkvz = nn.Linear(H, 2 * key_dim + 2 * value_dim, bias=False)
+        self.in_proj_ba = nn.Linear(H, 2 * self.Hv, bias=False)
+        # Holds the weight [C, K, 1]; ops.causal_conv applies it.
+        self.conv1d = nn.Conv1d(C, C, self.K, groups=C, bias=False)
+        self.A_log = mx.log(mx.random.uniform(0.01, 16, (self.Hv,)))
+        self.dt_bias = mx.ones((self.Hv,))
+        self.norm = RMSNormGated(self.Dv, eps)
+        self.out_proj = nn.Linear(value_dim, H, bias=False)
+
+    def project(self, x: mx.array) -> mx.array:
+        """``[q | k | v | z | b | a]``, each head after head, ``[B, L, C + Hv Dv + 2 Hv]``."""
+        return self.arrange(self.in_proj_qkvz(x), self.in_proj_ba(x))
+
+    def arrange(self, qkvz: mx.array, ba: mx.array) -> mx.array:
+        """What the projections give, or their rows, head after head instead of per key head.
+
+        Args:
+            qkvz, ba: ``[..., n]``; per key head q Dk, k Dk, v r Dv, z r Dv; b r, a r.
+        """
+        shape, Hk, Dk, rDv = qkvz.shape[:-1], self.Hk, self.Dk, self.Hv // self.Hk * self.Dv
+        parts = mx.split(qkvz.reshape(*shape, Hk, -1), [Dk, 2 * Dk, 2 * Dk + rDv], axis=-1)
+        parts += mx.split(ba.reshape(*shape, Hk, -1), 2, axis=-1)
+        return mx.concatenate([y.reshape(*shape, -1) for y in parts], axis=-1)
+
+    def __call__(
+        self, x: mx.array, mask: mx.array | None = None, cache: GatedDeltaCache | None = None
+    ) -> mx.array:
+        """``x`` ``[B, L, H]``; ``mask`` ``[B, L]``, False at padding, which changes nothing."""
+        B, L, _ = x.shape
+        row = self.project(x)
+        memory = None if cache is None else cache.memory()
+        if memory is None:
+            before = mx.zeros((B, self.K - 1, self.conv1d.weight.shape[0]), row.dtype)
+            memory = Memory(before, mx.zeros((B, self.Hv, self.Dv, self.Dk)), (), 0)
+        o, state, rows, *tape = self.step(
+            row,
+            *memory,
+            *(self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight),
+            eps=self.norm.eps,
+            key_heads=self.Hk,
+            mask=mask,
+            lazy=cache is not None and cache.recording,
+            lengths=None if cache is None else cache.lengths,
+        )
+        if tape and cache is not None:
+            cache.record(Tape(rows, *tape), state)
+        elif cache is not None:
+            cache.store(rows, state, L)
+        return self.group.all_sum(self.out_proj(o))
+
+
+class GatedAttention(nn.Module):
+    """Grouped-query attention with q/k norms, partial RoPE and a sigmoid gate on its output."""
+
+    split_heads = staticmethod(ops.attention_heads)
+    gate = staticmethod(ops.attention_gate)
+    group = ALONE
+
+    def __init__(self, config: Config):
+        super().__init__()
+        H, eps = config.hidden_size, config.rms_norm_eps
+        self.nh, self.nkv = config.num_attention_heads, config.num_key_value_heads
+        self.hd = config.head_dim
+        self.q_proj = nn.Linear(H, 2 * self.nh * self.hd, bias=False)
+        self.k_proj = nn.Linear(H, self.nkv * self.hd, bias=False)
+        self.v_proj = nn.Linear(H, self.nkv * self.hd, bias=False)
+        self.o_proj = nn.Linear(self.nh * self.hd, H, bias=False)
+        self.q_norm = RMSNorm(self.hd, eps)
+        self.k_norm = RMSNorm(self.hd, eps)
+        self.rotary_dims, self.rope_theta = config.rotary_dims, config.rope_theta
+
+    def project(self, x: mx.array) -> mx.array:
+        """``[q | k | v | gate]``, each head after head, ``[B, L, (2 nh + 2 nkv) hd]``."""
+        return self.arrange(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+
+    def arrange(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """What the projections give, or their rows, with the gates last.
+
+        Args:
+            q: ``[..., 2 nh hd]``, per head q hd, gate hd. k, v: ``[..., nkv hd]``.
+        """
+        shape = q.shape[:-1]
+        q, gate = mx.split(q.reshape(*shape, self.nh, -1), 2, axis=-1)
+        parts = [q.reshape(*shape, -1), k, v, gate.reshape(*shape, -1)]
+        return mx.concatenate(parts, axis=-1)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
+        """``x`` ``[B, L, H]``; the mask is mlx-lm's (None, "causal" or an array)."""
+        row = self.project(x)
+        q, k, v = self.split_heads(
+            row,
+            *(self.q_norm.weight, self.k_norm.weight, 0 if cache is None else cache.offset),
+            eps=self.q_norm.eps,
+            heads=self.nh,
+            kv_heads=self.nkv,
+            rotary_dims=self.rotary_dims,
+            base=self.rope_theta,
+        )
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        scale = self.hd**-0.5
+        o = attention(q, k, v, scale=scale, mask=mask, cache=cache)
+        return self.group.all_sum(self.o_proj(self.gate(o, row, kv_heads=self.nkv)))
+
+
+class MLP(nn.Module):
+    """SwiGLU: ``down(silu(gate x) up x)``."""
+
+    group = ALONE
+
+    def __init__(self, dims: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dims, width, bias=False)
+        self.up_proj = nn.Linear(dims, width, bias=False)
+        self.down_proj = nn.Linear(width, dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.group.all_sum(self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x))))
+
+
+class SparseMoE(nn.Module):
+    """The top k of E experts by a softmax router, plus one shared expert behind a sigmoid gate."""
+
+    group = ALONE
+    own: range | None = None  # the experts that are here, if not all
+
+    def __init__(self, config: Config):
+        super().__init__()
+        H, E, I = config.hidden_size, config.num_experts, config.moe_intermediate_size
+        self.num_experts = E
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = nn.Linear(H, E, bias=False)
+        self.switch_mlp = SwitchGLU(H, I, E)
+        self.shared_expert = MLP(H, config.shared_expert_intermediate_size)
+        self.shared_expert_gate = nn.Linear(H, 1, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        experts, weights = ops.route(self.gate(x), self.top_k, self.norm_topk_prob)
+        if self.own is not None:
+            experts, weights = ops.only_own(experts, weights, self.own)
+        y = self.switch_mlp(x, experts)  # [B, L, top_k, H]
+        y = (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
+        if "shared_expert" in self:
+            y = y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return self.group.all_sum(y)
+
+
+class DecoderLayer(nn.Module):
+    """A token mixer (linear or full attention), then an MLP (sparse or dense), each residual."""
+
+    def __init__(self, config: Config, *, linear: bool, sparse: bool):
+        super().__init__()
+        H, eps = config.hidden_size, config.rms_norm_eps
+        self.is_linear = linear
+        if linear:
+            self.linear_attn = GatedDeltaNet(config)
+        else:
+            self.self_attn = GatedAttention(config)
+        self.mlp = SparseMoE(config) if sparse else MLP(H, config.intermediate_size)
+        self.input_layernorm = RMSNorm(H, eps)
+        self.post_attention_layernorm = RMSNorm(H, eps)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
+        mixer = self.linear_attn if self.is_linear else self.self_attn
+        x = x + mixer(self.input_layernorm(x), mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Embedding, the decoder layers and the final norm: tokens to hidden states."""
+
+    vocabulary = ALONE  # the group that has it together…
+    first_token = 0  # …and the first of its tokens that is here
+    pipeline = ALONE  # the group that has the layers one after the other
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [
+            DecoderLayer(config, linear=config.is_linear(i), sparse=config.is_sparse(i))
+            for i in range(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: Cache | None = None,
+        between: Callable[[int, mx.array], None] | None = None,
+    ) -> mx.array:
+        """Tokens ``[B, L]`` to hidden states ``[B, L, H]`` after the final norm.
+
+        ``between`` is called with the number and the output of every layer that another follows.
+        """
+        x = self.pipeline.from_before(self.embed(tokens))
+        caches = [None] * len(self.layers) if cache is None else cache
+        pairs = list(zip(self.layers, caches, strict=True))
+        # All layers of a kind share one mask, the first one's.
+        linear = (c for layer, c in pairs if layer.is_linear and c is not None)
+        linear_mask = next((c.make_mask(tokens.shape[1]) for c in linear), None)
+        full = (c for layer, c in pairs if not layer.is_linear)
+        attention_mask = next((create_attention_mask(x, c) for c in full), None)
+        for i, (layer, c) in enumerate(pairs):
+            if between is not None and i > 0:
+                between(i - 1, x)
+            x = layer(x, linear_mask if layer.is_linear else attention_mask, c)
+        return self.norm(self.pipeline.from_last(x))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Tokens ``[B, L]`` to ``[B, L, H]``."""
+        if self.vocabulary.size == 1:
+            return self.embed_tokens(tokens)
+        rows = self.embed_tokens.weight.shape[0]
+        own = tokens.astype(mx.int32) - self.first_token
+        here = (own >= 0) & (own < rows)
+        x = self.embed_tokens(mx.where(here, own, 0))
+        return self.vocabulary.all_sum(mx.where(here[..., None], x, 0))
+
+
+class Model(nn.Module):
+    """A Qwen3-Next causal language model, fit for mlx-lm's tools.
+
+    ``mtp`` is the multi-token-prediction head (:class:`mlx_qwen3next.model.mtp_head.MTPHead`) or
+    None.
+    """
+
+    packed = False  # whether it has been through mlx_qwen3next.model.packing
+    group = ALONE  # the processes that run it together
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.args = config
+        self.model_type = MODEL_TYPE
+        self.mtp: Any = None
+        self.model = Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
+        """Tokens ``[B, L]`` int to logits ``[B, L, vocab]``; the cache advances by L."""
+        return self.logits(self.model(tokens, cache))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states ``[..., H]`` (after the final norm) to logits ``[..., vocab]``."""
+        tied = self.args.tie_word_embeddings
+        logits = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
+        return self.model.vocabulary.all_gather(logits)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As ``nn.Module``'s.
+
+        Raises:
+            ValueError: the model is packed for inference.
+        """
+        if mode:
+            self._check_unpacked("train")
+        return super().train(mode)
+
+    def save_weights(self, file: str, **options: Any) -> None:
+        """As ``nn.Module``'s.
+
+        Raises:
+            ValueError: the model is packed for inference.
+        """
+        self._check_unpacked("save")
+        super().save_weights(file, **options)
+
+    def shard(
+        self,
+        group: Group | mx.distributed.Group,
+        mode: sharding.Mode | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> sharding.Shard:
+        """Leaves what is this rank's, in place; :func:`mlx_qwen3next.load` reads no more than that.
+
+        Args:
+            group: what :func:`mlx_qwen3next.group.join` or ``mx.distributed.init`` gave.
+            mode, layers: see :func:`mlx_qwen3next.model.sharding.plan`.
+
+        Raises:
+            ValueError: the model is packed, or does not divide among so many ranks.
+        """
+        self._check_unpacked("shard")
+        group = connected(group)
+        part = sharding.plan(self, group, mode, layers)
+        if group.size > 1:
+            sharding.shard(self, group, part)
+        return part
+
+    def _check_unpacked(self, to_do: str) -> None:
+        if self.packed:
+            raise ValueError(
+                f"this model is packed for inference; load it with pack=False to {to_do} it"
+            )
+
+    def make_cache(self, left_padding: list[int] | None = None) -> Cache:
+        """An empty cache, one entry a layer.
+
+        Args:
+            left_padding: for a batch of prompts padded on the left, how many pad tokens each has.
+        """
+        if left_padding is None:
+            return [GatedDeltaCache() if layer.is_linear else KVCache() for layer in self.layers]
+        return [
+            GatedDeltaCache(left_padding=left_padding)
+            if layer.is_linear
+            else BatchKVCache(left_padding)
+            for layer in self.layers
+        ]
+
+    def make_draft_model(self, cache: Cache | None = None) -> Any:
+        """What drafts one sequence's next tokens
+        (:class:`mlx_qwen3next.decoding.speculative.Drafter`).
+
+        Args:
+            cache: what ``model.mtp.make_cache()`` made; it goes on from there.
+
+        Returns:
+            The drafter, or None for a model without an MTP head.
+        """
+        return None if self.mtp is None else self.mtp.make_drafter(self.logits, cache)
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The decoder layers, for mlx-lm's tools."""
+        return self.model.layers
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """A checkpoint's tensors, of any known layout, under this module's parameter names."""
+        return layouts.sanitize(weights, self.parameter_shapes(), self.args)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Path -> shape of every parameter, quantized ones in their packed form."""
+        leaves: Any = tree_flatten(self.parameters())
+        return {path: tuple(leaf.shape) for path, leaf in leaves}
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, int]]:
+        """mlx-lm's rule: routers and shared-expert gates keep 8 bits, whatever the rest has."""
+        return lambda path, module: (
+            {"group_size": 64, "bits": 8} if layouts.is_router(path) else True
+        )
+
+    @property
+    def cast_predicate(self) -> Callable[[str], bool]:
+        """Which parameters follow the model's dtype; the others stay float32."""
+        return lambda path: not layouts.is_float32(path)

@@ -1,0 +1,285 @@
+"""Prompt caches on disk: a safetensors file of a piece of text, or of several in a row.
+
+Every array has a checksum that covers the file's own description of it, so that a file is read
+lazily, array by array, and nothing damaged is taken for good.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import uuid
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from time import monotonic
+from typing import IO
+
+import numpy as np
+
+from ..checkpoint import files as shards
+from .pieces import Arrays, Piece, Stored, checksum, data
+
+_FORMAT = "mlx_qwen3next prompt cache"
+_VERSION = "1"  # of the files, and of what the model computes; another one is not read
+_SAMPLE_BYTES = 256  # of each tensor, to tell models apart
+_PATIENCE = 60.0  # seconds until the next attempt after a failed one
+_SUFFIX, _UNFINISHED = ".safetensors", ".part"
+_LOCK = "lock"
+
+_NOT_KEPT = "The prompt cache in %s is not kept: %s"
+
+logger = logging.getLogger("mlx_qwen3next")
+
+
+# --- one file ------------------------------------------------------------------------------------
+def write_file(file: Path, pieces: Sequence[Piece], fingerprint: str, parent: str = "") -> None:
+    """Writes pieces that follow each other, beside the file, which is then replaced at once.
+
+    Args:
+        pieces: with all arrays in memory.
+        fingerprint: of the model, see :func:`fingerprint`.
+        parent: what the text before the first piece is called.
+
+    Raises:
+        OSError: the file cannot be written; what was there before still is.
+    """
+    arrays = {f"{i}.{name}": x for i, piece in enumerate(pieces) for name, x in piece.contents()}
+    about = {
+        "format": f"{_FORMAT} {_VERSION}",
+        "fingerprint": fingerprint,
+        "parent": parent,
+        "start": str(pieces[0].start),
+        "quantization": json.dumps([piece.quantization for piece in pieces]),
+    }
+    contents = {name: (x.dtype, x.shape) for name, x in arrays.items()}
+    about["arrays"] = _named({name: (shards.NAMES[x.dtype], x.shape) for name, x in arrays.items()})
+    checksums = {name: checksum(_described(about, name), x) for name, x in arrays.items()}
+    header, _ = shards.lay_out(file, contents, about | {"checksums": json.dumps(checksums)})
+    unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex}{_UNFINISHED}")
+    try:
+        with unfinished.open("xb") as stream:
+            stream.write(header)
+            for array in arrays.values():
+                stream.write(data(array))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def read_file(file: Path, fingerprint: str) -> tuple[str, list[Piece]]:
+    """What the text before the first piece is called, and the pieces, arrays still in the file.
+
+    Raises:
+        ValueError: the file is none of ours, belongs to another model, or is damaged.
+    """
+    tensors, about = shards.read_headers([file]), shards.read_metadata(file)
+    if about.get("format") != f"{_FORMAT} {_VERSION}":
+        raise ValueError(f"{file} is not a prompt cache, or one of another version")
+    if about.get("fingerprint") != fingerprint:
+        raise ValueError(
+            f"{file} belongs to another model, or to one that was loaded with other options"
+        )
+    try:
+        checksums = json.loads(about.pop("checksums"))
+        parts: dict[int, dict[str, Arrays]] = {}
+        if about["arrays"] != _named({name: (x.dtype, x.shape) for name, x in tensors.items()}):
+            raise ValueError
+        for name, tensor in tensors.items():
+            number, part, *key = name.split(".", 2)
+            arrays = parts.setdefault(int(number), {}).setdefault(part, {})
+            arrays["".join(key)] = Stored(tensor, _described(about, name), checksums[name])
+        pieces, start = [], int(about["start"])
+        for i, quantization in enumerate(json.loads(about["quantization"])):
+            tokens = np.array(parts[i]["tokens"][""].read())
+            kv, head, checkpoint = (parts[i].get(of, {}) for of in ("kv", "head", "checkpoint"))
+            quantized = quantization and (quantization[0], quantization[1])
+            pieces.append(Piece(start, tokens, kv, head, checkpoint, quantized))
+            start += tokens.size
+        return about["parent"], pieces
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{file} is damaged") from None
+
+
+def is_ours(file: Path) -> bool:
+    """Whether the file holds a prompt cache in this module's form, of whatever version or model.
+
+    mlx-lm's own prompt caches are safetensors files as well.
+    """
+    try:
+        return str(shards.read_metadata(file).get("format")).startswith(_FORMAT)
+    except ValueError:
+        return False
+
+
+def _named(arrays: dict[str, tuple[str, tuple[int, ...]]]) -> str:
+    """Stands for the arrays' names, dtypes and shapes."""
+    return hashlib.blake2b(json.dumps(arrays, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _described(about: dict[str, str], name: str) -> str:
+    return json.dumps([about, name], sort_keys=True)
+
+
+def fingerprint(directory: Path, *options: str) -> str:
+    """Identifies what decides a cache's values: a model's weights, and how they are used.
+
+    Config, and name, dtype, shape and first bytes of every tensor, wherever the files are: well
+    under a second for thousands of tensors.
+
+    Args:
+        directory: of the model, as :func:`mlx_qwen3next.load` takes it.
+        options: whatever else matters (dtype, bits of keys and values, an adapter's fingerprint).
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        ValueError: the model's files cannot be read, see
+        :func:`mlx_qwen3next.checkpoint.files.find_files`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    tensors = shards.read_headers(shards.find_files(directory))
+    try:
+        config = (directory / "config.json").read_bytes()
+        digest.update(json.dumps([_VERSION, options, len(config)]).encode() + config)
+        with ExitStack() as stack:
+            files = {
+                file: stack.enter_context(file.open("rb", buffering=0))
+                for file in {tensor.file for tensor in tensors.values()}
+            }
+            for name, tensor in sorted(tensors.items()):
+                stream = files[tensor.file]
+                stream.seek(tensor.start)
+                digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+                digest.update(stream.read(min(tensor.nbytes, _SAMPLE_BYTES)))
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+# --- a directory of them -------------------------------------------------------------------------
+class Folder:
+    """A file for each piece of a tree, in a directory of its own, for one process at a time.
+
+    What cannot be written is tried again later, with one warning; nothing here raises.
+    """
+
+    def __init__(self, directory: Path, fingerprint: str, lock: IO):
+        self._directory, self._fingerprint = directory, fingerprint
+        self._failed = -math.inf  # when writing did last
+        self._warned = False
+        self.release = weakref.finalize(self, lock.close)
+
+    @classmethod
+    def take(cls, directory: Path, fingerprint: str) -> Folder | None:
+        """The folder, locked until it is released, or nothing refers to it, or the process ends.
+
+        None, and a warning, if it cannot be locked. What is beside it is logged.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as stack:
+                lock = stack.enter_context((directory / _LOCK).open("ab"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.pop_all()
+        except OSError as error:
+            taken = isinstance(error, BlockingIOError)
+            reason = "another process, or another cache in this one, uses it" if taken else error
+            logger.warning(_NOT_KEPT, directory, reason)
+            return None
+        _log_others(directory)
+        return cls(directory, fingerprint, lock)
+
+    def read(self) -> dict[str, tuple[str, Piece]]:
+        """Name -> parent's name and piece, arrays still in their files. Removes what is no use."""
+        found = {}
+        try:
+            files = sorted(self._directory.iterdir())
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            self._warn(error)
+            return {}
+        for file in files:
+            if file.suffix == _UNFINISHED:
+                self._unlink(file)
+            elif file.suffix == _SUFFIX:
+                try:
+                    parent, (piece,) = read_file(file, self._fingerprint)
+                    found[file.stem] = parent, piece
+                except ValueError as error:
+                    self.reject(file.stem, str(error))
+        return found
+
+    def write(self, name: str, parent: str, piece: Piece) -> bool:
+        """Writes a piece, all of it in memory; returns whether that was done."""
+        if monotonic() < self._failed + _PATIENCE:
+            return False
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            write_file(self._file(name), [piece], self._fingerprint, parent)
+        except OSError as error:
+            self._failed = monotonic()
+            self._warn(error)
+            return False
+        self._warned = False
+        return True
+
+    def remove(self, name: str) -> None:
+        """Removes a piece's file, if there is one."""
+        self._unlink(self._file(name))
+
+    def reject(self, name: str, reason: str) -> None:
+        """Removes a piece's file, and says why."""
+        logger.warning("Part of the prompt cache is dropped: %s", reason)
+        self.remove(name)
+
+    def _file(self, name: str) -> Path:
+        return self._directory / f"{name}{_SUFFIX}"
+
+    def _unlink(self, file: Path) -> None:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            logger.warning(_NOT_KEPT, self._directory, error)
+        self._warned = True
+
+
+def _log_others(directory: Path) -> None:
+    """Logs the folders beside this one: an update of a model or of this package leaves one."""
+    try:
+        folders = sorted(directory.parent.iterdir())
+    except OSError:
+        return
+    others = {f.name: size for f in folders if f != directory and (size := _size(f))}
+    if others:
+        logger.info(
+            "Prompt caches of other models or options: %.1f GB in %s (%s); "
+            "remove what is not needed",
+            sum(others.values()) / 1e9,
+            directory.parent,
+            ", ".join(others),
+        )
+
+
+def _size(folder: Path) -> int:
+    """Of a folder's files, in bytes; 0 if there are other than those of a prompt cache."""
+    try:
+        files = [f for f in folder.iterdir() if f.name != _LOCK and f.suffix != _UNFINISHED]
+        ours = all(file.suffix == _SUFFIX and is_ours(file) for file in files)
+        return sum(file.stat().st_size for file in files) if ours else 0
+    except OSError:  # it is a file, say
+        return 0

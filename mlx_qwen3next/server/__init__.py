@@ -1,0 +1,1 @@
+"""HTTP to answers: the command ``python -m mlx_qwen3next.server``."""

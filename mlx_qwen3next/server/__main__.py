@@ -1,0 +1,18 @@
+"""The command ``python -m mlx_qwen3next.server``."""
+
+import sys
+from collections.abc import Sequence
+
+from ..cli import set_command_buffers
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    set_command_buffers()
+    from .command import main  # which imports MLX
+
+    return main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

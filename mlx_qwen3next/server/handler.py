@@ -1,0 +1,492 @@
+"""The HTTP side of the server: OpenAI's completions and chat completions.
+
+:class:`Handler` checks a request, then leaves it to mlx-lm's handler, which it derives from and
+which turns tokens into text, reasoning and tool calls. Around that it answers errors in OpenAI's
+form, gives log-probabilities in OpenAI's form, and stops generating when the client is gone.
+"""
+
+from __future__ import annotations
+
+import hmac
+import io
+import json
+import logging
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from email.message import Message
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote
+
+from jinja2 import TemplateError
+from mlx_lm.server import (
+    APIHandler,
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+    Response,
+)
+
+from ..errors import ContextLengthError, first_line
+from . import logprobs
+from .schema import RequestError, normalise, parse, unknown_model
+
+MAX_CONNECTIONS = 512  # at a time; each has a thread
+
+_RETRY = {"Retry-After": "5"}  # seconds
+_LARGE = 2**20  # bytes of a body; parsed, they may take 30 times as many
+_large_bodies = threading.Semaphore(2)  # that are parsed at a time
+_LINGER = 2.0  # seconds that a refused client has to send the rest, so that it reads the answer
+
+_MODELS = "/v1/models"
+_ROUTES = {
+    "/v1/completions": "POST",
+    "/v1/chat/completions": "POST",
+    "/chat/completions": "POST",
+    _MODELS: "GET",
+    "/health": "GET",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server says and allows.
+
+    Args:
+        names: the model names a request may use; the first is what the server calls the model.
+        adapter: the name a request may use for the adapter.
+        allowed_origins: the origins whose web pages may use the server; ``*`` is all of them.
+        api_key: what requests must bring, if given.
+        max_body_bytes: the largest body of a request.
+    """
+
+    names: tuple[str, ...]
+    adapter: str | None = None
+    allowed_origins: tuple[str, ...] = ()
+    api_key: str | None = None
+    max_body_bytes: int = 32 * 2**20
+
+
+class ClientGone(ConnectionError):
+    """Nobody is there any more to read the answer."""
+
+
+class Handler(APIHandler):
+    """Answers the request of one connection.
+
+    Args:
+        generator: like mlx-lm's ResponseGenerator. Its ``generate`` raises ValueError for what the
+            client did wrong; its ``health`` is "ok", "loading", "draining" or "unavailable".
+        settings: what the server says and allows.
+        connection: what ``socketserver`` gives: request, client_address, server.
+        system_fingerprint: what mlx-lm's handler would otherwise compute for every request.
+    """
+
+    timeout = 60  # seconds: to receive a request, and of silence while sending
+    disable_nagle_algorithm = True
+    headers = Message()  # until a request's are read
+
+    def __init__(
+        self,
+        generator: Any,
+        settings: Settings,
+        *connection: Any,
+        system_fingerprint: str | None = None,
+    ):
+        self.generator, self.settings = generator, settings
+        self._streams = False  # the headers of an event stream are sent
+        self._unread = True  # the body, if the request has one
+        self._sampled: list[Response] = []  # tokens whose log-probabilities are still to be given
+        self._wants_logprobs = False
+        self._context: GenerationContext | None = None
+        self._told = self._text_offset = 0  # tokens, characters
+        super().__init__(generator, *connection, system_fingerprint=system_fingerprint)
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self._incoming = _Incoming(self.connection, self.timeout)
+        self.rfile = io.BufferedReader(self._incoming)
+
+    def do_GET(self) -> None:
+        """Answers any request, by its path."""
+        try:
+            self._answer(self.path.partition("?")[0])
+        except RequestError as error:
+            self._refuse(error)
+        except OSError:  # of the connection: the generator's are RequestErrors by now
+            raise
+        except Exception as error:
+            self._refuse(_server_error(error))
+
+    do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
+
+    def _answer(self, path: str) -> None:
+        self._check_origin()
+        is_model = path.startswith(f"{_MODELS}/")
+        method = "GET" if is_model else _ROUTES.get(path)
+        if self.command == "OPTIONS" and method:
+            self._send(204)
+            return
+        self._check_key(path)
+        if method is None:
+            known = ", ".join(_ROUTES)
+            raise RequestError(f"there is no {path[:80]} here, but {known}", status=404)
+        if self.command != method and (self.command, method) != ("HEAD", "GET"):
+            allow = {"Allow": f"{method}, OPTIONS"}
+            message = f"{path[:80]} takes {method}, not {self.command}"
+            raise RequestError(message, status=405, headers=allow)
+        if is_model:
+            self._send(200, self._model(unquote(path[len(_MODELS) + 1 :])))
+        elif path == _MODELS:
+            self._send(200, {"object": "list", "data": [self._model(self.settings.names[0])]})
+        elif path == "/health":
+            health = self.generator.health
+            self._send(200 if health == "ok" else 503, {"status": health})
+        else:
+            self._complete(path)
+
+    def _check_origin(self) -> None:
+        origin = self.headers.get("Origin")
+        if origin is not None and not self._is_allowed(origin):
+            message = f"web pages of {origin[:80]} may not use this server; see --allowed-origins"
+            raise RequestError(message, status=403)
+
+    def _is_allowed(self, origin: str) -> bool:
+        return bool({origin, "*"} & set(self.settings.allowed_origins))
+
+    def _check_key(self, path: str) -> None:
+        key = self.settings.api_key
+        if key is None or path == "/health":
+            return
+        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), key.encode())
+        if scheme.lower() != "bearer" or not right:
+            raise RequestError(
+                "the API key is missing or wrong; send the header Authorization: Bearer KEY",
+                status=401,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _model(self, name: str) -> dict[str, Any]:
+        if name not in self.settings.names:
+            raise unknown_model(name, self.settings.names)
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "local"}
+
+    def _complete(self, path: str) -> None:
+        """Checks the body, and gives mlx-lm's handler one that needs no further checks."""
+        names, adapter = self.settings.names, self.settings.adapter
+        raw = self._read_body()
+        with _large_bodies if len(raw) > _LARGE else nullcontext():
+            fields = normalise(parse(raw), chat="chat" in path, names=names, adapter=adapter)
+            raw = json.dumps(fields).encode()
+        del fields
+        self.path = path
+        self.rfile = io.BytesIO(raw)
+        del self.headers["Content-Length"]
+        self.headers["Content-Length"] = str(len(raw))
+        super().do_POST()
+
+    def _read_body(self) -> bytes:
+        length, limit = self.headers.get("Content-Length"), self.settings.max_body_bytes
+        if length is None:
+            raise RequestError("a request must have the header Content-Length", status=411)
+        if not (length.isascii() and length.isdigit()):
+            raise RequestError(f"Content-Length must be a number of bytes, got {length[:40]!r}")
+        if len(length) > 15 or int(length) > limit:
+            message = f"the body must be of at most {limit} bytes, got {length[:40]}"
+            raise RequestError(message, status=413)
+        self._unread = False
+        raw = self.rfile.read(int(length))
+        if len(raw) < int(length):
+            raise ClientGone(f"the body ended after {len(raw)} of {length} bytes")
+        return raw
+
+    def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
+        """mlx-lm's, watching what its generator does."""
+        stand_in: Any = SimpleNamespace(generate=self._generate)
+        self.response_generator = stand_in
+        try:
+            super().handle_completion(request, stop_words)
+        finally:
+            if self._context is not None:
+                # mlx-lm's does so too, but not if the headers cannot be sent.
+                self._context.stop()
+
+    def _generate(
+        self,
+        request: CompletionRequest,
+        args: GenerationArguments,
+        progress_callback: Callable[[int, int], None],
+    ) -> tuple[GenerationContext, Iterator[Response]]:
+        self._wants_logprobs = args.logprobs
+        self.requested_model = self.settings.names[0]  # from here on only the answer's
+
+        def progress(processed: int, total: int) -> None:
+            self._check_client()
+            try:
+                progress_callback(processed, total)
+            except OSError as error:
+                raise ClientGone(first_line(error)) from None
+
+        try:
+            ctx, responses = self.generator.generate(request, args, progress_callback=progress)
+        except ContextLengthError as error:
+            raise RequestError(first_line(error), code="context_length_exceeded") from error
+        except (ValueError, TemplateError) as error:
+            raise RequestError(first_line(error)) from error
+        except Exception as error:
+            raise self._failure(error) from error
+        self._context = ctx
+        self._tokenizer = self.generator.model_provider.tokenizer  # which forgets it when draining
+        ctx.tool_parser = _strict(ctx.tool_parser)
+        return ctx, self._watch(responses)
+
+    def _watch(self, responses: Iterator[Response]) -> Iterator[Response]:
+        reason = None
+        try:
+            for response in responses:
+                self._check_client()
+                self._told += 1
+                if self._wants_logprobs:
+                    self._sampled.append(response)
+                reason = response.finish_reason
+                if reason == "stop" and response.token in self._tokenizer.eos_token_ids:
+                    reason, response = None, replace(response, finish_reason=None)
+                yield response
+        except ClientGone:
+            raise
+        except Exception as error:
+            raise self._failure(error) from error
+        if reason is None:
+            # mlx-lm's handler drops the text's end if it may begin a marker, save after "length".
+            # Only its own generator's stop words, cut at tokens, may leave what is to be dropped.
+            yield Response("", 0, 0.0, "length", ({},))
+            yield Response("", 0, 0.0, "stop", ({},))
+
+    def _failure(self, error: Exception) -> RequestError:
+        health = self.generator.health
+        if isinstance(error, RuntimeError) and health != "ok":
+            message = f"the server is not ready ({health}): {first_line(error)}"
+            return RequestError(message, status=503, headers=_RETRY)
+        return _server_error(error)
+
+    def _check_client(self) -> None:
+        """Raises ClientGone if the client has closed the connection."""
+        # One that has only ended its own side (SHUT_WR) looks the same; HTTP clients do not do it.
+        # Not select, which refuses the numbers of descriptors that a busy process has.
+        self.connection.settimeout(0)
+        try:
+            if not self.connection.recv(1, socket.MSG_PEEK):
+                raise ClientGone("the client closed the connection")
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise ClientGone(first_line(error)) from None
+        finally:
+            self.connection.settimeout(self.timeout)
+
+    def generate_response(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """mlx-lm's, with log-probabilities in OpenAI's form, and when streaming too."""
+        response = super().generate_response(*args[:2], *self._counts(*args[2:]), **options)
+        if self._wants_logprobs:
+            sampled, self._sampled = self._sampled, []
+            response["choices"][0]["logprobs"] = (
+                logprobs.chat_form(self._tokenizer, sampled)
+                if self.object_type.startswith("chat")
+                else logprobs.text_form(self._tokenizer, sampled, self._text_offset)
+            )
+            self._text_offset += sum(len(token.text) for token in sampled)
+        return response
+
+    def completion_usage_response(self, *counts: Any) -> dict[str, Any]:
+        """mlx-lm's, whose kind is always a chat's."""
+        response = super().completion_usage_response(*self._counts(*counts))
+        return response | {"object": self.object_type}
+
+    def _counts(self, prompt: Any = None, _: Any = None, cached: Any = None) -> tuple[Any, ...]:
+        return prompt, self._told, cached  # mlx-lm counts what _watch adds
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        # Whatever mlx-lm's handler answers in its own form, it has just caught.
+        if status_code != 200 and (error := sys.exception()) is not None:
+            raise error
+        super()._set_completion_headers(status_code)
+
+    def _set_stream_headers(self, status_code: int = 200) -> None:
+        super()._set_stream_headers(status_code)
+        self._streams = True
+
+    def _set_cors_headers(self) -> None:
+        origin, allowed = self.headers.get("Origin"), self.settings.allowed_origins
+        if origin is None or not self._is_allowed(origin):
+            return
+        self.send_header("Access-Control-Allow-Origin", "*" if "*" in allowed else origin)
+        self.send_header("Vary", "Origin")
+        self.send_header("Access-Control-Allow-Methods", "GET, POST, OPTIONS")
+        # The star does not stand for this one.
+        self.send_header("Access-Control-Allow-Headers", "*, Authorization")
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """``http.server``'s own refusals of what it cannot read, in OpenAI's form."""
+        self._refuse(RequestError(message or HTTPStatus(code).phrase, status=code))
+
+    def _refuse(self, error: RequestError) -> None:
+        if error.status >= 500:
+            logging.error("%s: %s", error.status, error, exc_info=error.__cause__)
+        elif error.status in (401, 403):  # which applications seldom show
+            logging.warning("%s: %s", error.status, ascii(str(error)))
+        if self._streams:
+            self.wfile.write(f"data: {json.dumps(error.body)}\n\n".encode())
+            return
+        self._send(error.status, error.body, *error.headers.items())
+        if self._unread and ("Content-Length" in self.headers or self.command == "POST"):
+            self._discard()
+
+    def _send(
+        self, status: int, content: dict[str, Any] | None = None, *headers: tuple[str, str]
+    ) -> None:
+        self._headers_buffer: list[bytes] = []  # what mlx-lm's handler had begun
+        self.send_response(status)
+        self._set_cors_headers()
+        for name, value in headers:
+            self.send_header(name, value)
+        raw = b""
+        if content is not None:
+            raw = json.dumps(content).encode()
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(raw)
+
+    def _discard(self) -> None:
+        """Reads what the client still sends: closing before would take the answer from it."""
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self._incoming.deadline = time.monotonic() + _LINGER
+            while self.rfile.read1(2**16):
+                pass
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logging.info("%s %s", self.address_string(), ascii(format % args))
+
+
+class Server(ThreadingHTTPServer):
+    """Listens, and has a thread for every connection.
+
+    Args:
+        host, port: where; port 0 takes a free one, see ``server_address``.
+        handler: makes a handler from request, client_address and server.
+
+    Raises:
+        OSError: there is no such host, or the port is taken.
+    """
+
+    request_queue_size = 128
+
+    def __init__(self, host: str, port: int, handler: Callable[..., BaseHTTPRequestHandler]):
+        self._exchanges, self._change = 0, threading.Condition()
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family, _, _, _, address = found[0]
+        super().__init__(address, handler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """Binds without the look-up of the host's name, which may take seconds."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until no connection is open. Gives whether that came true in time."""
+        with self._change:
+            return self._change.wait_for(lambda: not self._exchanges, seconds)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._change:
+            full = self._exchanges >= MAX_CONNECTIONS
+            self._exchanges += not full
+        if full:
+            self._turn_away(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._end_exchange()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._end_exchange()
+
+    def _end_exchange(self) -> None:
+        with self._change:
+            self._exchanges -= 1
+            self._change.notify_all()
+
+    def _turn_away(self, request: socket.socket) -> None:
+        """Answers without a thread, and without waiting for anything."""
+        message = f"the server has {MAX_CONNECTIONS} connections already; try again"
+        body = json.dumps(RequestError(message, status=503).body)
+        lines = ["HTTP/1.0 503 Service Unavailable", "Content-Type: application/json"]
+        lines += [f"{name}: {value}" for name, value in _RETRY.items()]
+        lines += [f"Content-Length: {len(body)}", "", body]
+        request.setblocking(False)
+        try:
+            request.send("\r\n".join(lines).encode())
+        except OSError as error:
+            logging.info("turned away: %s", first_line(error))
+        self.shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Logs the error that ended a connection: a client that went is none of the server's."""
+        error = sys.exception()
+        if isinstance(error, OSError):
+            logging.info("%s is gone: %s", client_address[0], error)
+        else:
+            logging.error("%s: the connection failed", client_address[0], exc_info=error)
+
+
+class _Incoming(io.RawIOBase):
+    """What a client sends, until a deadline, in however many pieces it comes."""
+
+    def __init__(self, connection: socket.socket, seconds: float):
+        self._connection = connection
+        self.deadline = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._connection.settimeout(max(self.deadline - time.monotonic(), 1e-3))
+        return self._connection.recv_into(buffer)
+
+
+def _server_error(error: Exception) -> RequestError:
+    refusal = RequestError(f"the server failed: {first_line(error)}", status=500)
+    refusal.__cause__ = error
+    return refusal
+
+
+def _strict(parser: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """A parser of tool calls whose errors are all of the kind that mlx-lm's handler expects."""
+    if parser is None:
+        return None
+
+    def parse_call(*args: Any) -> Any:
+        try:
+            return parser(*args)
+        except Exception as error:
+            raise ValueError(first_line(error)) from error
+
+    return parse_call

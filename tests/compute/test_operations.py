@@ -1,0 +1,133 @@
+"""What calls the kernels take, and that facts tell apart what kinds do."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_qwen3next.compute import operations, ops
+from mlx_qwen3next.metal_kernels import Experts
+
+HALF, FULL = mx.bfloat16, mx.float32
+
+
+def kind(operation, *args, **options):
+    return operation.kind(*operation.facts(*args, **options))
+
+
+def norm(x=HALF, y=HALF, weight=FULL, H=64, rows=2):
+    return mx.zeros((1, rows, H), x), mx.zeros((1, rows, H), y), mx.ones((H,), weight), 1e-6
+
+
+def delta(x=HALF, before=HALF, state=FULL, norm_weight=FULL, L=2, Dk=32, keep=0, **options):
+    Hk, Hv, Dv, K = 1, 2, 16, 4
+    C = 2 * Hk * Dk + Hv * Dv
+    arguments = (
+        mx.zeros((1, L, C + Hv * Dv + 2 * Hv), x),
+        mx.zeros((1, K - 1, C), before),
+        mx.zeros((1, Hv, Dv, Dk), state),
+        (),
+        keep,
+        *(mx.zeros((C, K, 1), x), mx.zeros((Hv,)), mx.zeros((Hv,)), mx.ones((Dv,), norm_weight)),
+    )
+    flags = {"key_heads": Hk, "mask": None, "lazy": False, "lengths": None, "eps": 1e-6}
+    return arguments, flags | options
+
+
+def heads(x=HALF, q=FULL, k=FULL, offset=7, L=2, hd=32):
+    arguments = mx.zeros((1, L, 6 * hd), x), mx.ones((hd,), q), mx.ones((hd,), k), offset
+    sizes = {"heads": 2, "kv_heads": 1, "rotary_dims": 16, "base": 1e4, "eps": 1e-6}
+    return arguments, sizes
+
+
+def experts(rows=2, x=HALF, scales=HALF, biases=HALF, residual=HALF, bits=4, top_k=2, **options):
+    E, H, I = 8, 64, 32
+
+    def stack(outputs, columns):
+        groups = (E, outputs, columns // 32)
+        words = mx.zeros((E, outputs, columns * bits // 32), mx.uint32)
+        return Experts(words, mx.zeros(groups, scales), mx.zeros(groups, biases), 32, bits)
+
+    arguments = (
+        *(mx.zeros((rows, H), x), mx.zeros((rows, E), x), stack(2 * I, H), stack(H, I)),
+        mx.zeros((rows, H), residual),
+    )
+    return arguments, {"experts": E, "top_k": top_k, "normalise": True} | options
+
+
+def test_norms():
+    assert kind(operations.add_rms_norm, *norm()) == "bfloat16 rows=2 H=64"
+    assert kind(operations.rms_norm, *norm(rows=9)[::2], 1e-6) == "bfloat16 rows=9-16 H=64"
+    for refused in ({"y": FULL}, {"weight": HALF}, {"H": 4}, {"rows": 0}):
+        assert kind(operations.add_rms_norm, *norm(**refused)) is None, refused
+
+
+def test_gated_delta_step():
+    arguments, options = delta()
+    expected = "bfloat16 rows=2 B=1 Hk=1 Hv=2 Dk=32 Dv=16 K=4"
+    assert kind(operations.gated_delta_step, *arguments, **options) == expected
+    for other, said in (
+        ({"lazy": True}, " round"),
+        ({"keep": 1}, " replay"),
+        ({"mask": 1}, " masked"),
+    ):
+        arguments, options = delta(**other)
+        assert kind(operations.gated_delta_step, *arguments, **options) == expected + said
+    refusals = {"before": FULL, "state": HALF, "norm_weight": HALF, "Dk": 48, "L": 0, "lengths": 1}
+    for name, value in refusals.items():
+        arguments, options = delta(**{name: value})
+        assert kind(operations.gated_delta_step, *arguments, **options) is None, name
+
+
+def test_attention():
+    arguments, options = heads()
+    expected = "bfloat16 rows=2 B=1 nh=2 nkv=1 hd=32 rotary=16"
+    assert kind(operations.attention_heads, *arguments, **options) == expected
+    for name, value in {"q": HALF, "k": HALF, "L": 0, "hd": 4, "offset": mx.array([1.0])}.items():
+        arguments, options = heads(**{name: value})
+        assert kind(operations.attention_heads, *arguments, **options) is None, name
+    o, x = mx.zeros((1, 2, 3, 32), HALF), mx.zeros((1, 3, 192), HALF)
+    assert (
+        kind(operations.attention_gate, o, x, kv_heads=1)
+        == "bfloat16 rows=3-4 B=1 nh=2 nkv=1 hd=32"
+    )
+    assert kind(operations.attention_gate, o, x.astype(FULL), kv_heads=1) is None
+
+
+def test_sparse_experts():
+    arguments, options = experts()
+    expected = "bfloat16 rows=2 E=8 top=2 H=64 I=32 bits=4/32,4/32 normalised"
+    assert kind(operations.sparse_experts, *arguments, **options) == expected
+    arguments, options = experts(normalise=False)
+    assert kind(operations.sparse_experts, *arguments, **options) == expected.removesuffix(
+        " normalised"
+    )
+    for name, value in {
+        "scales": FULL,
+        "biases": FULL,
+        "residual": FULL,
+        "bits": 2,
+        "rows": 17,
+    }.items():
+        arguments, options = experts(**{name: value})
+        assert kind(operations.sparse_experts, *arguments, **options) is None, name
+
+
+def test_kinds_of_rows():
+    names = [
+        operations.rows_class(rows).removeprefix("rows=")
+        for rows in (1, 2, 3, 4, 5, 8, 9, 17, 2048)
+    ]
+    assert names == ["1", "2", "3-4", "3-4", "5-8", "5-8", "9-16", "17-32", "1025-2048"]
+
+
+@pytest.mark.parametrize("offset", [0, 1000, mx.array([3, 900])], ids=["0", "1000", "each"])
+def test_exact_heads_are_the_composition(offset):
+    """Up to the angles, which are the same at small positions."""
+    x = mx.random.normal((2, 3, 6 * 32), key=mx.random.key(1))
+    weight = mx.linspace(0.5, 1.5, 32)
+    _, options = heads()
+    results = [
+        f(x, weight, weight, offset, **options)
+        for f in (operations._exact_heads, ops.attention_heads)
+    ]
+    for exact, composition in zip(*results, strict=True):
+        assert (mx.linalg.norm(exact - composition) / mx.linalg.norm(composition)).item() < 1e-5

@@ -1,0 +1,425 @@
+"""The command ``python -m mlx_qwen3next.generate``, through main()."""
+
+import io
+import json
+import re
+from functools import partial
+
+import mlx.core as mx
+import pytest
+from helpers_generate import (
+    GOLDENS,
+    bundled,
+    endless,
+    float32,
+    forward_cache,
+    golden,
+    tokens_of,
+)
+from helpers_metal import by_host
+from mlx.utils import tree_flatten
+from mlx_lm import cache_prompt
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_adapters
+
+from mlx_qwen3next import load, stream_generate
+from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.compute import proof
+from mlx_qwen3next.generate import DEMO_PROMPT, main
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """The bundled model in float32, without stop tokens and with a context of 64."""
+    directory = endless(tmp_path_factory.mktemp("model") / "short", max_position_embeddings=64)
+    return str(float32(directory))
+
+
+@pytest.fixture
+def run(call):
+    return partial(call, main)
+
+
+@pytest.fixture
+def answer(run):
+    """Runs main() with --verbose F; returns the response, having checked that nothing else came."""
+
+    def answer(*args):
+        status, out, err = run(*args, "--verbose", "F")
+        assert (status, err) == (0, "")
+        assert out.endswith("\n")
+        return out[:-1]
+
+    return answer
+
+
+@pytest.fixture
+def request_of(run, monkeypatch):
+    """Runs main() without generating; returns the prompt as text and the options."""
+
+    def request_of(*args):
+        calls = []
+
+        def record(model, tokenizer, prompt, max_tokens, **options):
+            calls.append((tokenizer.decode(prompt), {"max_tokens": max_tokens} | options))
+            return (response for response in ())
+
+        monkeypatch.setattr("mlx_qwen3next.terminal.stream_generate", record)
+        assert run(*args)[0] == 0
+        return calls[0]
+
+    return request_of
+
+
+def library_answer(directory, prompt, n, **options):
+    """What the library says, for a prompt as text (of the raw format, not a message)."""
+    model, tokenizer = load(directory)
+    tokens = tokenizer.encode(prompt, add_special_tokens=False)
+    return "".join(r.text for r in stream_generate(model, tokenizer, tokens, n, **options))
+
+
+# --- flags --------------------------------------------------------------------------------------
+
+
+def test_default_prompts(request_of, model_dir):
+    assert "\nhello<" in request_of("--model", model_dir)[0]
+    assert DEMO_PROMPT in request_of()[0]
+
+
+def test_flags_reach_the_library(request_of, model_dir):
+    given = {
+        "max_tokens": 3,
+        "mtp": 2,
+        "prefill_step_size": 5,
+        "kv_bits": 4,
+        "kv_group_size": 32,
+        "quantized_kv_start": 6,
+        "temp": 0.7,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "min_tokens_to_keep": 2,
+        "top_k": 8,
+        "xtc_probability": 0.3,
+        "xtc_threshold": 0.2,
+    }
+    flags = [x for name, v in given.items() for x in ("--" + name.replace("_", "-"), v)]
+    _, options = request_of("--model", model_dir, *flags)
+    _, tokenizer = load(model_dir)
+    special = {*tokenizer.encode("\n"), *tokenizer.eos_token_ids}
+    assert set(options.pop("xtc_special_tokens")) == special
+    assert callable(options.pop("prompt_progress_callback"))
+    assert options == given | {"prompt_cache": None}
+    assert request_of("--mtp", "off")[1]["mtp"] == "off"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", " \\n"], "the prompt is empty"),
+        (["--prompt", "a\udcff"], "not valid UTF-8"),
+        (["--prompt", "word " * 70], "max_position_embeddings is 64"),
+        (["--max-tokens", "0"], "max_tokens"),
+        (["--max-tokens", "-5"], "max_tokens"),
+        (["--max-tokens", "many"], "--max-tokens"),
+        (["--temp", "-1"], "temp"),
+        (["--top-p", "2"], "top_p"),
+        (["--top-k", "5000"], "top_k"),
+        (["--kv-bits", "7"], "kv_bits"),
+        (["--prefill-step-size", "0"], "prefill_step_size"),
+        (["--mtp", "0"], "--mtp: must be 'auto', 'off' or 1 to 8, got '0'"),
+        (["--mtp", "9"], "--mtp: must be 'auto', 'off' or 1 to 8, got '9'"),
+        (["--mtp", "-1"], "--mtp"),
+        (["--mtp", "x"], "--mtp: must be 'auto', 'off' or 1 to 8, got 'x'"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--chat-template-config", "{"], "--chat-template-config is not valid JSON"),
+        (["--chat-template-config", "[]"], "--chat-template-config must be a JSON object"),
+        (["--chat-template-config", '{"tokenize": true}'], "the chat template fails"),
+        (["--extra-eos-token", "no such token"], "no such token"),
+        (["--extra-eos-token", "5000"], "5000"),
+        (["--adapter-path", "/no/such/adapter"], "/no/such/adapter"),
+        (["--prompt-cache-file", "/no/such/cache.safetensors"], "there is no such directory"),
+        (["--image", "cat.png"], "--image is not supported"),
+        (["--draft-model", "x"], "--draft-model is not supported"),
+        (["--num-draft-tokens", "5"], "--num-draft-tokens is not supported"),
+        (["--quantize-activations"], "--quantize-activations is not supported"),
+        (["--max-kv-size", "9"], "--max-kv-size is not supported"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+    ids=lambda x: (
+        " ".join(x)[:40].encode("ascii", "replace").decode() if isinstance(x, list) else ""
+    ),
+)
+def test_bad_input(run, model_dir, args, said):
+    status, out, err = run("--model", model_dir, *args)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and said in err
+    assert err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_bad_input_without_a_model_is_one_line_too(run):
+    status, out, err = run("--prompt", "word " * 9000)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "max_position_embeddings" in err
+
+
+def test_what_can_be_is_refused_before_the_model_is_loaded(run, monkeypatch):
+    def load(*args, **options):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("mlx_qwen3next.terminal.load", load)
+    for args in ("--max-tokens 0", "--temp -1", "--seed -1", "--max-kv-size 9", "--prompt="):
+        assert run(*args.split())[0] == 2
+
+
+def test_depth_for_a_model_without_a_head_is_refused(run, tmp_path):
+    directory = endless(tmp_path / "model")
+    (directory / "mtp.safetensors").unlink()
+    status, out, err = run("--model", directory, "--mtp", "2")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "no MTP head" in err
+
+
+# --- prompts ------------------------------------------------------------------------------------
+
+
+def message(content):
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("args", "messages", "options"),
+    [
+        (["-p", "hi"], [message("hi")], {"add_generation_prompt": True}),
+        (["-p", r"a\n\tb"], [message("a\n\tb")], {"add_generation_prompt": True}),
+        (
+            ["-p", "hi", "--system-prompt", "Be brief."],
+            [{"role": "system", "content": "Be brief."}, message("hi")],
+            {"add_generation_prompt": True},
+        ),
+        (
+            ["-p", "hi", "--prefill-response", "Well,"],
+            [message("hi"), {"role": "assistant", "content": "Well,"}],
+            {"continue_final_message": True},
+        ),
+        (
+            ["-p", "hi", "--chat-template-config", '{"tools": [{"name": "f"}]}'],
+            [message("hi")],
+            {"add_generation_prompt": True, "tools": [{"name": "f"}]},
+        ),
+    ],
+    ids=["message", "escapes", "system", "prefill", "template-config"],
+)
+def test_prompt_goes_through_the_chat_template(request_of, model_dir, args, messages, options):
+    _, tokenizer = bundled()
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    assert request_of("--model", model_dir, *args)[0] == expected
+
+
+def test_ignore_chat_template(request_of, model_dir):
+    prompt, _ = request_of("--model", model_dir, "--ignore-chat-template", "-p", "a\\nb")
+    assert prompt == "a\nb"
+
+
+def test_prompt_from_stdin(request_of, run, model_dir, monkeypatch):
+    text = "first line\nsecond \\n line\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    prompt, _ = request_of("--model", model_dir, "--ignore-chat-template", "-p", "-")
+    assert prompt == text
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert run("--model", model_dir, "-p", "-") == (2, "", "error: the prompt is empty\n")
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+RAW = ("--ignore-chat-template", "-p", "import os\n")
+
+
+def test_answer_is_the_librarys(answer, model_dir):
+    expected = library_answer(model_dir, "import os\n", 20)
+    assert answer("--model", model_dir, *RAW, "-m", 20) == expected
+
+
+def test_verbose_frames_the_answer_and_adds_statistics(run, model_dir):
+    status, out, err = run("--model", model_dir, *RAW, "-m", 20)
+    rule = "=" * 10
+    text = re.escape(library_answer(model_dir, "import os\n", 20))
+    prompt = len(bundled()[1].encode("import os\n"))
+    assert (status, err) == (0, "")
+    assert re.fullmatch(
+        rf"{rule}\n{text}\n{rule}\n"
+        rf"Prompt: {prompt} tokens, [\d.]+ tokens-per-sec\n"
+        r"Generation: 20 tokens, [\d.]+ tokens-per-sec\n"
+        r"Peak memory: [\d.]+ GB\n"
+        r"(Speculation: .*\n)?",
+        out,
+    )
+
+
+@by_host
+def test_kernels(run, answer, model_dir):
+    expected = library_answer(model_dir, "import os\n", 20)
+    assert answer("--model", model_dir, *RAW, "-m", 20, "--kernels", "off") == expected
+    assert proof._mode == "off"
+    assert answer("--model", model_dir, *RAW, "-m", 20) == expected
+    assert proof._mode == "auto"
+    status, out, err = run("--model", model_dir, *RAW, "--kernels", "on")
+    assert (status, out) == (2, "")
+    assert (
+        err.startswith("error: kernels are 'on', but there is no Metal GPU")
+        and err.count("\n") == 1
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [-1, 10**12])
+def test_answer_ends_with_the_context(run, model_dir, max_tokens):
+    _, out, _ = run("--model", model_dir, *RAW, "-m", max_tokens)
+    generated = 64 - len(bundled()[1].encode("import os\n"))
+    assert f"\nGeneration: {generated} tokens," in out
+
+
+def test_seed_fixes_the_answer(answer, model_dir):
+    def sample(seed):
+        return answer("--model", model_dir, *RAW, "-m", 30, "--temp", 1, "--seed", seed)
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+@pytest.mark.parametrize("form", [str, lambda token: bundled()[1].convert_ids_to_tokens(token)])
+def test_extra_eos_token_stops(answer, model_dir, form):
+    model, tokenizer = load(model_dir)
+    tokens = tokens_of(stream_generate(model, tokenizer, tokenizer.encode("import os\n"), 20))
+    stop = [token for i, token in enumerate(tokens) if token not in tokens[:i]][-1]
+    text = answer("--model", model_dir, *RAW, "-m", 20, "--extra-eos-token", form(stop))
+    assert text == tokenizer.decode(tokens[: tokens.index(stop)])
+
+
+def test_terminal_that_cannot_show_the_text(monkeypatch, model_dir):
+    class Response:
+        text, token = "né 漢", 1
+
+    monkeypatch.setattr(
+        "mlx_qwen3next.terminal.stream_generate",
+        lambda *args, **options: (response for response in [Response]),
+    )
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(["--model", model_dir, "--verbose", "F"]) == 0
+    terminal.seek(0)
+    assert terminal.read() == "n? ?\n"
+
+
+# --- adapters and prompt caches -----------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path, model_dir):
+    """A LoRA adapter with noise in place of training, and dropout, in mlx_lm.lora's layout."""
+    parameters = {"rank": 2, "scale": 5.0, "dropout": 0.5}
+    model, _ = load(model_dir, pack=False)
+    model.freeze()
+    linear_to_lora_layers(model, 4, parameters)
+    weights = {
+        name: mx.random.normal(w.shape, key=mx.random.key(i)) * 0.1
+        for i, (name, w) in enumerate(tree_flatten(model.trainable_parameters()))
+    }
+    config = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": parameters}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    return tmp_path
+
+
+def test_adapter(answer, model_dir, adapter):
+    model, tokenizer = load(model_dir, pack=False)
+    load_adapters(model, str(adapter))
+    model.eval()
+    tokens = tokenizer.encode("import os\n")
+    expected = "".join(r.text for r in stream_generate(model, tokenizer, tokens, 20))
+    assert expected != library_answer(model_dir, "import os\n", 20)
+    assert answer("--model", model_dir, *RAW, "-m", 20, "--adapter-path", adapter) == expected
+
+
+def test_bad_adapters_are_refused(run, model_dir, adapter):
+    def assert_refused():
+        status, out, err = run("--model", model_dir, "--adapter-path", adapter)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), {"x.lora_a": mx.ones(3)})
+    assert_refused()
+    for config in ("{}", "[", '{"num_layers": 1, "lora_parameters": {}}'):
+        (adapter / "adapter_config.json").write_text(config)
+        assert_refused()
+
+
+def test_prompt_cache_made_by_mlx_lm(run, answer, model_dir, tmp_path, monkeypatch):
+    file = tmp_path / "cache.safetensors"
+    made = ("--model", model_dir, "--prompt", "import os, sys", "--prompt-cache-file", str(file))
+    monkeypatch.setattr("sys.argv", ["cache_prompt", *made])
+    cache_prompt.main()
+    # What follows the cached text; the template's opening is in the cache.
+    _, tokenizer = bundled()
+    template = tokenizer.apply_chat_template(
+        [message("QUERY")], tokenize=False, add_generation_prompt=True
+    )
+    rest = "\nimport re" + template.partition("QUERY")[2]
+    expected = library_answer(model_dir, rest, 20, prompt_cache=load_prompt_cache(str(file)))
+    # The model is the one that the file names.
+    args = ("--prompt-cache-file", file, "-p", "\\nimport re", "-m", 20)
+    assert answer(*args) == expected
+    assert f"Prompt: {len(tokenizer.encode(rest))} tokens" in run(*args)[1]
+
+
+def test_prompt_cache_of_ours(answer, model_dir, tmp_path):
+    file = tmp_path / "cache.safetensors"
+    model, tokenizer = load(model_dir)
+    save_prompt_cache(
+        str(file), forward_cache(model, tokenizer.encode("def add(first, second):\n"))
+    )
+    expected = library_answer(
+        model_dir, "    return ", 20, prompt_cache=load_prompt_cache(str(file))
+    )
+    assert expected != library_answer(model_dir, "    return ", 20)
+    args = ("--model", model_dir, "--prompt-cache-file", file, "--ignore-chat-template")
+    assert answer(*args, "-p", "    return ", "-m", 20) == expected
+
+
+def test_a_prompt_cache_file_of_ours(run, model_dir, tmp_path):
+    """It is made, found again by a prompt that begins alike, and belongs to its model."""
+    file = tmp_path / "chat.safetensors"
+    flags = ("--model", model_dir, "-m", 5, "--ignore-chat-template", "--verbose", "T")
+    _, fresh, _ = run(*flags, "-p", "import os, sys\nimport re")
+    status, _, _ = run(*flags, "-p", "import os, sys\n", "--prompt-cache-file", file)
+    assert status == 0 and file.exists()
+    flags += ("--prompt-cache-file", file)
+    _, out, _ = run(*flags, "-p", "import os, sys\nimport re")
+    text, _, after = out.partition("\nPrompt: ")
+    assert text == fresh.partition("\nPrompt: ")[0]
+    assert "of them cached)" in after and "cached" not in fresh
+    status, _, err = run(*flags, "-p", "import os", "--kv-bits", 8)
+    assert (status, err.count("\n")) == (2, 1) and "belongs to another model" in err
+    file.write_bytes(file.read_bytes()[:-1])
+    status, _, err = run(*flags, "-p", "import os")
+    assert (status, err.count("\n")) == (2, 1) and str(file) in err
+
+
+def test_wrong_prompt_cache_files_are_refused(run, model_dir, tmp_path):
+    text = tmp_path / "text.safetensors"
+    text.write_text("not a cache")
+    other = tmp_path / "other.safetensors"
+    save_prompt_cache(str(other), forward_cache(golden("base")[0], [1, 2, 3]))
+    foreign = tmp_path / "foreign.safetensors"
+    save_prompt_cache(str(foreign), forward_cache(bundled()[0], [1, 2]), {"model": "someone/else"})
+    for file, said in [
+        (text, "is no prompt cache"),
+        (tmp_path, "is no prompt cache"),
+        (BUNDLED / "model.safetensors", "is no prompt cache"),
+        (GOLDENS / "base" / "config.json", "is no prompt cache"),
+        (other, "prompt_cache[0]"),
+        (foreign, "made with someone/else"),
+    ]:
+        status, out, err = run("--model", model_dir, "--prompt-cache-file", file)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert said in err

@@ -1,0 +1,62 @@
+"""The flags of ``python -m mlx_qwen3next.generate``, beside those of mlx_lm.generate."""
+
+import re
+from typing import get_args
+
+import pytest
+from mlx_lm.generate import setup_arg_parser
+
+from mlx_qwen3next.compute.proof import Mode
+from mlx_qwen3next.decoding.draft_depth import MAX_DEPTH
+from mlx_qwen3next.decoding.generation import check_depth
+from mlx_qwen3next.generate import DEFAULT_PROMPT, UNSUPPORTED, main, parser
+
+STOCK = {action.dest: action for action in setup_arg_parser()._actions}
+OURS = {action.dest: action for action in parser()._actions}
+
+
+def test_the_flags_are_mlx_lms_and_four_of_ours():
+    assert OURS.keys() == STOCK.keys() | {"mtp", "kernels", "pipeline", "expert_parallel"}
+
+
+def meaning(convert):
+    """What tells a flag's type from another one."""
+    if convert in (None, str, int, float):
+        return convert
+    return [convert(text) for text in ("True", "T", "1", "", "False", "false", "F", "f", "no")]
+
+
+@pytest.mark.parametrize("dest", STOCK)
+def test_a_flag_is_declared_as_by_mlx_lm(dest):
+    ours, stock = OURS[dest], STOCK[dest]
+    assert type(ours) is type(stock)
+    assert meaning(ours.type) == meaning(stock.type)
+    for name in ("option_strings", "nargs", "const", "choices", "required"):
+        assert getattr(ours, name) == getattr(stock, name), name
+    if dest == "prompt":  # left open: the demo model has another one
+        assert (ours.default, DEFAULT_PROMPT) == (None, stock.default)
+    else:
+        assert ours.default == stock.default
+
+
+def test_flags_of_ours_take_what_the_library_takes():
+    assert OURS["kernels"].choices == get_args(Mode)
+    for text in ("auto", "off", "1", str(MAX_DEPTH)):
+        depth = parser().parse_args(["--mtp", text]).mtp
+        assert check_depth(depth) == depth and str(depth) == text
+    defaults = parser().parse_args([])
+    assert (defaults.mtp, defaults.kernels) == ("auto", "auto")
+
+
+def test_help_names_every_flag(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    status, out, err = call(main, "--help")
+    assert (status, err) == (0, "")
+    for action in OURS.values():
+        assert action.help
+        for option in action.option_strings:
+            assert re.search(rf"(^|[ ,]){option}[ ,\n]", out, re.M), option
+    assert out.count("Not supported: ") == len(UNSUPPORTED)
+    essential = out[: out.index("\noptions:")]
+    assert all(f"  {option}" in essential for option in ("--model", "--prompt", "--mtp"))
+    assert "--temp" not in essential

@@ -1,0 +1,132 @@
+"""What the tests of generation share: models, forced tokens and copies of the bundled model."""
+
+import contextlib
+import functools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_qwen3next import generate_step, load, load_model
+from mlx_qwen3next.checkpoint.loading import BUNDLED
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+PROMPT = 10  # the goldens' `greedy` continues tokens[:PROMPT]
+
+
+@functools.cache
+def golden(case):
+    """(model in float32, expected tensors) of a golden case."""
+    return load_model(GOLDENS / case, dtype=mx.float32), mx.load(
+        str(GOLDENS / case / "expected.safetensors")
+    )
+
+
+def golden_tokens(case):
+    """(prompt, what greedy decoding says after it), as lists."""
+    _, expected = golden(case)
+    return expected["tokens"][:PROMPT].tolist(), expected["greedy"].tolist()
+
+
+@functools.cache
+def bundled():
+    """(model in float32, tokenizer) of the bundled demo model."""
+    return load(dtype=mx.float32)
+
+
+def tokens_of(steps):
+    """The token ids of generate_step's tokens or stream_generate's responses."""
+    return [step.token for step in steps]
+
+
+def greedy(model, prompt, n, **options):
+    """The n tokens greedy decoding says after a prompt."""
+    return tokens_of(generate_step(prompt, model, max_tokens=n, **options))
+
+
+def forced(script, prompt_length):
+    """A logits processor that makes the model say the token ids of ``script``, then the last."""
+
+    def processor(tokens, logits):
+        token = script[min(len(tokens) - prompt_length, len(script) - 1)]
+        return mx.where(mx.arange(logits.shape[-1]) == token, 0.0, -mx.inf) + 0 * logits
+
+    return processor
+
+
+def forward_cache(model, tokens):
+    """A cache after a plain forward over the tokens."""
+    cache = model.make_cache()
+    mx.eval(model(mx.array([tokens]), cache))
+    return cache
+
+
+def arrays(cache):
+    """What a cache holds, as a flat list: arrays, numbers and None."""
+
+    def flat(x):
+        return [z for y in x for z in flat(y)] if isinstance(x, (list, tuple)) else [x]
+
+    return flat([entry.state for entry in cache])
+
+
+def same(a, b, tolerance=0.0):
+    """Whether two flat lists of arrays and numbers agree, arrays by relative L2 error."""
+    return len(a) == len(b) and all(
+        mx.linalg.norm((x - y).astype(mx.float32)).item()
+        <= tolerance * mx.linalg.norm(y.astype(mx.float32)).item()
+        if isinstance(x, mx.array) and isinstance(y, mx.array) and x.shape == y.shape
+        else x is y or (not isinstance(x, mx.array) and x == y)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def endless(directory, **config):
+    """Copies the bundled model to ``directory`` without stop tokens, so that only max_tokens and
+    the context end it; ``config`` replaces entries of its config.json."""
+    shutil.copytree(BUNDLED, directory, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+
+    def edit(name, **changes):
+        file = directory / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    unused = json.loads((directory / "config.json").read_text())["vocab_size"] - 1
+    edit("config.json", eos_token_id=unused, **config)
+    edit("generation_config.json", eos_token_id=[unused])
+    edit("tokenizer_config.json", eos_token=None)
+    return directory
+
+
+def float32(directory):
+    """Rewrites a model's floating-point tensors in float32, in place, so that mlx-lm's own model
+    computes in it too."""
+    for file in directory.glob("*.safetensors"):
+        tensors, metadata = mx.load(str(file), return_metadata=True)
+        exact = {
+            name: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
+            for name, x in tensors.items()
+        }
+        mx.eval(exact)
+        mx.save_safetensors(str(file), exact, metadata)
+    return directory
+
+
+@contextlib.contextmanager
+def process(*command):
+    """A running command, with pipes; Ctrl-C is not ignored in it, whatever started the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        child = subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()

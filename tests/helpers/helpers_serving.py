@@ -1,0 +1,279 @@
+"""What the tests of batches and of the server's thread share: sequences in a batch, an engine over
+HTTP, and what a cache must hold."""
+
+import contextlib
+import copy
+import functools
+import itertools
+
+import mlx.core as mx
+from helpers_generate import bundled, tokens_of
+from helpers_server import serving
+from mlx_lm.generate import StopSequences
+from mlx_lm.sample_utils import greedy_sampler
+from mlx_lm.server import (
+    CompletionRequest,
+    GenerationArguments,
+    LogitsProcessorArguments,
+    ModelDescription,
+    ModelProvider,
+    SamplingArguments,
+)
+
+from mlx_qwen3next import stream_generate
+from mlx_qwen3next.model.cache import tokens_held
+from mlx_qwen3next.server import handler
+from mlx_qwen3next.server.batching import SpeculativeBatchGenerator
+from mlx_qwen3next.server.command import _prompt_cache, parser
+from mlx_qwen3next.server.engine import Engine
+
+TEXTS = ("import os\n", "class Queue:\n    def put(self", "def merge(left, right):\n", "x = [")
+ENDLESS = {4086: -100.0, 4088: -100.0}  # a bias against both stop tokens
+NOISE = 1e-4  # relative, between two right ways to compute the same in float32
+
+
+def difference(x, y):
+    """The relative L2 error of x."""
+    return (mx.linalg.norm(x - y) / mx.linalg.norm(y)).item()
+
+
+def assert_holds(model, cache, tokens, head=None):
+    """A cache holds exactly these tokens: the trunk's entries, and the MTP head's where `head`.
+
+    `head` None takes the number of entries for an answer.
+    """
+    layers = len(model.layers)
+    assert len(cache) == layers + (head if head is not None else len(cache) > layers)
+    assert tokens_held(cache[:layers]) == len(tokens)
+    text = mx.array([[*tokens, 7]])
+    expected = model(text)[:, -1] if tokens else model(text)[:, 0]
+    assert difference(model(text[:, -1:], copy.deepcopy(cache[:layers]))[:, -1], expected) <= NOISE
+    for entry in cache[layers:]:
+        hidden, fresh = model.model(text[:, :-1]), model.mtp.make_cache()
+        assert entry.offset == len(tokens) - 1
+        assert difference(entry.hidden, hidden[:, -1:]) <= NOISE
+        if entry.offset:
+            model.mtp(hidden[:, :-1], text[:, 1:-1], fresh)
+            pairs = zip(entry.keys_and_values(), fresh[0].keys_and_values(), strict=True)
+            assert all(difference(x, y) <= NOISE for x, y in pairs)
+
+
+class Sequences:
+    """A batch generator, and what it has told of each sequence."""
+
+    def __init__(self, model, depth, step_size=4, **options):
+        self.generator = SpeculativeBatchGenerator(
+            model, depth, prefill_step_size=step_size, **options
+        )
+        self.prompts = {}
+        self.told = {}
+        self.ends = {}  # the last responses
+        self.prompted = []
+
+    def insert(self, prompt, n, *, cuts=(), sampler=greedy_sampler, processors=(), **cached):
+        """`cached`: a `cache`, and the tokens that it has `held`."""
+        held = len(cached.get("held", ()))
+        ends = [held, *cuts, len(prompt)]
+        (uid,) = self.generator.insert_segments(
+            [[prompt[a:b] for a, b in itertools.pairwise(ends)]],
+            [n],
+            [cached.get("cache")],
+            [list(cached.get("held", ()))],
+            [sampler],
+            [list(processors)],
+            [StopSequences(cached.get("stop"))],
+        )
+        self.prompts[uid], self.told[uid] = list(prompt), []
+        return uid
+
+    def step(self):
+        """Gives the responses, of prompts and of tokens."""
+        prompted, generated = self.generator.next()
+        self.prompted += prompted
+        for response in generated:
+            assert response.uid not in self.ends
+            self.told[response.uid].append(response.token)
+            if response.finish_reason is not None:
+                self.ends[response.uid] = response
+        return prompted, generated
+
+    def text(self, uid):
+        """The prompt and all that was told after it."""
+        return self.prompts[uid] + self.told[uid]
+
+    def live(self):
+        return self.told.keys() - self.ends.keys()
+
+    def remove(self, uid, **options):
+        caches = self.generator.remove([uid], **options)
+        self.ends[uid] = None
+        return caches
+
+    def run(self):
+        """Until all have ended."""
+        while self.live():
+            prompted, generated = self.step()
+            assert prompted or generated
+        return self.told
+
+
+# --- the server's thread ------------------------------------------------------------------------
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+
+
+class Loaded(ModelProvider):
+    """mlx-lm's provider with a model that is there already.
+
+    Args:
+        load: gives model and tokenizer.
+    """
+
+    def __init__(self, args, load=bundled):
+        super().__init__(args)
+        self._get = load
+
+    def load_default(self):
+        self.model, self.tokenizer = self._get()
+        self.model_key, self.is_batchable = ("model", None, None), True
+
+
+@contextlib.contextmanager
+def running(*flags, load=bundled, cache=None, mtp="off", failed=lambda _: None, dies=False):
+    """An engine; ends only if its thread has not died, unless it `dies`.
+
+    Args:
+        flags: the command's.
+        cache: its prompt cache, or what makes one for a tokenizer; by default the command's.
+    """
+    make = cache if callable(cache) else lambda _: cache
+    if cache is None:
+        make = functools.partial(_prompt_cache, parser().parse_args([]))
+    engine = Engine(Loaded(parser().parse_args(map(str, flags)), load), make, mtp, failed)
+    try:
+        yield engine
+        assert dies or engine._stop or engine.generation_available(), "its thread has died"
+    finally:
+        engine.drain(0)
+        engine.join()
+    assert engine._generation_failed == dies
+
+
+def served(engine):
+    """The engine over HTTP."""
+    return serving(engine, handler.Settings(names=("demo",)))
+
+
+def arguments(**fields):
+    """mlx_lm.server's arguments of a request, as its handler makes them."""
+    return GenerationArguments(
+        ModelDescription("default_model", "default_model", None),
+        SamplingArguments(
+            fields.pop("temperature", 0.0),
+            fields.pop("top_p", 1.0),
+            *(fields.pop("top_k", 0), fields.pop("min_p", 0.0), 0.0, 0.1),
+        ),
+        LogitsProcessorArguments(
+            fields.pop("logit_bias", None), fields.pop("penalty", 0.0), 20, 0.0, 20, 0.0, 20
+        ),
+        fields.pop("stop", []),
+        fields.pop("max_tokens", 16),
+        *(3, fields.pop("logprobs", False), fields.pop("top_logprobs", -1)),
+        *(fields.pop("seed", None), fields.pop("template", None)),
+    )
+
+
+class Asked:
+    """A request that an engine is answering.
+
+    Args:
+        prompt: text, token ids, or messages.
+        fields: see :func:`arguments`.
+    """
+
+    def __init__(self, engine, prompt, tools=None, **fields):
+        chat = not isinstance(prompt, str) and not isinstance(prompt[0], int)
+        request = CompletionRequest(
+            "chat" if chat else "text",
+            "" if chat else prompt,
+            copy.deepcopy(prompt) if chat else [],
+            tools,
+            None,
+        )
+        self.progress = []
+        self.ctx, self._responses = engine.generate(
+            request, arguments(**fields), lambda *at: self.progress.append(at)
+        )
+        self.seen = []
+
+    def read(self, n=None):
+        """Reads all responses, or n."""
+        for response in itertools.islice(self._responses, n):
+            self.seen.append(response)
+        return self
+
+    def leave(self):
+        self.ctx.stop()
+        return self
+
+    @property
+    def tokens(self):
+        return tokens_of(self.seen)
+
+    @property
+    def text(self):
+        return "".join(response.text for response in self.seen)
+
+    @property
+    def reason(self):
+        return self.seen[-1].finish_reason
+
+    @property
+    def cached(self):
+        return self.ctx.prompt_cache_count
+
+
+def ask(engine, prompt, **fields):
+    """An answer, whole."""
+    return Asked(engine, prompt, **fields).read()
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def encode(text):
+    return bundled()[1].encode(text)
+
+
+def chat(*messages):
+    return bundled()[1].apply_chat_template(list(messages), add_generation_prompt=True)
+
+
+@functools.cache
+def _expected(prompt, n, options, seed):
+    if seed is not None:
+        mx.random.seed(seed)
+    prompt = list(prompt) if isinstance(prompt, tuple) else prompt
+    return list(stream_generate(*bundled(), prompt, n, mtp="off", **dict(options)))
+
+
+def expected(prompt, n=16, seed=None, **options):
+    """What the command generates: the responses."""
+    prompt = tuple(prompt) if isinstance(prompt, list) else prompt
+    return _expected(prompt, n, tuple(options.items()), seed)
+
+
+def expected_text(*args, **options):
+    return "".join(response.text for response in expected(*args, **options))

@@ -1,0 +1,136 @@
+"""The memory traffic of the kernels at the 80B model's shapes, counted while they are executed.
+
+    python tests/kernel_bytes.py
+
+For each buffer: the bytes that any kernel must move at least (every byte once), and the 128-byte
+lines that this kernel's threadgroups touch, each once per threadgroup, as if they shared nothing.
+"""
+
+import metal_host
+import mlx.core as mx
+from helpers_metal import capture
+
+from mlx_qwen3next import metal_kernels
+from mlx_qwen3next.compute import operations
+
+H, I, EXPERTS, TOP = 2048, 512, 24, 10  # as many experts as are needed to choose from
+HK, HV, D, K = 16, 32, 128, 4
+C = 2 * HK * D + HV * D
+P = C + HV * D + 2 * HV
+HEADS, KV_HEADS, HEAD_DIM = 16, 2, 256
+T = mx.bfloat16
+
+
+def traffic(call):
+    """Kernel name -> buffer name -> Traffic, of the launches that ``call()`` makes."""
+    counted = {}
+    launch = metal_kernels.launch
+
+    def counting(kernel, **arguments):
+        result = metal_host.run(capture(kernel, **arguments), "check")
+        counted[kernel.name] = result.counters
+        return result.outputs
+
+    metal_kernels.launch = counting
+    try:
+        call()
+    finally:
+        metal_kernels.launch = launch
+    return counted
+
+
+def random(*shape, dtype=T):
+    return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(dtype)
+
+
+def quantized(*shape):
+    """Experts of random bits: as many bytes as real ones have."""
+    *outer, columns = shape
+    words = mx.random.randint(0, 2**31 - 1, (*outer, columns // 8)).astype(mx.uint32)
+    groups = (*outer, columns // 64)
+    return metal_kernels.Experts(words, random(*groups), random(*groups), 64, 4)
+
+
+def gated_delta(rows, lazy):
+    """A plain step, or a round after one of which half was kept."""
+    n = rows if lazy else 0
+    tape = (
+        -mx.random.uniform(shape=(1, n, HV)),
+        random(1, n, HK, D, dtype=mx.float32),
+        random(1, n, HV, D, dtype=mx.float32),
+    )
+    return traffic(
+        lambda: metal_kernels.gated_delta_step(
+            *(random(1, rows, P), random(1, K - 1 + n, C), random(1, HV, D, D, dtype=mx.float32)),
+            *(tape if lazy else (), n // 2, random(C, K, 1), mx.zeros((HV,)), mx.zeros((HV,))),
+            mx.ones((D,)),
+            eps=1e-6,
+            key_heads=HK,
+            mask=None,
+            lazy=lazy,
+        )
+    )
+
+
+def experts(rows):
+    """Router, gate and up, down, on random logits."""
+    logits, x = random(rows, EXPERTS + 1), random(rows, H)
+    gate_up, down = quantized(EXPERTS + 1, 2 * I, H), quantized(EXPERTS + 1, H, I)
+    options = {"experts": EXPERTS, "top_k": TOP, "normalise": True}
+    return traffic(lambda: operations._experts_kernel(x, logits, gate_up, down, x, **options))
+
+
+def chosen(rows):
+    """How many distinct experts :func:`experts` reads, the shared one included."""
+    logits = random(rows, EXPERTS + 1)[:, :EXPERTS]
+    order = mx.argsort(-logits.astype(mx.float32), axis=-1)[:, :TOP]
+    return len(set(order.flatten().tolist())) + 1
+
+
+def norms(rows):
+    x, weight = random(rows, H), mx.ones((H,))
+
+    def call():
+        metal_kernels.rms_norm(x, weight, 1e-6)
+        metal_kernels.add_rms_norm(x, x, weight, 1e-6)
+
+    return traffic(call)
+
+
+def attention(rows):
+    x = random(1, rows, (2 * HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    weight = mx.ones((HEAD_DIM,))
+    frequencies = operations.inverse_frequencies(64, 1e7)
+    offsets = mx.array([1000], mx.int32)
+
+    def call():
+        q, _, _ = metal_kernels.attention_heads(
+            *(x, weight, weight, frequencies, offsets), eps=1e-6, heads=HEADS, kv_heads=KV_HEADS
+        )
+        metal_kernels.attention_gate(q, x, kv_heads=KV_HEADS)
+
+    return traffic(call)
+
+
+def ratio(counted):
+    """Lines beside the compulsory minimum, of one buffer."""
+    least = counted.unique_read + counted.unique_written
+    return (counted.lines_read + counted.lines_written) / least
+
+
+def main():
+    print("| kernel | rows | buffer | least bytes | in lines | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for rows in (1, 4):
+        cases = (norms(rows), gated_delta(rows, rows > 1), attention(rows), experts(rows))
+        for kernel, buffers in ((k, b) for case in cases for k, b in case.items()):
+            for name, counted in buffers.items():
+                least = counted.unique_read + counted.unique_written
+                if least >= 4096:
+                    lines = counted.lines_read + counted.lines_written
+                    cells = (kernel, rows, name, f"{least:,}", f"{lines:,}", f"{lines / least:.2f}")
+                    print("|", " | ".join(map(str, cells)), "|")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""A prompt cache in one file, and what tells one model's from another's."""
+
+import shutil
+
+import mlx.core as mx
+import pytest
+from helpers_generate import golden, golden_tokens, greedy
+from helpers_prompt_cache import ENOUGH, LONG, OTHER, SHORT, check, fake, files, keep, paths, texts
+from mlx_lm.models.cache import save_prompt_cache
+
+from mlx_qwen3next.prompt_cache import files as prompt_files
+from mlx_qwen3next.prompt_cache.files import fingerprint, is_ours
+from mlx_qwen3next.prompt_cache.store import PromptCache
+
+
+# --- one file ------------------------------------------------------------------------------------
+def test_one_file(tmp_path):
+    """A checkpoint with those of its beginnings, and nothing else."""
+    file = tmp_path / "chat.safetensors"
+    kept = keep(PromptCache(max_bytes=ENOUGH, fingerprint="a"), SHORT, LONG, OTHER)
+    kept.export(LONG, file)
+    assert is_ours(file)
+    cache = PromptCache.load(file, max_bytes=ENOUGH, fingerprint="a")
+    assert texts(cache) == {SHORT, LONG}
+    kept.export([*SHORT, 0], file)  # as far as it is known; the cache read goes without the file
+    assert files(tmp_path) == [file.name]
+    check(cache, LONG)
+    check(cache, SHORT)
+    assert texts(PromptCache.load(file, max_bytes=ENOUGH, fingerprint="a")) == {SHORT}
+    assert texts(PromptCache.load(file, max_bytes=0, fingerprint="a")) == set()
+
+
+def test_one_file_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "chat.safetensors"
+    keep(PromptCache(max_bytes=ENOUGH, fingerprint="a"), LONG).export(LONG, file)
+    with pytest.raises(ValueError, match=r"chat\.safetensors belongs to another model"):
+        PromptCache.load(file, max_bytes=ENOUGH, fingerprint="b")
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_files, "_VERSION", "0")
+        with pytest.raises(ValueError, match=r"chat\.safetensors is .* another version"):
+            PromptCache.load(file, max_bytes=ENOUGH, fingerprint="a")
+    whole = bytearray(file.read_bytes())
+    whole[-1] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"chat\.safetensors is damaged"):
+        PromptCache.load(file, max_bytes=ENOUGH, fingerprint="a")
+    with pytest.raises(ValueError, match="missing"):
+        PromptCache.load(tmp_path / "missing", max_bytes=ENOUGH)
+    keep(PromptCache(max_bytes=ENOUGH, directory=tmp_path, fingerprint="model"), OTHER)
+    (part,) = paths(tmp_path / "model")
+    with pytest.raises(ValueError, match="part of a prompt cache"):
+        PromptCache.load(part, max_bytes=ENOUGH, fingerprint="model")
+
+
+def test_one_file_that_cannot_be_written(tmp_path):
+    kept = keep(PromptCache(max_bytes=ENOUGH), LONG)
+    (tmp_path / "file").write_text("")
+    kept.export(SHORT, tmp_path / "x")  # there is nothing to write
+    with pytest.raises(ValueError, match="x cannot be written: Not a directory"):
+        kept.export(LONG, tmp_path / "file" / "x")
+    assert files(tmp_path) == ["file"]
+
+
+def test_mlx_lms_files_are_told_apart(tmp_path):
+    file = tmp_path / "mlx.safetensors"
+    save_prompt_cache(str(file), fake(LONG), {"model": "x"})
+    assert not is_ours(file)
+    file.write_text("no safetensors")
+    assert not is_ours(file) and not is_ours(tmp_path / "missing") and not is_ours(tmp_path)
+
+
+def test_a_models_cache_through_files(tmp_path):
+    model, (prompt, expected) = golden("base")[0], golden_tokens("base")
+    kept, live = PromptCache(max_bytes=ENOUGH), model.make_cache() + model.mtp.make_cache()
+    mx.eval(model(mx.array([prompt]), live[:-1]))
+    kept.insert(prompt, live)
+    kept.export(prompt, tmp_path / "x")
+    cache, n = PromptCache.load(tmp_path / "x", max_bytes=ENOUGH).fetch([*prompt, expected[0]])
+    assert n == len(prompt)
+    assert greedy(model, expected[:1], 10, prompt_cache=cache) == expected[1:11]
+
+
+# --- which model ---------------------------------------------------------------------------------
+def test_the_fingerprint_of_a_model(base, tmp_path):
+    first = fingerprint(base)
+    assert first.isalnum() and len(first) == 32
+    moved = tmp_path / "moved"
+    shutil.copytree(base, moved)
+    assert fingerprint(moved) == first
+    assert (
+        len({first, fingerprint(base, "a"), fingerprint(base, "a", "b"), fingerprint(base, "ab")})
+        == 4
+    )
+    config = (moved / "config.json").read_text()
+    (moved / "config.json").write_text(config.replace('"rms_norm_eps": 1', '"rms_norm_eps": 2'))
+    assert fingerprint(moved) != first
+
+
+def test_a_fine_tune_has_another_fingerprint(base):
+    first, weights = fingerprint(base), mx.load(str(base / "model.safetensors"))
+    name = "model.layers.1.mlp.gate.weight"
+    weights[name][0, 0] += 0.01
+    mx.save_safetensors(str(base / "model.safetensors"), weights)
+    assert fingerprint(base) != first
+
+
+def test_how_the_files_are_cut_does_not_matter(base):
+    first, weights = fingerprint(base), mx.load(str(base / "model.safetensors"))
+    names = sorted(weights)
+    (base / "model.safetensors").unlink()
+    for i, part in enumerate((names[::2], names[1::2])):
+        mx.save_safetensors(str(base / f"model-{i}.safetensors"), {n: weights[n] for n in part})
+    assert fingerprint(base) == first
+
+
+def test_a_fingerprint_needs_a_config(tmp_path):
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x": mx.zeros(3)})
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        fingerprint(tmp_path)

@@ -1,0 +1,293 @@
+"""The server's thread gives everyone the command's answers, keeps what it has read, and survives
+whatever goes wrong."""
+
+import random
+
+import mlx.core as mx
+import pytest
+from helpers_generate import bundled, endless, tokens_of
+from helpers_server import until
+from helpers_serving import (
+    ENDLESS,
+    TEXTS,
+    Asked,
+    ask,
+    assistant,
+    chat,
+    encode,
+    expected,
+    expected_text,
+    running,
+    user,
+)
+
+from mlx_qwen3next import load
+from mlx_qwen3next.prompt_cache import store
+from mlx_qwen3next.prompt_cache.store import PromptCache
+from mlx_qwen3next.server import engine as serving
+
+OPENING = 3  # tokens a chat's prompt ends with, "<|im_start|>assistant\n"
+
+
+# --- answers ------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=["off", 3, "quantized"])
+def engine(request):
+    """Plain, with drafts, and one request at a time with quantized keys and values."""
+    quantized = request.param == "quantized"
+    flags = ("--kv-bits", 8, "--quantized-kv-start", 0) if quantized else ()
+    with running(*flags, mtp=3 if quantized else request.param) as engine:
+        engine.options = {"kv_bits": 8, "quantized_kv_start": 0} if quantized else {}
+        yield engine
+
+
+@pytest.mark.parametrize("text", TEXTS[:2])
+def test_a_completion_is_the_command_s(engine, text):
+    want = expected_text(text, **engine.options)
+    for prompt in (text, encode(text)):
+        answer = ask(engine, prompt)
+        assert answer.text == want
+        assert [response.finish_reason for response in answer.seen] == [None] * 15 + ["length"]
+
+
+def test_a_chat_is_the_command_s(engine):
+    messages = [{"role": "system", "content": "Be brief."}, user("What is a list?")]
+    want = expected(chat(*messages), 60, **engine.options)
+    answer = ask(engine, messages, max_tokens=60)
+    assert answer.tokens == tokens_of(want)
+    assert answer.text == "".join(response.text for response in want)
+    assert answer.reason == want[-1].finish_reason == "stop"
+    assert answer.ctx.prompt == chat(*messages)
+
+
+def test_a_seed_gives_the_command_s_answer_alone_and_among_others(engine):
+    """Requests with a seed are batched like all others."""
+    options = {"temperature": 0.7, "penalty": 1.2}
+    names = {"temperature": "temp", "penalty": "repetition_penalty"}
+    sampling = {names[name]: value for name, value in options.items()} | engine.options
+    texts = {}
+    for seed in (1, 2**63):
+        want = expected_text(TEXTS[1], seed=seed, **sampling)
+        alone = ask(engine, TEXTS[1], seed=seed, **options)
+        others = [Asked(engine, text, max_tokens=12, temperature=0.5) for text in TEXTS[:2]]
+        among = ask(engine, TEXTS[1], seed=seed, **options)
+        for other in others:
+            other.read()
+        assert alone.text == among.text == want
+        texts[seed] = want
+    assert len(set(texts.values())) == 2
+    unseeded = {ask(engine, TEXTS[1], **options).text for _ in range(2)}
+    assert len(unseeded) > 1
+
+
+def test_many_at_a_time_have_the_answers_they_have_alone(engine):
+    asked = [Asked(engine, TEXTS[i % 4], max_tokens=4 + 3 * i) for i in range(5)]
+    for i, answer in enumerate(asked):
+        assert answer.read().text == expected_text(TEXTS[i % 4], 4 + 3 * i, **engine.options)
+
+
+def test_a_stop_word_ends_an_answer(engine):
+    """Wherever its tokens begin and end; the client that waits for it is free at once."""
+    text = expected_text(TEXTS[0], 30)
+    for start, length in ((3, 1), (9, 4), (12, 9)):
+        word = text[start : start + length]
+        answer = ask(engine, TEXTS[0], max_tokens=30, stop=["never", word], **{})
+        assert answer.text == text[: text.find(word)]
+        assert answer.reason is None  # mlx-lm's handler makes "stop" of it, and drops no text
+        assert len(answer.tokens) < 30
+
+
+def test_log_probabilities(engine):
+    answer = ask(engine, TEXTS[2], logprobs=True, top_logprobs=3)
+    for response, want in zip(answer.seen, expected(TEXTS[2], **engine.options), strict=True):
+        assert response.logprob == pytest.approx(want.logprobs[want.token].item(), abs=1e-3)
+        tops = sorted((top["logprob"] for top in response.top_tokens), reverse=True)
+        assert tops == pytest.approx(sorted(want.logprobs.tolist())[:-4:-1], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "message"),
+    [
+        ([5, 4096], {}, "outside 0…4095"),
+        ("", {}, "empty"),
+        ([5] * 8193, {}, "max_position_embeddings"),
+        ("x", {"top_k": 4096}, "top_k"),
+        ("x", {"logit_bias": {4096: 1.0}}, "logit_bias"),
+        ([{"role": "nobody", "content": "x"}], {}, "unknown role"),
+    ],
+)
+def test_what_cannot_be_answered_is_a_value_error(engine, prompt, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Asked(engine, prompt, **fields)
+    assert engine.health == "ok"
+
+
+def test_the_context_ends_an_answer(tmp_path):
+    directory = endless(tmp_path / "short", max_position_embeddings=40)
+    with running(load=lambda: load(directory, dtype=mx.float32)) as engine:
+        answer = ask(engine, [5] * 38, max_tokens=100)
+        assert (len(answer.tokens), answer.reason) == (2, "length")
+        answer = ask(engine, [5] * 40, max_tokens=100)
+        assert (len(answer.tokens), answer.reason) == (1, "length")
+
+
+# --- the prompt cache ---------------------------------------------------------------------------
+def test_the_next_turn_reads_only_what_is_new(engine):
+    messages = [user("What does os.path.join do?")]
+    first = ask(engine, messages, max_tokens=60)
+    second = [*messages, assistant(first.text), user("And math.sqrt?")]
+    answer = ask(engine, second, max_tokens=20)
+    assert first.ctx.prompt + first.tokens == answer.ctx.prompt[: answer.cached]
+    assert answer.text == expected_text(chat(*second), 20, **engine.options)
+    again = ask(engine, second, max_tokens=20)
+    assert again.cached == len(again.ctx.prompt) - 1
+    assert again.text == answer.text
+
+
+def test_a_prompt_that_is_a_whole_text_of_before(engine):
+    """mlx-lm's own server then has nothing to process, which ends its thread."""
+    prompt = encode("from math import sqrt\n")
+    first = ask(engine, prompt, max_tokens=5)
+    whole = prompt + first.tokens
+    for _ in range(2):
+        answer = ask(engine, whole, max_tokens=5)
+        assert answer.tokens == tokens_of(expected(whole, 5, **engine.options))
+        assert 0 < answer.cached < len(whole)
+
+
+def test_an_edited_turn_goes_on_from_the_turn_before(engine, monkeypatch):
+    """A checkpoint is kept at turns, when they come one by one and when they come at once."""
+    monkeypatch.setattr(store, "SPACING", 16)
+    filler = " ".join(f"word{i}" for i in range(8))
+    messages = [user(f"First: {filler}"), assistant(f"Second {filler}"), user("Third")]
+    head = len(chat(*messages[:2])) - OPENING
+    one = len(chat(messages[0])) - OPENING
+    assert one > 16 and head - one > 16
+    first = ask(engine, messages, max_tokens=3)
+    assert first.cached == 0
+    edited = [*messages[:2], user("Another")]
+    answer = ask(engine, edited, max_tokens=8)
+    assert answer.cached >= head
+    assert answer.text == expected_text(chat(*edited), 8, **engine.options)
+    edited = [messages[0], assistant("Changed"), user("Another")]
+    answer = ask(engine, edited, max_tokens=8)
+    assert one <= answer.cached < head
+    assert answer.text == expected_text(chat(*edited), 8, **engine.options)
+
+
+def test_the_checkpoint_of_a_prompt_lies_before_the_reasoning_it_opens(monkeypatch):
+    """The next turn comes without the reasoning, so nothing beyond is of use to it."""
+    tokenizer = bundled()[1]
+    before, after = tokenizer.chat_template.rsplit("assistant\\n", 1)
+    thinking = before + "assistant\\n<think>\\n" + after
+    with running() as engine:
+        monkeypatch.setattr(tokenizer._tokenizer, "chat_template", thinking)
+        first = ask(engine, [user("Why?")], max_tokens=9)
+        assert first.ctx.initial_state == "reasoning"
+        think = tokenizer.convert_tokens_to_ids("<think>")
+        later = [user("Why?"), assistant("Because."), user("Really?")]
+        assert ask(engine, later, max_tokens=1).cached == first.ctx.prompt.index(think)
+
+
+@pytest.mark.parametrize("mtp", ["off", 3])
+def test_answers_are_the_same_without_a_cache(mtp):
+    rng = random.Random(4)
+    whole = encode("\n".join(TEXTS) * 2)
+    prompts = [[*whole[: rng.randrange(5, len(whole))], rng.randrange(300)] for _ in range(6)]
+    answers = []
+    for size in (1, 2**30):
+        with running(cache=PromptCache(max_bytes=size), mtp=mtp) as engine:
+            asked = [Asked(engine, prompt, max_tokens=6) for prompt in prompts[:3]]
+            asked = [answer.read() for answer in asked]
+            asked += [ask(engine, prompt, max_tokens=6) for prompt in prompts[3:]]
+            answers.append([answer.tokens for answer in asked])
+            assert any(answer.cached for answer in asked) == (size > 1)
+    assert answers[0] == answers[1] == [tokens_of(expected(p, 6)) for p in prompts]
+
+
+def test_the_cache_and_the_live_requests_keep_to_the_budget(monkeypatch):
+    monkeypatch.setattr(store, "EVERY", 100)
+    budget, sums = 4 * 2**20, []
+    cache = PromptCache(max_bytes=budget)
+    with running("--prefill-step-size", 256, cache=cache) as engine:
+        for i in range(3):
+            ask(engine, [5 + i] * 300, max_tokens=1)
+            assert cache.nbytes <= budget
+        assert cache.nbytes > budget // 2
+        insert = cache.insert
+
+        def watched(*args):
+            insert(*args)
+            sums.append(cache.nbytes + engine._batch.prompt_cache_nbytes)
+
+        monkeypatch.setattr(cache, "insert", watched)
+        live = Asked(engine, [9] * 300, max_tokens=8000, logit_bias=ENDLESS).read(1)
+        ask(engine, [3] * 400, max_tokens=1)
+        live.leave()
+    assert len(sums) > 5 and max(sums) <= budget
+
+
+def test_a_request_waits_until_there_is_memory_for_it():
+    """In a batch all are as long as the longest."""
+    cache = PromptCache(max_bytes=3 * 2**20)
+    with running(cache=cache) as engine:
+        first = Asked(engine, [9] * 300, max_tokens=8000, logit_bias=ENDLESS).read(1)
+        long = Asked(engine, [3] * 900, max_tokens=1)
+        until(lambda: waits(engine) == 1)
+        first.read(20)
+        assert waits(engine) == 1
+        first.leave()
+        assert len(long.read().tokens) == 1  # alone it is let in, whatever it takes
+
+
+# --- places -------------------------------------------------------------------------------------
+def waits(engine):
+    return len(engine._waiting)
+
+
+def test_more_requests_than_places_wait_for_one():
+    with running("--decode-concurrency", 2, "--prompt-concurrency", 1) as engine:
+        asked = [Asked(engine, TEXTS[i % 4], max_tokens=8 + i) for i in range(7)]
+        until(lambda: waits(engine) > 0)
+        most = len(engine._live)
+        for i, answer in enumerate(asked):
+            assert answer.read().text == expected_text(TEXTS[i % 4], 8 + i)
+            most = max(most, len(engine._live))
+        assert most <= 2
+
+
+@pytest.mark.parametrize("mtp", ["off", 3])
+def test_whoever_has_gone_frees_the_place(mtp):
+    """In the queue, in the prompt, in decoding, alone and in a batch; others are not disturbed."""
+    endless = {"max_tokens": 8000, "logit_bias": ENDLESS}
+    flags = ("--decode-concurrency", 2, "--prefill-step-size", 4)
+    with running(*flags, mtp=mtp) as engine:
+        Asked(engine, TEXTS[0], **endless).read(3).leave()  # alone
+        until(lambda: not engine._live)
+        Asked(engine, [5] * 4000, max_tokens=2).leave()  # in the prompt
+        until(lambda: not engine._live)
+        batch = [Asked(engine, text, **endless) for text in TEXTS[:2]]
+        queued, last = Asked(engine, TEXTS[2], **endless), Asked(engine, TEXTS[3])
+        batch[0].read(2)
+        queued.leave()
+        until(lambda: waits(engine) == 1)
+        batch[0].leave()
+        assert last.read().text == expected_text(TEXTS[3])
+        ahead = len(batch[1].read(40).tokens)
+        assert batch[1].text.startswith(expected_text(TEXTS[1], 12))
+        assert ahead == 40
+        batch[1].leave()
+        until(lambda: not engine._live)
+        until(lambda: engine._batch.prompt_cache_nbytes == 0)
+        assert ask(engine, TEXTS[2]).text == expected_text(TEXTS[2])
+
+
+def test_who_waits_is_told_so(monkeypatch):
+    """Only then does the handler notice that a client has gone."""
+    monkeypatch.setattr(serving, "REASSURE", 0.01)
+    with running("--decode-concurrency", 1, "--prompt-concurrency", 1) as engine:
+        first = Asked(engine, TEXTS[0], max_tokens=8000, logit_bias=ENDLESS).read(1)
+        waiting = Asked(engine, TEXTS[1], max_tokens=1)
+        first.read(20)
+        first.leave()
+        waiting.read()
+    assert waiting.progress[0] == (0, len(encode(TEXTS[1])))

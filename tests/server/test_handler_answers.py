@@ -1,0 +1,423 @@
+"""What the server asks the generator and answers: text, log-probabilities, calls and errors, also
+as OpenAI's client sees them."""
+
+import json
+import logging
+
+import openai
+import pytest
+from helpers_server import (
+    CALL,
+    CHAT,
+    MESSAGES,
+    NAMES,
+    TEXT,
+    Fake,
+    ask,
+    events,
+    exchange,
+    serving,
+    tokenizer,
+)
+from jinja2 import TemplateError
+
+from mlx_qwen3next.errors import ContextLengthError
+from mlx_qwen3next.server.handler import Settings
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+
+
+def client(server, **options):
+    """OpenAI's client of that server."""
+    url = "http://{}:{}/v1".format(*server.server_address[:2])
+    return openai.OpenAI(base_url=url, **{"api_key": "any", "max_retries": 0} | options)
+
+
+def test_the_generator_gets_the_request_without_the_models_names():
+    generator = Fake()
+    with serving(generator) as server:
+        status, answer = ask(
+            server,
+            model="org/demo",
+            messages=[{"role": "developer", "content": [{"type": "text", "text": "Be"}]}],
+            xtc_probability=1,
+            stop="end",
+            logit_bias={"5": 1},
+            max_completion_tokens=7,
+            seed=3,
+            stream=None,
+        )
+    (request, args), (ctx,) = generator.requests[0], generator.contexts
+    assert (status, answer["model"]) == (200, "demo")
+    assert request.messages == [{"role": "system", "content": "Be"}]
+    assert (args.model.model, args.model.draft, args.model.adapter) == (
+        *("default_model", "default_model"),
+        None,
+    )
+    assert (args.sampling.xtc_probability, args.stop_words, args.max_tokens) == (1.0, ["end"], 7)
+    assert (args.logits.logit_bias, args.seed) == ({5: 1.0}, 3)
+    assert ctx._should_stop  # so that the generator forgets the request
+
+
+def test_the_commands_defaults_hold_where_a_request_says_nothing():
+    generator = Fake(max_tokens=2, temp=0.5)
+    with serving(generator) as server:
+        _, answer = ask(server)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 2
+    assert generator.requests[0][1].sampling.temperature == 0.5
+
+
+def test_prompts_may_be_tokens():
+    generator = Fake()
+    with serving(generator) as server:
+        _, answer = ask(server, path=TEXT, prompt=[[5, 6, 7]])
+    assert generator.requests[0][0].prompt == [5, 6, 7]
+    assert answer["usage"]["prompt_tokens"] == 3
+    assert answer["choices"][0]["text"] == "Hello."
+
+
+@pytest.mark.parametrize(("path", "kind"), [(CHAT, "chat.completion.chunk"), (TEXT, "text_")])
+def test_streams_are_of_one_kind_and_name(path, kind):
+    with serving() as server:
+        for wanted in (True, False):
+            data, _ = events(server, path, stream_options={"include_usage": wanted})
+            assert data.pop() == "[DONE]"
+            assert {chunk["object"][: len(kind)] for chunk in data} == {kind}
+            assert {chunk["model"] for chunk in data} == {"demo"}
+            assert len({(chunk["id"], chunk["object"]) for chunk in data}) == 1
+            assert [bool(chunk.get("usage")) for chunk in data[-2:]] == [False, wanted]
+
+
+def test_a_stream_of_nothing_is_kept_alive_by_comments():
+    with serving(Fake(progress=2)) as server:
+        assert events(server)[1] == [": keepalive 0/2", ": keepalive 1/2"]
+
+
+def test_a_request_that_waits_is_kept_alive_too():
+    generator = Fake()
+    responses = generator._responses
+
+    def waiting(args, callback):
+        for _ in range(3):
+            callback(0, 9)
+        yield from responses(args, callback)
+
+    generator._responses = waiting
+    with serving(generator) as server:
+        assert events(server)[1] == [": keepalive 0/9"] * 3
+
+
+def test_what_stock_says_of_a_bad_default_is_the_servers_fault(caplog):
+    with serving(Fake(temp=-1.0)) as server:
+        status, answer = ask(server)
+    assert (status, answer["error"]["type"]) == (500, "server_error")
+    assert "temperature" in answer["error"]["message"]
+    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert isinstance(record.exc_info[1], ValueError)
+
+
+WORDS = "Hé 🙂 well"
+
+
+def sampled(text=WORDS):
+    """Ids and texts of the tokens that the fake samples."""
+    ids = [*tokenizer().encode(text, add_special_tokens=False), tokenizer().eos_token_id]
+    return ids, [tokenizer().decode([token]) for token in ids]
+
+
+def check_chat_content(content, alternatives):
+    ids, texts = sampled()
+    assert [entry["id"] for entry in content] == ids
+    assert [entry["token"] for entry in content] == texts
+    assert {entry["logprob"] for entry in content} == {-0.25}
+    parts = [entry["bytes"] for entry in content]
+    assert any(part is None for part in parts)  # of the emoji, whose tokens are no characters
+    assert [bytes(part).decode() for part in parts if part] == [
+        x for x in texts if "\ufffd" not in x
+    ]
+    for entry in content:
+        tops = entry["top_logprobs"]
+        assert [top["logprob"] for top in tops] == [-0.25, -2.0][:alternatives]
+        assert all(top["token"] == tokenizer().decode([top["id"]]) for top in tops)
+
+
+def test_log_probabilities_of_a_chat():
+    with serving(Fake(WORDS)) as server:
+        _, answer = ask(server, logprobs=True)
+        check_chat_content(answer["choices"][0]["logprobs"]["content"], 0)
+        _, answer = ask(server, logprobs=True, top_logprobs=2)
+        check_chat_content(answer["choices"][0]["logprobs"]["content"], 2)
+        assert "logprobs" not in ask(server)[1]["choices"][0]
+
+
+def test_log_probabilities_of_a_streamed_chat_come_once():
+    with serving(Fake(WORDS)) as server:
+        data, _ = events(server, top_logprobs=2)
+        chunks = [chunk["choices"][0] for chunk in data[:-1]]
+        check_chat_content([x for chunk in chunks for x in chunk["logprobs"]["content"]], 2)
+        text = "".join(chunk["delta"].get("content", "") for chunk in chunks)
+        assert text == WORDS
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_log_probabilities_of_a_completion(streamed):
+    with serving(Fake("Hello you")) as server:
+        if streamed:
+            data, _ = events(server, TEXT, logprobs=2)
+            choices = [chunk["choices"][0] for chunk in data[:-1]]
+        else:
+            choices = ask(server, path=TEXT, logprobs=2)[1]["choices"]
+        whole = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for choice in choices:
+            for name, entries in choice["logprobs"].items():
+                whole[name] += entries
+    _, texts = sampled("Hello you")
+    assert whole["tokens"] == texts
+    assert whole["token_logprobs"] == [-0.25] * len(texts)
+    assert whole["top_logprobs"] == [{text: -0.25, "&": -2.0} for text in texts]
+    for text, offset in zip(texts[:-1], whole["text_offset"], strict=False):
+        assert "Hello you"[offset:].startswith(text)
+
+
+def test_no_log_probability_is_beyond_json():
+    with serving(Fake(logprobs=(float("-inf"), float("nan")))) as server:
+        for path, fields in ((CHAT, {"top_logprobs": 2}), (TEXT, {"logprobs": 2})):
+            assert ask(server, path=path, **fields)[0] == 200
+        _, answer = ask(server, path=TEXT, logprobs=0)
+        logprobs = answer["choices"][0]["logprobs"]
+        assert set(logprobs["token_logprobs"]) == {-9999.0}
+        assert set(logprobs["top_logprobs"]) == {None}
+
+
+def whole(server, streamed, **fields):
+    """An answer's text, reasoning and calls, why it ended, its log-probabilities and usage."""
+    if streamed:
+        data, _ = events(server, stream_options={"include_usage": True}, **fields)
+        *chunks, last, _ = data
+        choices, key = [chunk["choices"][0] for chunk in chunks], "delta"
+    else:
+        last = ask(server, **fields)[1]
+        choices, key = last["choices"], "message"
+    messages = [choice[key] for choice in choices]
+    return (
+        "".join(message.get("content") or "" for message in messages),
+        "".join(message.get("reasoning", "") for message in messages),
+        [call["function"]["name"] for x in messages for call in x.get("tool_calls", ())],
+        choices[-1]["finish_reason"],
+        [x["id"] for choice in choices for x in choice["logprobs"]["content"]],
+        last["usage"]["completion_tokens"],
+    )
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("end", ["stop", None])
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Hello.", ("Hello.", "", [], "stop")),
+        ("if a <", ("if a <", "", [], "stop")),  # may begin <tool_call>
+        ("<think>Hm. </", ("", "Hm. </", [], "stop")),
+        (f"So: {CALL}<", ("So: <", "", ["weather"], "tool_calls")),
+        (CALL.removesuffix("</tool_call>"), ("", "", ["weather"], "tool_calls")),
+    ],
+)
+def test_no_text_is_lost_at_the_end(text, answer, end, streamed):
+    ids = tokenizer().encode(text, add_special_tokens=False)
+    ids += [tokenizer().eos_token_id] * (end == "stop")
+    with serving(Fake(text, end=end)) as server:
+        got = whole(server, streamed, tools=TOOLS, logprobs=True)
+    assert got == (*answer, ids, len(ids))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_is_sent_to_its_end_when_the_generators_thread_has_ended(streamed):
+    generator = Fake()
+    responses = generator._responses
+
+    def ended(*args):
+        generator.model_provider.tokenizer = None  # as mlx-lm's ModelProvider.reset does
+        yield from responses(*args)
+
+    generator._responses = ended
+    with serving(generator) as server:
+        assert whole(server, streamed, logprobs=True)[0] == "Hello."
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_beginning_of_a_stop_word_is_lost_with_its_last_token(streamed):
+    generator = Fake("a = b", end=None)
+    responses = generator._responses
+
+    def stock(*args):  # mlx-lm's own generator, whose stop words are tokens
+        *told, last = responses(*args)
+        last.finish_reason, last.text = "stop", ""
+        return [*told, last]
+
+    generator._responses = stock
+    with serving(generator) as server:
+        got = whole(server, streamed, stop="= b", logprobs=True)
+    assert got[0] == "a "
+    assert got[3:] == ("stop", tokenizer().encode("a = b"), len(tokenizer().encode("a = b")))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_call_that_no_parser_can_read_does_not_break_the_answer(streamed):
+    # Its parser makes an OverflowError of this.
+    tools = json.loads(json.dumps(TOOLS).replace('"string"', '"integer"'))
+    with serving(Fake("So: " + CALL.replace("Paris", "inf"))) as server:
+        if streamed:
+            data, _ = events(server, tools=tools)
+            assert data[-1] == "[DONE]"
+        else:
+            status, answer = ask(server, tools=tools)
+            assert (status, answer["choices"][0]["message"]["content"]) == (200, "So: ")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("error", "health", "status"),
+    [
+        (ValueError("too long\nsecond line"), "ok", 400),
+        (TemplateError("roles must alternate"), "draining", 400),
+        (RuntimeError("shutting down"), "draining", 503),
+        (RuntimeError("thread died"), "unavailable", 503),
+        (RuntimeError("a bug\nsecond line"), "ok", 500),
+        (KeyError("a bug"), "draining", 500),
+        (BrokenPipeError("of another kind"), "ok", 500),
+    ],
+)
+def test_errors_before_the_first_token(error, health, status, streamed, caplog):
+    with serving(Fake(before=error, health=health)) as server:
+        got, headers, raw = exchange(
+            server, "POST", CHAT, {"messages": MESSAGES, "stream": streamed}
+        )
+    answer = json.loads(raw)["error"]
+    assert got == status
+    assert headers.get_all("Content-Length") == [str(len(raw))]
+    assert ("Retry-After" in headers) == (status == 503)
+    assert str(error).splitlines()[0] in answer["message"]
+    assert "second line" not in answer["message"]
+    logged = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(logged) == (status >= 500)
+    assert all(record.exc_info[1] is error for record in logged)
+
+
+def test_a_prompt_beyond_the_context_has_openais_code():
+    with serving(Fake(before=ContextLengthError("shorten it"))) as server:
+        status, answer = ask(server)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert answer["error"]["message"] == "shorten it"
+
+
+@pytest.mark.parametrize(
+    ("error", "health", "status"),
+    [
+        (ValueError("odd\nsecond line"), "ok", 500),
+        (RuntimeError("thread died"), "unavailable", 503),
+        (ConnectionResetError("of another kind"), "ok", 500),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 2])
+def test_errors_in_the_middle(error, health, status, at, caplog):
+    generator = Fake(fail=error, at=at, health=health)
+    with serving(generator) as server:
+        got, answer = ask(server)
+        assert got == status
+        data, _ = events(server)
+    assert len(data) == at + 1
+    assert data[-1] == answer
+    assert answer["error"]["type"] == "server_error"
+    assert "second line" not in answer["error"]["message"]
+    assert [ctx._should_stop for ctx in generator.contexts] == [True, True]
+    logged = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert [record.exc_info[1] for record in logged] == [error, error]
+
+
+def test_openai_chat_and_models():
+    with serving() as server:
+        with client(server) as openai_client:
+            assert [model.id for model in openai_client.models.list()] == ["demo"]
+            assert openai_client.models.retrieve("org/demo").id == "org/demo"
+            answer = openai_client.chat.completions.create(
+                model="demo", messages=MESSAGES, logprobs=True, top_logprobs=1
+            )
+        (choice,) = answer.choices
+        assert (choice.message.content, choice.finish_reason) == ("Hello.", "stop")
+        assert choice.logprobs.content[0].top_logprobs[0].logprob == -0.25
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens + 5
+
+
+def test_openai_completions():
+    with serving() as server, client(server) as openai_client:
+        answer = openai_client.completions.create(model="demo", prompt="Hi", logprobs=1)
+        assert answer.choices[0].text == "Hello."
+        assert answer.choices[0].logprobs.text_offset == [0, 1, 3, 5, 6]
+        chunks = list(openai_client.completions.create(model="demo", prompt="Hi", stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == "Hello."
+
+
+def test_openai_streams():
+    with serving() as server, client(server) as openai_client:
+        stream = openai_client.chat.completions.create(
+            model="demo",
+            messages=MESSAGES,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        *chunks, last = list(stream)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello."
+        assert last.usage.completion_tokens == 5
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_openai_tools(streamed):
+    text = f"<think>Hm.</think>Let me see.{CALL}"
+    with serving(Fake(text)) as server, client(server) as openai_client:
+        request = {"model": "demo", "messages": MESSAGES, "tools": TOOLS}
+        if streamed:
+            chunks = list(openai_client.chat.completions.create(**request, stream=True))
+            deltas = [chunk.choices[0].delta for chunk in chunks]
+            calls = [call for delta in deltas for call in delta.tool_calls or ()]
+            content = "".join(delta.content or "" for delta in deltas)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            (choice,) = openai_client.chat.completions.create(**request).choices
+            calls, content = choice.message.tool_calls, choice.message.content
+            reason = choice.finish_reason
+        assert (content, reason) == ("Let me see.", "tool_calls")
+        (call,) = calls
+        assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Paris"}')
+        made = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}
+        result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+        again = request | {"messages": [*MESSAGES, made, result]}
+        openai_client.chat.completions.create(**again)
+
+
+def test_openai_errors():
+    generator = Fake()
+    with (
+        serving(generator, Settings(names=NAMES, api_key="key")) as server,
+        client(server, api_key="key") as openai_client,
+    ):
+        create = openai_client.chat.completions.create
+        with pytest.raises(openai.BadRequestError, match="n must be 1"):
+            create(model="demo", messages=MESSAGES, n=2)
+        with pytest.raises(openai.NotFoundError, match="not served here") as caught:
+            create(model="other", messages=MESSAGES)
+        assert caught.value.code == "model_not_found"
+        with pytest.raises(openai.AuthenticationError, match="API key"):
+            openai_client.with_options(api_key="other").models.list()
+        generator.fail, generator.at = OSError("disk"), 2
+        with pytest.raises(openai.InternalServerError, match="disk"):
+            create(model="demo", messages=MESSAGES)
+        with pytest.raises(openai.APIError, match="disk"):
+            list(create(model="demo", messages=MESSAGES, stream=True))
