@@ -38,6 +38,7 @@ from ..checkpoint.loading import load_model
 from ..compute import proof
 from ..compute.cpu_matmul import ColumnLinear
 from ..decoding.generation import generate_step, prefill
+from ..decoding.speculation import Speculation
 from ..decoding.speculative import Acceptance, Token
 from ..decoding.validation import held_by
 from ..errors import first_line
@@ -167,7 +168,7 @@ class Ours(Side):
 
     def chosen(self) -> list[list[float]]:
         """What the depth "auto" goes by: for each, (seconds and tokens of a round, timed)."""
-        return [list(promise) for promise in self.model.mtp.depth.explain()]
+        return [list(promise) for promise in Speculation.of(self.model).measured.explain()]
 
     def findings(self) -> dict[str, dict[str, Any]]:
         """What was found of the kernels on this machine."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -27,12 +27,11 @@ from ..model.cache import Cache, Undo
 from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
 from .detokenize import TextDecoder
-from .draft_depth import MAX_DEPTH, DecidedDepth, Depth, FixedDepth
+from .drafters import Drafter
 from .sampling import Chooser, Sampling, check_integer
-from .speculative import Acceptance, Decoding, Drafter, Token, forward
+from .speculation import MTP, Speculation
+from .speculative import Acceptance, Decoding, Token, forward
 from .validation import check_cache, check_kv_quantization, check_prompt, held_by, token_budget
-
-MTP = Literal["auto", "off"] | int
 
 
 @dataclass
@@ -94,15 +93,15 @@ def generate_step(
         ValueError: an argument is out of range; raised at the call, before any work.
     """
     prompt = check_prompt(prompt, model)
-    check_depth(mtp, model)
+    processors = list(logits_processors or ())
+    speculation = Speculation.of(model)
+    depth = speculation.depth("off" if mtp == "auto" and processors else mtp)
     check_integer("prefill_step_size", prefill_step_size, least=1)
     check_kv_quantization(model.args.head_dim, kv_bits, kv_group_size, quantized_kv_start)
     if unknown := sorted(sampling.keys() - {field.name for field in fields(Sampling)}):
         raise ValueError(f"unknown option: {', '.join(unknown)}")
     options = Sampling(**sampling)
     options.check_vocabulary(model.args.vocab_size)
-    processors = list(logits_processors or ())
-    depth = choose_depth("off" if mtp == "auto" and processors else mtp, model)
     store, held = None, 0
     if isinstance(prompt_cache, PromptCache):
         store = prompt_cache
@@ -118,7 +117,7 @@ def generate_step(
         head = model.mtp.make_cache()
 
     def steps() -> Generator[Token]:
-        drafter = model.make_draft_model(head) if head else None
+        drafter = speculation.drafter(head) if head else None
         told: list[int] = []
 
         def keep(n: int) -> None:
@@ -359,31 +358,3 @@ def statistics(last: GenerationResponse | None) -> str:
             f"drafts accepted by depth: {shares}"
         )
     return "\n".join(lines)
-
-
-def check_depth(mtp: MTP, model: Model | None = None) -> MTP:
-    """Returns ``mtp`` if it is "auto", "off" or 1…8 (and the model has a head to draft with).
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if mtp in ("auto", "off"):
-        return mtp
-    if isinstance(mtp, bool) or not isinstance(mtp, int) or not 1 <= mtp <= MAX_DEPTH:
-        raise ValueError(f"mtp must be 'auto', 'off' or 1 to {MAX_DEPTH}, got {mtp!r}")
-    if model is not None and model.mtp is None:
-        raise ValueError(f"mtp is {mtp}, but this model has no MTP head; use 'auto' or 'off'")
-    return mtp
-
-
-def choose_depth(mtp: MTP, model: Model) -> Depth:
-    """What chooses the depth of drafting, as for :func:`generate_step`.
-
-    Raises:
-        ValueError: the model cannot draft to that depth.
-    """
-    check_depth(mtp, model)
-    if mtp == "auto" and model.mtp is not None:
-        alone = model.group.size == 1
-        return model.mtp.depth if alone else DecidedDepth(model.mtp.depth, model.group.decide)
-    return FixedDepth(mtp if isinstance(mtp, int) else 0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -23,29 +23,11 @@ from ..compute import proof
 from ..model.cache import Cache, Round, Undo, settle
 from ..model.qwen3_next import Model
 from .draft_depth import MAX_DEPTH, Depth
-from .sampling import Choose, Chooser
+from .drafters import Drafter
+from .sampling import Chooser
 
 CLEAR_EVERY = 256  # tokens between two returns of unused buffers, as in mlx-lm
 LAYERS_ON_CPU, LAYERS_ON_GPU = 1, 8  # queued at a time; measured on a CPU alone
-
-
-class Drafter(Protocol):
-    """Whoever guesses a sequence's next tokens. A wrong guess costs time, nothing else."""
-
-    def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
-        """Up to ``depth`` drafts ``[1]`` of what follows ``token`` ``[1]``, the sequence's last."""
-
-    def expect(
-        self, tokens: mx.array, hidden: mx.array, token: mx.array, depth: int, choose: Choose
-    ) -> None:
-        """Perhaps ``committed(tokens, hidden)`` and ``propose(token, depth, choose)`` come next:
-        a good time to build what they need."""
-
-    def committed(self, tokens: mx.array, hidden: mx.array) -> None:
-        """The sequence grew by ``tokens`` ``[n]``; the trunk's states at them are ``[1, n, H]``."""
-
-    def rest(self) -> None:
-        """Decoding ended."""
 
 
 @dataclass

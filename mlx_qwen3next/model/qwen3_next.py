@@ -387,18 +387,6 @@ class Model(nn.Module):
             for layer in self.layers
         ]
 
-    def make_draft_model(self, cache: Cache | None = None) -> Any:
-        """What drafts one sequence's next tokens
-        (:class:`mlx_qwen3next.decoding.speculative.Drafter`).
-
-        Args:
-            cache: what ``model.mtp.make_cache()`` made; it goes on from there.
-
-        Returns:
-            The drafter, or None for a model without an MTP head.
-        """
-        return None if self.mtp is None else self.mtp.make_drafter(self.logits, cache)
-
     @property
     def layers(self) -> list[DecoderLayer]:
         """The decoder layers, for mlx-lm's tools."""

@@ -25,9 +25,11 @@ from mlx_lm.generate import (
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
 from ..decoding.draft_depth import Depth
+from ..decoding.drafters import Drafter
 from ..decoding.generation import prefill
 from ..decoding.sampling import Chooser, SeededSampler
-from ..decoding.speculative import Decoding, Drafter, Token
+from ..decoding.speculation import Speculation
+from ..decoding.speculative import Decoding, Token
 from ..model.cache import Cache, settle
 from ..model.qwen3_next import Model
 
@@ -152,7 +154,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         drafter, head = None, cache[layers:]
         if self._lm.mtp is not None and not self.depth.idle:
             head = head or self._lm.mtp.make_cache()
-            drafter = self._lm.make_draft_model(head)
+            drafter = Speculation.of(self._lm).drafter(head)
         return [*cache[:layers], _Drafts([_Row(drafter, head)])]
 
     # --- between the batch and the sequence that is alone --------------------------------------

@@ -42,8 +42,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..checkpoint.loading import default_dtype
 from ..decoding.detokenize import StopWords, TextDecoder
 from ..decoding.draft_depth import Depth
-from ..decoding.generation import MTP, choose_depth
 from ..decoding.sampling import Sampling, SeededSampler, draw_key
+from ..decoding.speculation import MTP, Speculation
 from ..decoding.validation import token_budget
 from ..errors import first_line
 from ..model import capacity
@@ -186,7 +186,7 @@ class Engine(ResponseGenerator):
             self.model_provider.load_default()
             provider: Any = self.model_provider
             self._model, self._tokenizer = provider.model, provider.tokenizer
-            depth = choose_depth(self._mtp, self._model)
+            depth = Speculation.of(self._model).depth(self._mtp)
             self._group = self._model.group
             self._checkpoints = self._make_prompt_cache(self._tokenizer)
         except Exception as error:

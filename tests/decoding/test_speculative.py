@@ -24,6 +24,7 @@ from mlx_qwen3next import generate_step, load_model
 from mlx_qwen3next.compute import proof
 from mlx_qwen3next.decoding import speculative
 from mlx_qwen3next.decoding.draft_depth import MAX_DEPTH, FixedDepth, MeasuredDepth
+from mlx_qwen3next.decoding.speculation import Speculation
 from mlx_qwen3next.decoding.speculative import Acceptance
 from mlx_qwen3next.model.cache import tokens_held
 
@@ -63,7 +64,7 @@ def test_tokens_of_the_demo_model(depth):
 def test_plain_steps_and_rounds_in_turns(case, depths):
     model, (prompt, expected) = golden(case)[0], golden_tokens(case)
     cache, head = forward_cache(model, prompt[:-1]), model.mtp.make_cache()
-    drafter = model.make_draft_model(head)
+    drafter = Speculation.of(model).drafter(head)
     steps = decoding(model, prompt, cache, Cycle(*depths), drafter).tokens(24)
     assert tokens_of(steps) == expected[:24]
     assert tokens_held(cache) == len(prompt) + 24
@@ -199,12 +200,12 @@ def test_auto_drafts_where_rounds_take_no_longer_than_steps(monkeypatch):
     model, (prompt, expected) = golden("permutation")[0], golden_tokens("permutation")
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
     monkeypatch.setattr(speculative, "time", clock)
-    monkeypatch.setattr(model.mtp, "depth", MeasuredDepth())
+    monkeypatch.setattr(Speculation.of(model), "measured", MeasuredDepth())
     steps = [*generate_step(prompt, model, max_tokens=24)]
     steps += generate_step(prompt, model, max_tokens=24)
     assert tokens_of(steps) == expected[:24] * 2
     assert max(step.drafted for step in steps) >= 3
-    assert not model.mtp.depth.idle
+    assert not Speculation.of(model).measured.idle
 
 
 def test_auto_prepares_nothing_where_nothing_pays(monkeypatch):
@@ -215,12 +216,12 @@ def test_auto_prepares_nothing_where_nothing_pays(monkeypatch):
         def record(self, depth, accepted, seconds):
             super().record(depth, accepted, None if seconds is None else 1 + 9 * depth)
 
-    monkeypatch.setattr(model.mtp, "depth", Slow())
+    monkeypatch.setattr(Speculation.of(model), "measured", Slow())
     monkeypatch.setattr(speculative, "time", SimpleNamespace(perf_counter=now.__next__))
     steps = list(generate_step(prompt, model, max_tokens=24))
     assert 0 < sum(step.drafted > 0 for step in steps) <= 9
-    assert model.mtp.depth.idle
-    monkeypatch.setattr(model, "make_draft_model", None)  # is not called any more
+    assert Speculation.of(model).measured.idle
+    monkeypatch.setattr(Speculation, "drafter", None)  # is not called any more
     assert greedy(model, prompt, 12) == expected[:12]
 
 
@@ -236,7 +237,7 @@ def test_what_held_a_kernels_proof_is_not_timed(monkeypatch, depths):
         def record(self, depth, accepted, seconds):
             timed.append(seconds is not None)
 
-    monkeypatch.setattr(model.mtp, "depth", Timed(*depths))
+    monkeypatch.setattr(Speculation.of(model), "measured", Timed(*depths))
     list(generate_step(prompt, model, max_tokens=40))
     assert timed[:8] == [False, True, True, False, True, True, False, True]
 

@@ -7,6 +7,7 @@ from helpers_generate import golden, golden_tokens, tokens_of
 from helpers_speculative import Cycle
 
 from mlx_qwen3next import generate_step
+from mlx_qwen3next.decoding.speculation import Speculation
 from mlx_qwen3next.decoding.speculative import Decoding
 from mlx_qwen3next.model.mtp_head import MTPHead
 
@@ -22,7 +23,7 @@ def following(case, ahead, came, depth=2):
     text = prompt + expected
     tokens = mx.array(text[:40], mx.uint32)
     hidden = model.model(tokens[None])
-    drafter = model.make_draft_model()
+    drafter = Speculation.of(model).drafter()
     drafter.committed(tokens[:30], hidden[:, :30])
     drafter.propose(tokens[30:31], 2, greedy)
     if ahead is not None:
@@ -65,7 +66,7 @@ def events(monkeypatch, depths, prompt, expected, model):
 
     monkeypatch.setattr(MTPHead, "__call__", called)
     monkeypatch.setattr(Decoding, "_record", recorded)
-    monkeypatch.setattr(model.mtp, "depth", Cycle(*depths))
+    monkeypatch.setattr(Speculation.of(model), "measured", Cycle(*depths))
     assert tokens_of(generate_step(prompt, model, max_tokens=len(expected))) == expected
     return log
 
@@ -108,7 +109,7 @@ def test_nothing_is_built_for_a_round_that_will_not_come(monkeypatch):
 @pytest.mark.parametrize("case", ["base", "permutation"])
 def test_another_depth_than_expected(monkeypatch, case, depths):
     model, (prompt, expected) = golden(case)[0], golden_tokens(case)
-    monkeypatch.setattr(model.mtp, "depth", Cycle(*depths))
+    monkeypatch.setattr(Speculation.of(model), "measured", Cycle(*depths))
     cache = model.make_cache() + model.mtp.make_cache()
     steps = generate_step(prompt, model, max_tokens=len(expected), prompt_cache=cache)
     assert tokens_of(steps) == expected

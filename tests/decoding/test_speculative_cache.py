@@ -19,8 +19,9 @@ from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, save_prompt
 
 from mlx_qwen3next import generate_step
 from mlx_qwen3next.decoding.draft_depth import FixedDepth
+from mlx_qwen3next.decoding.drafters import mtp as mtp_drafter
+from mlx_qwen3next.decoding.speculation import Speculation
 from mlx_qwen3next.decoding.speculative import Decoding
-from mlx_qwen3next.model import mtp_head
 from mlx_qwen3next.model.cache import GatedDeltaCache, tokens_held
 
 NOISE = 1e-4  # relative, between two right ways to compute the same in float32
@@ -159,7 +160,7 @@ class Interrupt:
 def test_an_interrupt_within_a_forward(monkeypatch, where, depths):
     """Whichever layer of whichever forward it is, both caches hold what was yielded, all of it."""
     model, (prompt, expected) = golden("permutation")[0], golden_tokens("permutation")
-    monkeypatch.setattr(model.mtp, "depth", Cycle(*depths))
+    monkeypatch.setattr(Speculation.of(model), "measured", Cycle(*depths))
     layer = model.mtp.layers[0] if where == "head" else model.layers[where]
     interrupted = 0
     for n in range(1, 9):
@@ -264,8 +265,8 @@ def test_quantized_keys_roll_back_as_well():
 
 def test_hidden_states_do_not_wait_without_end(monkeypatch):
     model, (prompt, expected) = golden("base")[0], golden_tokens("base")
-    monkeypatch.setattr(mtp_head, "CATCH_UP", 4)
-    drafter = model.make_draft_model()
+    monkeypatch.setattr(mtp_drafter, "CATCH_UP", 4)
+    drafter = Speculation.of(model).drafter()
     cache = forward_cache(model, prompt[:-1])
     for step in decoding(model, prompt, cache, FixedDepth(0), drafter).tokens(20):
         assert step.token in expected

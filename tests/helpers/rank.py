@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_qwen3next.checkpoint.loading import load_model
 from mlx_qwen3next.decoding.generation import generate_step
+from mlx_qwen3next.decoding.speculation import Speculation
 from mlx_qwen3next.group.processes import ALONE, join
 
 HANGS = 180  # seconds; then it says where
@@ -68,7 +69,7 @@ def generate(model, prompt, tokens, depth, temp, rank=0):
     """[tokens, which were drafts]; each rank has chance and wishes of its own."""
     mx.random.seed(rank)
     if depth == "auto":
-        model.mtp.depth = Cycle(*WISHES[min(rank, 1)])
+        Speculation.of(model).measured = Cycle(*WISHES[min(rank, 1)])
     steps = list(generate_step(prompt, model, max_tokens=tokens, mtp=depth, temp=temp))
     return [[step.token for step in steps], [step.from_draft for step in steps]]
 

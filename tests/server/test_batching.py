@@ -13,9 +13,11 @@ from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_qwen3next.decoding.draft_depth import FixedDepth
+from mlx_qwen3next.decoding.drafters.mtp import MTPDrafter
 from mlx_qwen3next.decoding.sampling import SeededSampler
+from mlx_qwen3next.decoding.speculation import Speculation
 from mlx_qwen3next.model.cache import tokens_held
-from mlx_qwen3next.model.mtp_head import MTPDrafter, MTPHead
+from mlx_qwen3next.model.mtp_head import MTPHead
 from mlx_qwen3next.model.qwen3_next import Trunk
 from mlx_qwen3next.server.batching import KVQuantization
 
@@ -403,7 +405,7 @@ def test_handing_over_a_decoding(depths):
     prompt, expected = golden_tokens("permutation")
     for n in range(12):
         cache, head = model().make_cache(), model().mtp.make_cache()
-        drafter = model().make_draft_model(head)
+        drafter = Speculation.of(model()).drafter(head)
         text = mx.array(prompt[:-1])
         drafter.committed(text, model().model(text[None], cache))
         first = decoding(model(), prompt, cache, Cycle(*depths), drafter)
@@ -426,7 +428,7 @@ def test_feeding_the_last_token_after_all(depth, n):
     """Where nobody goes on, or nothing was begun."""
     prompt, expected = golden_tokens("permutation")
     cache, head = model().make_cache(), model().mtp.make_cache()
-    drafter = model().make_draft_model(head)
+    drafter = Speculation.of(model()).drafter(head)
     text = mx.array(prompt[:-1])
     drafter.committed(text, model().model(text[None], cache))
     first = decoding(model(), prompt, cache, Cycle(depth), drafter)
