@@ -37,7 +37,8 @@ from mlx_lm.utils import load_model as load_stock
 from ..checkpoint.loading import load_model
 from ..compute import proof
 from ..compute.cpu_matmul import ColumnLinear
-from ..decoding.generation import generate_step, prefill
+from ..decoding.generation import generate_step
+from ..decoding.sequence import prefill
 from ..decoding.speculation import Speculation
 from ..decoding.speculative import Acceptance, Token
 from ..decoding.validation import held_by

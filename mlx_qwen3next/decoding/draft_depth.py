@@ -88,7 +88,7 @@ class Promise(NamedTuple):
 class MeasuredDepth:
     """The depth with the most tokens a second, by what was measured (see the module's text).
 
-    A model has one (``model.mtp.depth``) for all that it generates; it is not for several threads.
+    A model has one, kept by its :class:`Speculation`; it is not for several threads.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """From a prompt to tokens and text: ``generate_step``, ``stream_generate``, ``generate``.
 
-This module checks what comes in, processes the prompt and gives the results their form;
-:mod:`mlx_qwen3next.decoding.speculative` decodes.
+This module checks the arguments and gives the results their form;
+:mod:`mlx_qwen3next.decoding.sequence` reads the prompt and decodes.
 """
 
 from __future__ import annotations
@@ -10,27 +10,23 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm.generate import (
-    DEFAULT_QUANTIZED_KV_START,
-    maybe_quantize_kv_cache,
-    wired_limit,
-)
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, wired_limit
 from mlx_lm.generate import GenerationResponse as MLXGenerationResponse
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..model.cache import Cache, Undo
+from ..model.cache import Cache
 from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
 from .detokenize import TextDecoder
-from .drafters import Drafter
 from .sampling import Chooser, Sampling, check_integer
+from .sequence import KVQuantization, TokenSequence
 from .speculation import MTP, Speculation
-from .speculative import Acceptance, Decoding, Token, forward
+from .speculative import Acceptance, Token
 from .validation import check_cache, check_kv_quantization, check_prompt, held_by, token_budget
 
 
@@ -111,106 +107,61 @@ def generate_step(
     else:
         cache = model.make_cache() if prompt_cache is None else check_cache(prompt_cache, model)
         budget = token_budget(model, held_by(model, cache) + prompt.size, max_tokens)
-    trunk, head = cache[: len(model.layers)], cache[len(model.layers) :]
-    keep_head = bool(head) or store is not None
+    head = cache[len(model.layers) :]
+    keep_drafter = bool(head) or store is not None
     if not head and not depth.idle:
         head = model.mtp.make_cache()
 
     def steps() -> Generator[Token]:
         drafter = speculation.drafter(head) if head else None
-        told: list[int] = []
-
-        def keep(n: int) -> None:
-            """Keeps a checkpoint after ``n`` tokens."""
-            if drafter is not None:
-                drafter.rest()
-            if store is not None and held_by(model, trunk) == n:  # not if an error has cut it short
-                text = np.append(np.array(prompt), np.array(told, np.uint32))
-                store.insert(text[:n], [*trunk, *head])
-
-        stops = () if store is None else store.places(prompt, held)
-        progress = prompt_progress_callback or (lambda *_: None)
-        _prefill(
-            model, trunk, prompt, held, prefill_step_size, drafter, quantize, stops, keep, progress
+        places = [] if store is None else store.places(prompt, held)
+        tokens: list[int] = prompt.tolist()  # type: ignore[assignment]
+        cuts = sorted({held, *places, prompt.size - 1, prompt.size})
+        sequence = TokenSequence(
+            model,
+            cache,
+            tokens[:held],
+            [tokens[start:end] for start, end in pairwise(cuts)],
+            depth=depth,
+            drafter=drafter,
+            keep_drafter=keep_drafter,
+            step_size=prefill_step_size,
+            quantization=KVQuantization(kv_bits, kv_group_size, quantized_kv_start),
         )
+
+        def keep() -> None:
+            """Keeps a checkpoint of the sequence so far, unless an error has cut it short."""
+            if drafter is not None:
+                drafter.settle()
+            if store is not None and held_by(model, sequence.trunk) == len(sequence.tokens):
+                store.insert(sequence.tokens, [*sequence.trunk, *head])
+
+        progress = prompt_progress_callback or (lambda *_: None)
+        try:
+            progress(held, prompt.size)
+            while sequence.is_reading:
+                sequence.read()
+                if len(sequence.tokens) in places:
+                    keep()
+                progress(len(sequence.tokens), prompt.size)
+            progress(prompt.size, prompt.size)  # the last token goes with the first step
+        except BaseException:
+            if drafter is not None:
+                drafter.settle()
+            raise
         chooser = Chooser(
             sampler or options.sampler(),
             [*processors, *options.logits_processors()],
             prompt,
             group=model.group,
         )
-        decoding = Decoding(model, trunk, prompt[-1:], chooser, depth, drafter, keep_head, quantize)
         try:
-            yield from _noted(decoding.tokens(budget), told)
+            yield from sequence.generate(chooser, budget)
         finally:
             if store is not None:
-                keep(prompt.size + len(told))
-
-    def quantize() -> None:
-        maybe_quantize_kv_cache(trunk, quantized_kv_start, kv_group_size, kv_bits)
-        cache[: len(trunk)] = trunk
+                keep()
 
     return steps()
-
-
-def _noted(tokens: Generator[Token], told: list[int]) -> Generator[Token]:
-    with closing(tokens):
-        for token in tokens:
-            told.append(token.token)
-            yield token
-
-
-def _prefill(
-    model: Model,
-    cache: Cache,
-    prompt: mx.array,
-    held: int,
-    step_size: int,
-    drafter: Drafter | None,
-    after_forward: Callable[[], None],
-    stops: Sequence[int],
-    stopped: Callable[[int], None],
-    progress: Callable[[int, int], None],
-) -> None:
-    """Feeds all of the prompt but its last token, from ``held`` on; calls ``stopped`` at stops."""
-    total = prompt.size
-    progress(held, total)
-    try:
-        while held < total - 1:
-            end = min([held + step_size, total - 1, *(stop for stop in stops if stop > held)])
-            prefill(model, cache, prompt[held:end], drafter, after_forward)
-            held = end
-            if held in stops:
-                stopped(held)
-            progress(held, total)
-        progress(total, total)  # the last token goes with the first step
-    except BaseException:
-        if drafter is not None:
-            drafter.rest()
-        raise
-
-
-def prefill(
-    model: Model,
-    cache: Cache,
-    tokens: mx.array,
-    drafter: Drafter | None = None,
-    after_forward: Callable[[], None] = lambda: None,
-) -> None:
-    """Feeds tokens ``[n]`` of a prompt, nothing of them if interrupted, and waits for them.
-
-    Args:
-        cache: the trunk's.
-        drafter, after_forward: as for :class:`mlx_qwen3next.decoding.speculative.Decoding`.
-    """
-    with Undo(cache):
-        hidden = forward(model, cache, tokens)
-        after_forward()
-        # With a drafter hidden, too: what waits must not refer to keys and values.
-        mx.eval([c.state for c in cache], hidden if drafter else [])
-    if drafter is not None:
-        drafter.committed(tokens, hidden)
-    mx.clear_cache()
 
 
 def stream_generate(

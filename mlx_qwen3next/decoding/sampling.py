@@ -218,6 +218,11 @@ class SeededSampler:
     def __init__(self, sampler: Sampler, key: int, position: int = 0, group: Group = ALONE):
         self.sampler, self.key, self.position, self._group = sampler, key, position, group
 
+    def chooser(self, processors: Sequence[LogitsProcessor], tokens: mx.array) -> Chooser:
+        """A chooser that goes on where this sampler stands; arguments as the chooser's."""
+        group = self._group
+        return Chooser(self.sampler, processors, tokens, self.key, self.position, group)
+
     def __call__(self, logprobs: mx.array) -> mx.array:
         _seed(self.key, self.position)
         self.position += 1

@@ -291,6 +291,6 @@ class Decoding:
         finally:
             settle(self._cache)
             if self._drafter is not None and self._keep_drafter:
-                self._drafter.rest()
+                self._drafter.settle()
             self._chooser.close()
             mx.async_eval([c.state for c in self._cache])

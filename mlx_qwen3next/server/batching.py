@@ -20,31 +20,21 @@ from mlx_lm.generate import (
     GenerationBatch,
     PromptProcessingBatch,
     StopSequences,
-    maybe_quantize_kv_cache,
 )
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
 from ..decoding.draft_depth import Depth
 from ..decoding.drafters import Drafter
-from ..decoding.generation import prefill
 from ..decoding.sampling import Chooser, SeededSampler
+from ..decoding.sequence import NOT_QUANTIZED, KVQuantization, TokenSequence
 from ..decoding.speculation import Speculation
-from ..decoding.speculative import Decoding, Token
+from ..decoding.speculative import Token
 from ..model.cache import Cache, settle
 from ..model.qwen3_next import Model
 
 Prompted = PromptProcessingBatch.Response
 Generated = GenerationBatch.Response
 Responses = tuple[list[Prompted], list[Generated]]
-
-
-@dataclass(frozen=True)
-class KVQuantization:
-    """How keys and values are quantized: mlx-lm's options of these names."""
-
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 0
 
 
 class SpeculativeBatchGenerator(BatchGenerator):
@@ -64,12 +54,12 @@ class SpeculativeBatchGenerator(BatchGenerator):
         self,
         model: Model,
         depth: Depth,
-        quantization: KVQuantization = KVQuantization(),
+        quantization: KVQuantization = NOT_QUANTIZED,
         **options: Any,
     ):
-        telling: Any = _Telling(model)
-        self._alone: _Alone | None = None
-        super().__init__(telling, **options)
+        informing: Any = _InformingModel(model)
+        self._alone: _LoneSequence | None = None
+        super().__init__(informing, **options)
         self._lm, self.depth, self._quantization = model, depth, quantization
 
     def close(self) -> None:
@@ -88,8 +78,8 @@ class SpeculativeBatchGenerator(BatchGenerator):
         **named: Any,
     ) -> list[int]:
         """As mlx-lm's. A cache is advanced in place."""
-        with_drafts = [self._with_drafts(cache) for cache in caches or [None] * len(segments)]
-        return super().insert_segments(segments, max_tokens, with_drafts, *options, **named)
+        with_drafters = [self._with_drafters(cache) for cache in caches or [None] * len(segments)]
+        return super().insert_segments(segments, max_tokens, with_drafters, *options, **named)
 
     def extract_cache(self, uids: Sequence[int]) -> dict[int, tuple[Cache, list[int]]]:
         """The caches of sequences whose prompts are being processed, and the tokens in them.
@@ -97,17 +87,17 @@ class SpeculativeBatchGenerator(BatchGenerator):
         They may be those in use: to be read at once, not to be kept.
         """
         caches = super().extract_cache(uids)
-        if self._alone is not None and self._alone.sequence.uid in uids:
-            sequence = self._alone.sequence
-            caches[sequence.uid] = sequence.cache, sequence.tokens
-        return {uid: (_without_drafts(cache), tokens) for uid, (cache, tokens) in caches.items()}
+        alone = self._alone
+        if alone is not None and alone.entry.uid in uids:
+            caches[alone.entry.uid] = alone.entry.cache, alone.tokens
+        return {uid: (_without_drafters(cache), tokens) for uid, (cache, tokens) in caches.items()}
 
     def remove(
         self, uids: Sequence[int], return_prompt_caches: bool = False
     ) -> dict[int, tuple[Cache, list[int]]]:
-        """Ends sequences; their caches, if asked for, hold all tokens that were told."""
+        """Ends sequences; their caches, if asked for, hold all tokens that were reported."""
         alone = self._alone
-        if alone is not None and alone.sequence.uid in uids:
+        if alone is not None and alone.entry.uid in uids:
             alone.close()
         caches = super().remove(uids, return_prompt_caches)
         if alone is not None and alone.finished:
@@ -128,283 +118,273 @@ class SpeculativeBatchGenerator(BatchGenerator):
     @property
     def prompt_cache_nbytes(self) -> int:
         """Bytes of the live sequences' caches."""
-        alone = () if self._alone is None else self._alone.sequence.cache
+        alone = () if self._alone is None else self._alone.entry.cache
         return super().prompt_cache_nbytes + sum(c.nbytes for c in alone)
 
     def _next(self) -> Responses:
-        told: list[Generated] = []
+        reported: list[Generated] = []
         if self._alone is None:
             self._alone = self._take()
         elif self._unprocessed_sequences:
-            told = self._give_back()
+            reported = self._give_back()
         if self._alone is None:
             prompted, generated = super()._next()
             for response in generated:
                 if response.prompt_cache is not None:
-                    response.prompt_cache = _without_drafts(response.prompt_cache)
-            return prompted, told + generated
+                    response.prompt_cache = _without_drafters(response.prompt_cache)
+            return prompted, reported + generated
         responses = self._alone.next()
         if self._alone.finished:
             self._alone = None
         return responses
 
-    def _with_drafts(self, cache: Cache | None) -> Cache:
+    def _with_drafters(self, cache: Cache | None) -> Cache:
         layers = len(self._lm.layers)
         cache = self._lm.make_cache() if cache is None else cache
         drafter, head = None, cache[layers:]
         if self._lm.mtp is not None and not self.depth.idle:
             head = head or self._lm.mtp.make_cache()
             drafter = Speculation.of(self._lm).drafter(head)
-        return [*cache[:layers], _Drafts([_Row(drafter, head)])]
+        return [*cache[:layers], _Drafters([_DrafterRow(drafter, head)])]
 
-    # --- between the batch and the sequence that is alone --------------------------------------
-    def _take(self) -> _Alone | None:
+    # --- between the batch and the lone sequence -------------------------------------------------
+    def _take(self) -> _LoneSequence | None:
         """Takes the one live sequence out of the batch; None if there are more or none."""
         unprocessed, prompts = self._unprocessed_sequences, self._prompt_batch
-        live = len(unprocessed) + len(prompts) + len(self._generation_batch)
-        if live != 1:
+        generating, chosen = self._generation_batch, None
+        if len(unprocessed) + len(prompts) + len(generating) != 1:
             return None
-        if len(self._generation_batch):
-            sequence = self._out_of_generation(self._generation_batch)
+        if len(generating):
+            entry = _Entry.of(generating, [])
+            entry.matcher, entry.generated = generating._matchers[0], generating._num_tokens[0]
+            chosen = generating._next_tokens, generating._next_logprobs[0]
+            generating.filter([])
         elif len(prompts):
-            ((segments, done, total),) = self._currently_processing
-            sequence = _sequence_of(prompts, segments, done=done, total=total)
+            ((segments, processed, total),) = self._currently_processing
+            entry = _Entry.of(prompts, segments)
+            entry.processed, entry.total = processed, total
             prompts.filter([])
             self._currently_processing = []
         else:
             uid, segments, limit, cache, tokens, sampler, processors, stop = unprocessed.popleft()
-            sequence = _Sequence(
+            entry = _Entry(
                 uid, segments, limit, cache, tokens, sampler, processors, stop, stop.matcher()
             )
-        return _Alone(self._lm, sequence, self.depth, self.prefill_step_size, self._quantization)
-
-    def _out_of_generation(self, batch: GenerationBatch) -> _Sequence:
-        sequence = _sequence_of(batch, [])
-        sequence.matcher, sequence.told = batch._matchers[0], batch._num_tokens[0]
-        sequence.chosen = batch._next_tokens, batch._next_logprobs[0]
-        batch.filter([])
-        return sequence
+        return _LoneSequence(
+            self._lm, entry, self.depth, self.prefill_step_size, self._quantization, chosen
+        )
 
     def _give_back(self) -> list[Generated]:
-        """Moves the sequence into the batch; returns what it still had to tell."""
+        """Moves the lone sequence into the batch; returns what it still had to report."""
         assert self._alone is not None
-        told = self._alone.hand_over()
-        s, over = self._alone.sequence, self._alone.finished
-        self._alone = None
-        if over:
-            return told
-        if s.last is None:  # still at the prompt
-            options = s.sampler, s.processors, s.stop
+        alone, self._alone = self._alone, None
+        reported, entry = alone.leave(), alone.entry
+        if alone.finished:
+            return reported
+        if not alone.is_decoding:
+            options = entry.sampler, entry.processors, entry.stop
             self._unprocessed_sequences.appendleft(
-                (s.uid, s.segments, s.max_tokens, s.cache, s.tokens, *options)
+                (entry.uid, alone.segments, entry.max_tokens, entry.cache, alone.tokens, *options)
             )
-            return told
+            return reported
         batch = GenerationBatch(
             self.model,
-            [s.uid],
-            mx.array([s.last], mx.uint32),
-            [c.merge([c]) for c in s.cache],
-            [s.tokens],
-            [s.sampler],
+            [entry.uid],
+            mx.array([alone.last], mx.uint32),
+            [c.merge([c]) for c in entry.cache],
+            [alone.tokens],
+            [entry.sampler],
             self.sampler,
-            [s.processors],
-            [s.stop],
-            [s.max_tokens],
+            [entry.processors],
+            [entry.stop],
+            [entry.max_tokens],
         )
-        batch._num_tokens, batch._matchers = [s.told], [s.matcher]
+        batch._num_tokens, batch._matchers = [entry.generated], [entry.matcher]
         self._generation_batch.extend(batch)
-        return told
+        return reported
 
 
 @dataclass
-class _Sequence:
-    """What mlx-lm's batch knows of one sequence."""
+class _Entry:
+    """The parts of one sequence in mlx-lm's batch."""
 
     uid: int
-    segments: list[list[int]]  # what of the prompt is still to be fed; the last one is one token
+    segments: list[list[int]]  # of the prompt, still to be fed; the last one is one token
     max_tokens: int
-    cache: Cache  # an entry a layer, then _Drafts
+    cache: Cache  # an entry a layer, then _Drafters
     tokens: list[int]  # in the cache
     sampler: Sampler
     processors: list[LogitsProcessor]
     stop: StopSequences
     matcher: StopSequences.Matcher
-    done: int = 0  # prompt tokens fed…
+    processed: int = 0  # prompt tokens fed…
     total: int = 0  # …of so many
-    told: int = 0  # tokens generated
-    chosen: tuple[mx.array, mx.array] | None = None  # token [1] to tell next, its logprobs [vocab]
-    last: int | None = None  # the sequence's last token, while it decodes alone: not in `tokens`
+    generated: int = 0  # tokens
 
     def __post_init__(self) -> None:
         self.total = self.total or sum(len(segment) for segment in self.segments)
 
+    @classmethod
+    def of(
+        cls, batch: PromptProcessingBatch | GenerationBatch, segments: list[list[int]]
+    ) -> _Entry:
+        """The only sequence of a batch."""
+        (stop,) = batch.stop_sequences
+        assert batch.samplers and batch.logits_processors is not None
+        return cls(
+            batch.uids[0],
+            segments,
+            batch.max_tokens[0],
+            batch.extract_cache(0),
+            batch.tokens[0],
+            batch.samplers[0],
+            batch.logits_processors[0],
+            stop,
+            stop.matcher(),
+        )
 
-def _sequence_of(
-    batch: PromptProcessingBatch | GenerationBatch, segments: list[list[int]], **progress: Any
-) -> _Sequence:
-    """The only sequence of a batch."""
-    (stop,) = batch.stop_sequences
-    assert batch.samplers and batch.logits_processors is not None
-    return _Sequence(
-        batch.uids[0],
-        segments,
-        batch.max_tokens[0],
-        batch.extract_cache(0),
-        batch.tokens[0],
-        batch.samplers[0],
-        batch.logits_processors[0],
-        stop,
-        stop.matcher(),
-        **progress,
-    )
 
+class _LoneSequence(TokenSequence):
+    """The only live sequence: gives mlx-lm's responses, a prompt's chunk or a token at a time.
 
-class _Alone:
-    """The only live sequence: its prompt step by step, then its tokens one by one."""
+    Args:
+        entry: its parts in the batch.
+        chosen: the token ``[1]`` that the batch chose last, and its log-probabilities ``[vocab]``,
+            if it has begun to decode there.
+    """
 
     def __init__(
         self,
         model: Model,
-        sequence: _Sequence,
+        entry: _Entry,
         depth: Depth,
         step_size: int,
         quantization: KVQuantization,
+        chosen: tuple[mx.array, mx.array] | None = None,
     ):
-        self._model, self.sequence, self._depth = model, sequence, depth
-        self._step_size, self._quantization = step_size, quantization
-        *self._trunk, drafts = sequence.cache
-        self._drafter = drafts.rows[0].drafter
-        self._decoding: Decoding | None = None
-        self._tokens: Generator[Token] | None = None
+        segments, self._chosen = entry.segments, None
+        if chosen is not None:
+            token, logprobs = int(cast(int, chosen[0].item())), chosen[1]
+            segments, self._chosen = [[token]], Token(token, logprobs, False)
+        super().__init__(
+            model,
+            entry.cache,
+            entry.tokens,
+            segments,
+            depth=depth,
+            drafter=entry.cache[-1].rows[0].drafter,
+            step_size=step_size,
+            quantization=quantization,
+        )
+        self.entry, self._group = entry, model.group
+        self._steps: Generator[Token] | None = None
         self.finished = False
 
-    def next(self) -> Responses:
-        """A step of the prompt, or a token."""
-        s = self.sequence
-        if self._tokens is not None:
-            return [], [self._tell_next(next(self._tokens))]
-        if s.chosen is not None:
-            return [], [self._tell_chosen()]
-        if sum(len(segment) for segment in s.segments) > 1:
-            return [self._prompt_step()], []
-        ((s.last,),) = s.segments
-        self._start()
-        return [Prompted(s.uid, (s.total, s.total), True, True)], []
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its prompt is done with."""
+        return self._steps is not None
 
-    def hand_over(self) -> list[Generated]:
-        """Leaves the sequence fit for a batch; returns the tokens still to be told."""
-        told = []
-        if self.sequence.chosen is not None:
-            told.append(self._tell_chosen())
-        if self._decoding is not None and self._tokens is not None:
-            self._decoding.hand_over()
-            for token in self._tokens:
-                told.append(self._tell_next(token))
+    def next(self) -> Responses:
+        """Reads a chunk of the prompt, or generates a token."""
+        entry = self.entry
+        if self._steps is not None:
+            return [], [self._generated(next(self._steps))]
+        if self._chosen is not None:
+            return [], [self._report_chosen()]
+        if not self.is_reading:
+            self._start()
+            return [Prompted(entry.uid, (entry.total, entry.total), True, True)], []
+        before = len(self.tokens)
+        segment_ended = self.read()
+        entry.processed += len(self.tokens) - before
+        return [Prompted(entry.uid, (entry.processed, entry.total), segment_ended, False)], []
+
+    def leave(self) -> list[Generated]:
+        """Makes the sequence fit for a batch; returns the tokens still to be reported."""
+        reported = []
+        if self._chosen is not None:
+            reported.append(self._report_chosen())
+        if self._steps is not None and not self.finished:
+            self.hand_over()
+            for token in self._steps:
+                reported.append(self._generated(token))
                 if self.finished:
                     break
-        return told
+        return reported
 
     def close(self) -> None:
-        """Ends decoding; the cache then holds all tokens that were told."""
-        s = self.sequence
+        """Ends decoding; the cache then holds all tokens that were reported."""
         self.finished = True
-        if s.told == 0 or s.last is None:  # the cache holds what it should
+        if self.entry.generated == 0:  # the cache holds what it should
             return
-        if self._decoding is None or self._tokens is None:
+        if self._steps is None:
             self._start()
-        assert self._decoding is not None and self._tokens is not None
-        self._tokens.close()
-        self._decoding.feed()
-        s.tokens.append(s.last)
+        assert self._steps is not None
+        self._steps.close()
+        self.finish()
 
     def give_up(self) -> None:
-        """Ends decoding; the cache is nobody's any more."""
+        """Ends decoding without another forward; the cache is of no use any more."""
         self.finished = True
-        if self._decoding is not None and self._tokens is not None:
-            self._decoding.hand_over()  # nothing is to be fed
+        if self._steps is not None:
+            self.hand_over()
             with suppress(Exception):
-                self._tokens.close()
-
-    def _prompt_step(self) -> Prompted:
-        s = self.sequence
-        chunk = s.segments[0][: self._step_size]
-        prefill(self._model, self._trunk, mx.array(chunk, mx.uint32), self._drafter, self._quantize)
-        s.tokens += chunk
-        s.done += len(chunk)
-        s.segments[0] = s.segments[0][len(chunk) :]
-        if ended := not s.segments[0]:
-            s.segments.pop(0)
-        return Prompted(s.uid, (s.done, s.total), ended, False)
+                self._steps.close()
 
     def _start(self) -> None:
         """Begins to decode after ``last``."""
-        s = self.sequence
-        sampler, key, position = s.sampler, None, 0
-        if isinstance(s.sampler, SeededSampler):
-            sampler, key, position = s.sampler.sampler, s.sampler.key, s.sampler.position
-        tokens = mx.array([*s.tokens, s.last], mx.uint32)
-        self._decoding = Decoding(
-            self._model,
-            self._trunk,
-            tokens[-1:],
-            Chooser(sampler, s.processors, tokens, key, position, self._model.group),
-            self._depth,
-            self._drafter,
-            after_forward=self._quantize,
-        )
-        self._tokens = self._decoding.tokens(s.max_tokens - s.told)
+        entry = self.entry
+        tokens = mx.array([*self.tokens, self.last], mx.uint32)
+        if isinstance(entry.sampler, SeededSampler):
+            chooser = entry.sampler.chooser(entry.processors, tokens)
+        else:
+            chooser = Chooser(entry.sampler, entry.processors, tokens, group=self._group)
+        self._steps = self.generate(chooser, entry.max_tokens - entry.generated)
 
-    def _tell_chosen(self) -> Generated:
-        """Tells the token the batch has chosen, and goes on from it."""
-        s = self.sequence
-        assert s.chosen is not None
-        (token, logprobs), s.chosen = s.chosen, None
-        response = self._tell(Token(int(cast(int, token.item())), logprobs, False))
+    def _report_chosen(self) -> Generated:
+        """Reports the token that the batch has chosen, and goes on from it."""
+        assert self._chosen is not None
+        token, self._chosen = self._chosen, None
+        response = self._report(token)
         if not self.finished:
             self._start()
         return response
 
-    def _tell_next(self, token: Token) -> Generated:
-        if isinstance(self.sequence.sampler, SeededSampler):
-            self.sequence.sampler.position += 1
-        return self._tell(token)
+    def _generated(self, token: Token) -> Generated:
+        if isinstance(self.entry.sampler, SeededSampler):
+            self.entry.sampler.position += 1
+        return self._report(token)
 
-    def _tell(self, token: Token) -> Generated:
-        s = self.sequence
-        if s.last is not None:
-            s.tokens.append(s.last)
-        s.last = token.token
-        s.told += 1
-        reason = "length" if s.told >= s.max_tokens else None
-        if s.matcher.advance(token.token):
+    def _report(self, token: Token) -> Generated:
+        entry = self.entry
+        entry.generated += 1
+        reason = "length" if entry.generated >= entry.max_tokens else None
+        if entry.matcher.advance(token.token):
             reason = "stop"
-        response = Generated(s.uid, token.token, token.logprobs, reason, None, None)
+        response = Generated(entry.uid, token.token, token.logprobs, reason, None, None)
         if reason is not None:
             self.close()
-            response.prompt_cache, response.all_tokens = _without_drafts(s.cache), s.tokens
+            response.prompt_cache = _without_drafters(entry.cache)
+            response.all_tokens = self.tokens
         return response
-
-    def _quantize(self) -> None:
-        q = self._quantization
-        maybe_quantize_kv_cache(self._trunk, q.quantized_kv_start, q.kv_group_size, q.kv_bits)
-        self.sequence.cache[:-1] = self._trunk
 
 
 @dataclass
-class _Row:
+class _DrafterRow:
     """A sequence's drafter, and the cache it keeps up to date."""
 
     drafter: Drafter | None
     cache: Cache
 
 
-class _Drafts:
+class _Drafters:
     """The drafters of a batch's sequences, as one more entry of its cache.
 
     So mlx-lm moves them together with their sequences; see its caches for the methods.
     """
 
-    def __init__(self, rows: list[_Row]):
+    def __init__(self, rows: list[_DrafterRow]):
         self.rows = rows
         self._hidden: mx.array | None = None
         self._lengths: list[int] | None = None
@@ -432,21 +412,21 @@ class _Drafts:
         self._lengths = None
 
     @staticmethod
-    def merge(entries: Sequence[_Drafts]) -> _Drafts:
-        return _Drafts([row for entry in entries for row in entry.rows])
+    def merge(entries: Sequence[_Drafters]) -> _Drafters:
+        return _Drafters([row for entry in entries for row in entry.rows])
 
-    def extend(self, other: _Drafts) -> None:
+    def extend(self, other: _Drafters) -> None:
         self.rows = self.rows + other.rows
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         self.rows = [self.rows[i] for i in batch_indices]
 
-    def extract(self, idx: int) -> _Drafts:
-        return _Drafts([self.rows[idx]])
+    def extract(self, idx: int) -> _Drafters:
+        return _Drafters([self.rows[idx]])
 
-    def __deepcopy__(self, memo: Any) -> _Drafts:
+    def __deepcopy__(self, memo: Any) -> _Drafters:
         # mlx-lm copies a batch to divide it: a row goes on in one of the two.
-        return _Drafts(self.rows)
+        return _Drafters(self.rows)
 
     @property
     def state(self) -> list[mx.array]:
@@ -459,8 +439,8 @@ class _Drafts:
         return sum(c.nbytes for row in self.rows for c in row.cache)
 
 
-class _Telling:
-    """The model for mlx-lm's batch: what it computes is told to the drafters, its last entry."""
+class _InformingModel:
+    """The model for mlx-lm's batch: tells the drafters, the last entry, of the hidden states."""
 
     def __init__(self, model: Model):
         self._model = model
@@ -472,11 +452,11 @@ class _Telling:
         return self._model.logits(hidden)
 
 
-def _without_drafts(cache: Cache) -> Cache:
+def _without_drafters(cache: Cache) -> Cache:
     """One sequence's cache for others: settled, the head's own entry last if it is kept."""
     *trunk, drafts = cache
     settle(trunk)
     (row,) = drafts.rows
     if row.drafter is not None:
-        row.drafter.rest()
+        row.drafter.settle()
     return [*trunk, *row.cache]

@@ -43,13 +43,14 @@ from ..checkpoint.loading import default_dtype
 from ..decoding.detokenize import StopWords, TextDecoder
 from ..decoding.draft_depth import Depth
 from ..decoding.sampling import Sampling, SeededSampler, draw_key
+from ..decoding.sequence import KVQuantization
 from ..decoding.speculation import MTP, Speculation
 from ..decoding.validation import token_budget
 from ..errors import first_line
 from ..model import capacity
 from ..model.cache import Cache
 from ..prompt_cache.store import PromptCache
-from .batching import Generated, KVQuantization, Prompted, SpeculativeBatchGenerator
+from .batching import Generated, Prompted, SpeculativeBatchGenerator
 
 ATTEMPTS = 3  # times a sequence may be in a forward that fails
 IDLE = 0.1  # seconds between two looks at the queue when there is nothing to do

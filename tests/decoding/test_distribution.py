@@ -54,7 +54,7 @@ class ChainDrafter(Chain):
     def committed(self, tokens, hidden):
         pass
 
-    def rest(self):
+    def settle(self):
         pass
 
 

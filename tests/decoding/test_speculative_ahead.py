@@ -34,7 +34,7 @@ def following(case, ahead, came, depth=2):
     drafter.committed(tokens[30:end], hidden[:, 30:end])
     drafts = drafter.propose(tokens[end : end + 1], depth, greedy)
     drafter.committed(tokens[end : end + 2], hidden[:, end : end + 2])
-    drafter.rest()
+    drafter.settle()
     return [draft.item() for draft in drafts], drafter._entry
 
 

@@ -28,7 +28,7 @@ class Script:
         assert hidden.shape[:2] == (1, tokens.size)
         self.at += tokens.size
 
-    def rest(self):
+    def settle(self):
         pass
 
 

@@ -15,11 +15,11 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_qwen3next.decoding.draft_depth import FixedDepth
 from mlx_qwen3next.decoding.drafters.mtp import MTPDrafter
 from mlx_qwen3next.decoding.sampling import SeededSampler
+from mlx_qwen3next.decoding.sequence import KVQuantization
 from mlx_qwen3next.decoding.speculation import Speculation
 from mlx_qwen3next.model.cache import tokens_held
 from mlx_qwen3next.model.mtp_head import MTPHead
 from mlx_qwen3next.model.qwen3_next import Trunk
-from mlx_qwen3next.server.batching import KVQuantization
 
 N = 10  # tokens a sequence tells, unless it says something else
 
@@ -389,7 +389,7 @@ def test_closing_gives_up_what_is_live(monkeypatch):
     insert(sequences, 3)
     while not sequences.told[0]:
         sequences.step()
-    tokens = sequences.generator._alone._tokens
+    tokens = sequences.generator._alone._steps
     monkeypatch.setattr(Trunk, "__call__", None)  # nothing is to be computed any more
     sequences.generator.close()
     assert tokens.gi_frame is None

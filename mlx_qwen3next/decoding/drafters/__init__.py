@@ -24,5 +24,5 @@ class Drafter(Protocol):
     def committed(self, tokens: mx.array, hidden: mx.array) -> None:
         """The sequence grew by ``tokens`` ``[n]``; the trunk's states at them are ``[1, n, H]``."""
 
-    def rest(self) -> None:
+    def settle(self) -> None:
         """Decoding ended."""

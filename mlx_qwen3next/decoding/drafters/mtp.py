@@ -99,9 +99,9 @@ class MTPDrafter:
             self._wait((hidden[:, :-1], tokens[None, 1:]))
         self._entry.hidden, self._paired = hidden[:, -1:], False
         if sum(t.size for _, t in self._waiting) >= CATCH_UP:
-            self.rest()
+            self.settle()
 
-    def rest(self) -> None:
+    def settle(self) -> None:
         """Brings the cache up to date, for the next user of it."""
         self._ahead, self._ready = None, []
         if self._paired:  # with a token that did not come to stay

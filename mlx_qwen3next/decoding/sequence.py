@@ -1,0 +1,194 @@
+"""One sequence's life: it reads its prompt in chunks, then generates token by token.
+
+``generate_step`` runs one for a caller, the server one for a request that is alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx_lm.generate import maybe_quantize_kv_cache
+
+from ..model.cache import Cache, Undo
+from ..model.qwen3_next import Model
+from .draft_depth import Depth
+from .drafters import Drafter
+from .sampling import Chooser
+from .speculative import Decoding, Token, forward
+
+
+@dataclass(frozen=True)
+class KVQuantization:
+    """The quantization of keys and values, in mlx-lm's options of these names."""
+
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 0
+
+    def apply(self, trunk: Cache) -> None:
+        """Quantizes, in place, the entries that hold enough tokens by now."""
+        maybe_quantize_kv_cache(trunk, self.quantized_kv_start, self.kv_group_size, self.kv_bits)
+
+
+NOT_QUANTIZED = KVQuantization()
+
+
+def prefill(
+    model: Model,
+    trunk: Cache,
+    tokens: mx.array,
+    drafter: Drafter | None = None,
+    after_forward: Callable[[], None] = lambda: None,
+) -> None:
+    """Feeds tokens ``[n]`` of a prompt, or nothing of them if interrupted, and waits for them.
+
+    Args:
+        trunk: the cache's entries of the layers.
+        drafter: told of the tokens.
+        after_forward: called when the cache has grown.
+    """
+    with Undo(trunk):
+        hidden = forward(model, trunk, tokens)
+        after_forward()
+        # With a drafter hidden, too: the states that wait there must not refer to keys and values.
+        mx.eval([c.state for c in trunk], hidden if drafter else [])
+    if drafter is not None:
+        drafter.committed(tokens, hidden)
+    mx.clear_cache()
+
+
+class TokenSequence:
+    """A sequence of tokens, its cache, and its drafter.
+
+    Args:
+        model: computes it.
+        cache: one entry a layer, then any others; advanced in place. While the sequence lives it is
+            nobody else's to read.
+        held: the tokens that the cache holds already, as far as they are known.
+        segments: the prompt's tokens that are not in the cache. A chunk that is read ends at the
+            latest where its segment does. The last segment is one token, which decoding feeds.
+        depth: chooses how many tokens are drafted.
+        drafter: drafts them; None for none.
+        keep_drafter: whether the drafter is told of every token, for its next user.
+        step_size: prompt tokens read at a time.
+        quantization: of the trunk's keys and values.
+
+    Attributes:
+        tokens: those in the cache, as far as they are known.
+        last: the sequence's last token, which is in the cache after :meth:`finish` alone.
+        trunk: the cache's entries of the layers.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: Cache,
+        held: Iterable[int],
+        segments: Iterable[Sequence[int]],
+        *,
+        depth: Depth,
+        drafter: Drafter | None = None,
+        keep_drafter: bool = True,
+        step_size: int = 2048,
+        quantization: KVQuantization = NOT_QUANTIZED,
+    ):
+        self._model, self._cache, self.trunk = model, cache, cache[: len(model.layers)]
+        self._depth, self._drafter, self._keep_drafter = depth, drafter, keep_drafter
+        self._step_size, self._quantization = step_size, quantization
+        self.tokens = list(held)
+        *unread, (self.last,) = segments
+        self._unread = deque(list(segment) for segment in unread if len(segment))
+        self._decoding: Decoding | None = None
+        self._handed_over = False
+
+    # --- the prompt ------------------------------------------------------------------------------
+    @property
+    def segments(self) -> list[list[int]]:
+        """The prompt's tokens that are still to be read, the one that decoding feeds last."""
+        return [*self._unread, [self.last]]
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether there are prompt tokens to be read before decoding."""
+        return bool(self._unread)
+
+    def read(self) -> bool:
+        """Reads the next chunk of the prompt and waits for it; nothing of it if interrupted.
+
+        Returns:
+            Whether a segment ends with it.
+        """
+        chunk = self._unread[0][: self._step_size]
+        tokens = mx.array(chunk, mx.uint32)
+        prefill(self._model, self.trunk, tokens, self._drafter, self._quantize)
+        self.tokens += chunk
+        rest = self._unread[0][len(chunk) :]
+        if rest:
+            self._unread[0] = rest
+        else:
+            self._unread.popleft()
+        return not rest
+
+    # --- its continuation ------------------------------------------------------------------------
+    def generate(self, chooser: Chooser, count: int) -> Generator[Token]:
+        """Yields the next ``count`` tokens.
+
+        However it ends, the cache then holds every token yielded, the last one included, except
+        after :meth:`hand_over`.
+
+        Args:
+            chooser: chooses them; knows all tokens up to ``last``.
+        """
+        assert not self.is_reading
+        self._decoding = Decoding(
+            self._model,
+            self.trunk,
+            mx.array([self.last], mx.uint32),
+            chooser,
+            self._depth,
+            self._drafter,
+            self._keep_drafter,
+            self._quantize,
+        )
+        return self._generate(self._decoding.tokens(count))
+
+    def _generate(self, tokens: Generator[Token]) -> Generator[Token]:
+        try:
+            with closing(tokens):
+                for token in tokens:
+                    self.tokens.append(self.last)
+                    self.last = token.token
+                    yield token
+        finally:
+            if not self._handed_over:
+                self._close()
+
+    def hand_over(self) -> None:
+        """Ends :meth:`generate` soon: it yields what is chosen already.
+
+        Somebody else goes on from there, with ``last`` to feed.
+        """
+        self._handed_over = True
+        if self._decoding is not None:
+            self._decoding.hand_over()
+
+    def finish(self) -> None:
+        """Feeds ``last`` if :meth:`generate` has not: after :meth:`hand_over`, or if it never
+        began."""
+        if self._decoding is not None:
+            self._decoding.feed()
+        self._handed_over = False
+        self._close()
+
+    def _close(self) -> None:
+        if self._decoding is not None:
+            self._decoding = None
+            self.tokens.append(self.last)
+
+    def _quantize(self) -> None:
+        self._quantization.apply(self.trunk)
+        self._cache[: len(self.trunk)] = self.trunk
