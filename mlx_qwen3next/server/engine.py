@@ -50,7 +50,8 @@ from ..errors import first_line
 from ..model import capacity
 from ..model.cache import Cache
 from ..prompt_cache.store import PromptCache
-from .batching import Generated, Prompted, SpeculativeBatchGenerator
+from .batching import SpeculativeBatchGenerator
+from .lone_sequence import Generated, Prompted
 
 ATTEMPTS = 3  # times a sequence may be in a forward that fails
 IDLE = 0.1  # seconds between two looks at the queue when there is nothing to do

@@ -1,0 +1,188 @@
+"""The sequence that is alone: outside mlx-lm's batch, so that it decodes with drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationBatch, PromptProcessingBatch, StopSequences
+from mlx_lm.sample_utils import LogitsProcessor, Sampler
+
+from ..decoding.draft_depth import Depth
+from ..decoding.sampling import Chooser, SeededSampler
+from ..decoding.sequence import KVQuantization, TokenSequence
+from ..decoding.speculative import Token
+from ..model.cache import Cache
+from ..model.qwen3_next import Model
+from .batched_drafters import without_drafters
+
+Prompted = PromptProcessingBatch.Response
+Generated = GenerationBatch.Response
+Responses = tuple[list[Prompted], list[Generated]]
+
+
+@dataclass
+class Entry:
+    """The parts of one sequence in mlx-lm's batch."""
+
+    uid: int
+    segments: list[list[int]]  # of the prompt, still to be fed; the last one is one token
+    max_tokens: int
+    cache: Cache  # an entry a layer, then Drafters
+    tokens: list[int]  # in the cache
+    sampler: Sampler
+    processors: list[LogitsProcessor]
+    stop: StopSequences
+    matcher: StopSequences.Matcher
+    processed: int = 0  # prompt tokens fed…
+    total: int = 0  # …of so many
+    generated: int = 0  # tokens
+
+    def __post_init__(self) -> None:
+        self.total = self.total or sum(len(segment) for segment in self.segments)
+
+    @classmethod
+    def of(cls, batch: PromptProcessingBatch | GenerationBatch, segments: list[list[int]]) -> Entry:
+        """The only sequence of a batch."""
+        (stop,) = batch.stop_sequences
+        assert batch.samplers and batch.logits_processors is not None
+        return cls(
+            batch.uids[0],
+            segments,
+            batch.max_tokens[0],
+            batch.extract_cache(0),
+            batch.tokens[0],
+            batch.samplers[0],
+            batch.logits_processors[0],
+            stop,
+            stop.matcher(),
+        )
+
+
+class LoneSequence(TokenSequence):
+    """The only live sequence: gives mlx-lm's responses, a prompt's chunk or a token at a time.
+
+    Args:
+        entry: its parts in the batch.
+        chosen: the token ``[1]`` that the batch chose last, and its log-probabilities ``[vocab]``,
+            if it has begun to decode there.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        entry: Entry,
+        depth: Depth,
+        step_size: int,
+        quantization: KVQuantization,
+        chosen: tuple[mx.array, mx.array] | None = None,
+    ):
+        segments, self._chosen = entry.segments, None
+        if chosen is not None:
+            token, logprobs = int(cast(int, chosen[0].item())), chosen[1]
+            segments, self._chosen = [[token]], Token(token, logprobs, False)
+        super().__init__(
+            model,
+            entry.cache,
+            entry.tokens,
+            segments,
+            depth=depth,
+            drafter=entry.cache[-1].rows[0].drafter,
+            step_size=step_size,
+            quantization=quantization,
+        )
+        self.entry, self._group = entry, model.group
+        self._steps: Generator[Token] | None = None
+        self.finished = False
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its prompt is done with."""
+        return self._steps is not None
+
+    def next(self) -> Responses:
+        """Reads a chunk of the prompt, or generates a token."""
+        entry = self.entry
+        if self._steps is not None:
+            return [], [self._generated(next(self._steps))]
+        if self._chosen is not None:
+            return [], [self._report_chosen()]
+        if not self.is_reading:
+            self._start()
+            return [Prompted(entry.uid, (entry.total, entry.total), True, True)], []
+        before = len(self.tokens)
+        segment_ended = self.read()
+        entry.processed += len(self.tokens) - before
+        return [Prompted(entry.uid, (entry.processed, entry.total), segment_ended, False)], []
+
+    def leave(self) -> list[Generated]:
+        """Makes the sequence fit for a batch; returns the tokens still to be reported."""
+        reported = []
+        if self._chosen is not None:
+            reported.append(self._report_chosen())
+        if self._steps is not None and not self.finished:
+            self.hand_over()
+            for token in self._steps:
+                reported.append(self._generated(token))
+                if self.finished:
+                    break
+        return reported
+
+    def close(self) -> None:
+        """Ends decoding; the cache then holds all tokens that were reported."""
+        self.finished = True
+        if self.entry.generated == 0:  # the cache holds what it should
+            return
+        if self._steps is None:
+            self._start()
+        assert self._steps is not None
+        self._steps.close()
+        self.finish()
+
+    def give_up(self) -> None:
+        """Ends decoding without another forward; the cache is of no use any more."""
+        self.finished = True
+        if self._steps is not None:
+            self.hand_over()
+            with suppress(Exception):
+                self._steps.close()
+
+    def _start(self) -> None:
+        """Begins to decode after ``last``."""
+        entry = self.entry
+        tokens = mx.array([*self.tokens, self.last], mx.uint32)
+        if isinstance(entry.sampler, SeededSampler):
+            chooser = entry.sampler.chooser(entry.processors, tokens)
+        else:
+            chooser = Chooser(entry.sampler, entry.processors, tokens, group=self._group)
+        self._steps = self.generate(chooser, entry.max_tokens - entry.generated)
+
+    def _report_chosen(self) -> Generated:
+        """Reports the token that the batch has chosen, and goes on from it."""
+        assert self._chosen is not None
+        token, self._chosen = self._chosen, None
+        response = self._report(token)
+        if not self.finished:
+            self._start()
+        return response
+
+    def _generated(self, token: Token) -> Generated:
+        if isinstance(self.entry.sampler, SeededSampler):
+            self.entry.sampler.position += 1
+        return self._report(token)
+
+    def _report(self, token: Token) -> Generated:
+        entry = self.entry
+        entry.generated += 1
+        reason = "length" if entry.generated >= entry.max_tokens else None
+        if entry.matcher.advance(token.token):
+            reason = "stop"
+        response = Generated(entry.uid, token.token, token.logprobs, reason, None, None)
+        if reason is not None:
+            self.close()
+            response.prompt_cache = without_drafters(entry.cache)
+            response.all_tokens = self.tokens
+        return response
