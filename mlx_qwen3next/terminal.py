@@ -1,4 +1,4 @@
-"""What the command ``python -m mlx_qwen3next.generate`` does with its arguments."""
+"""Generates an answer on the terminal: the work of ``python -m mlx_qwen3next.generate``."""
 
 from __future__ import annotations
 
@@ -113,36 +113,39 @@ def _run(args: argparse.Namespace, group: Group) -> int:
             "No --model given: running the bundled demo model, which knows a little Python.",
             file=sys.stderr,
         )
-    told: list[int] = []
+    generated: list[int] = []
     try:
-        return _print(responses, told, progress, verbose=args.verbose)
+        return _print(responses, generated, progress, verbose=args.verbose)
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        # As Python's documentation advises: what it flushes at its end must not fail again.
+        # Python flushes stdout at its end, which must not fail again (its documentation says how).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         group.leave(128 + signal.SIGPIPE)
         return 128 + signal.SIGPIPE
     finally:
         responses.close()
         if file is not None and isinstance(cache, PromptCache):
-            cache.export([*prompt, *told], file)
+            cache.export([*prompt, *generated], file)
 
 
 def _print(
     responses: Iterator[GenerationResponse],
-    told: list[int],
+    generated: list[int],
     progress: _PromptProgress,
     *,
     verbose: bool,
 ) -> int:
-    """Streams the text, whose tokens go to ``told``; with ``verbose`` between rules, the statistics
-    after it."""
+    """Prints the text as it comes, between rules and with statistics if ``verbose``.
+
+    Args:
+        generated: takes the tokens.
+    """
     last: GenerationResponse | None = None
     status = 0
     if verbose:
         print("=" * 10)
     try:
         for last in responses:
-            told.append(last.token)
+            generated.append(last.token)
             print(last.text, end="", flush=True)
     except KeyboardInterrupt:
         progress.close()
@@ -254,7 +257,7 @@ def _load_cache(file: Path) -> tuple[Cache, dict[str, str]]:
 
 
 def _prompt_cache(file: Path, args: argparse.Namespace, tokenizer: TokenizerWrapper) -> PromptCache:
-    """What is kept in a file of ours, which need not be there yet."""
+    """The prompt cache of a file of ours, which need not exist yet."""
     if not file.parent.is_dir():
         raise ValueError(f"--prompt-cache-file {file}: there is no such directory")
     options: dict[str, Any] = {

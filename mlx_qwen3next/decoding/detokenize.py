@@ -15,14 +15,14 @@ class TextDecoder:
         self._pending: list[int] = []  # tokens that end within a character
 
     def add(self, token: int, finish_reason: str | None = None) -> str:
-        """The text that one more token gives; a stop token has none.
+        """Returns the text that one more token completes; a stop token has none.
 
         Args:
             finish_reason: mlx-lm's, if the token is the last.
         """
         if finish_reason != "stop":
             self._pending.append(token)
-        # Not mlx-lm's detokenizer, which drops a leading space and garbles NUL bytes.
+        # mlx-lm's detokenizer drops a leading space and garbles NUL bytes.
         text = self._tokenizer.decode(self._pending)
         if finish_reason is None and text.endswith("\ufffd"):
             return ""
@@ -31,14 +31,14 @@ class TextDecoder:
 
 
 class StopWords:
-    """Holds back a text's end as long as it may be the beginning of a stop word."""
+    """Holds back the end of a text while it may be the beginning of a stop word."""
 
     def __init__(self, words: Sequence[str]):
         self._words = words
         self._held = ""
 
     def add(self, text: str, finish_reason: str | None = None) -> tuple[str, bool]:
-        """What of the text so far can be told now, and whether a stop word has ended it.
+        """Returns the text that is certain by now, and whether a stop word has ended it.
 
         Args:
             finish_reason: of the text, if it ends here anyway.

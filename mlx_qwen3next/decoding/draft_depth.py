@@ -1,11 +1,11 @@
-"""How deep to draft: chosen from measured time and acceptance, depth 0 included.
+"""Choosing how many tokens to draft, from measured time and acceptance; none is a choice too.
 
 A round of depth k takes T(k) seconds and gives 1 + a_1 + a_1 a_2 + … + a_1…a_k tokens, with a_j the
 share of drafts at depth j that are right, given that those before were. The best depth has the
 most tokens a second. Acceptance fades towards an optimistic guess, so that a depth given up is
 tried again when the text may have changed; times, which change little, are measured again rarely.
-Where verifying one draft takes longer than two plain steps, no acceptance could make up for it,
-and nothing is drafted for a long while.
+Where verifying one draft takes longer than two plain steps, no acceptance can make up for it, so
+nothing is drafted for a long while.
 """
 
 from __future__ import annotations
@@ -34,14 +34,19 @@ class Depth(Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing will be drafted for long, so that nothing need be prepared for it."""
+        """Whether nothing will be drafted for a long while, so that nothing need be prepared."""
 
     def choose(self, room: int) -> int:
         """The next round's depth, 0 to 8 and at most ``room``, which may be 0."""
 
     def record(self, depth: int, accepted: int, seconds: float | None) -> None:
-        """A round of that depth ended; seconds are None where they tell nothing: for the first
-        plain step after a round, and the first round after plain steps."""
+        """Takes account of a round of that depth.
+
+        Args:
+            accepted: drafts that were right.
+            seconds: that the round took; None where they say nothing, as for the first plain step
+                after a round and the first round after plain steps.
+        """
 
 
 class FixedDepth:
@@ -59,10 +64,10 @@ class FixedDepth:
 
 
 class DecidedDepth:
-    """A depth that one of several processes, which time their rounds each for itself, decides.
+    """A depth that one of several processes decides for all, although each measures its own time.
 
     Args:
-        decide: takes what is decided, and this process's choice; returns the choice of all.
+        decide: takes the name of the decision and this process's choice; returns the choice of all.
     """
 
     def __init__(self, depth: Depth, decide: Callable[[str, Any], Any]):
@@ -78,7 +83,7 @@ class DecidedDepth:
 
 
 class Promise(NamedTuple):
-    """What a round of one depth promises."""
+    """The expected result of a round of one depth."""
 
     seconds: float  # of the round
     tokens: float  # that it gives, on average
@@ -146,7 +151,7 @@ class MeasuredDepth:
         self._warm[depth] = True
 
     def explain(self) -> list[Promise]:
-        """What each depth promises, from 0 to one beyond the deepest that was timed.
+        """The promise of each depth, from 0 to one beyond the deepest that was timed.
 
         Empty as long as no plain step was timed.
         """

@@ -1,10 +1,10 @@
 """Choosing tokens: the options and mlx-lm's transforms for them, position by position.
 
-The random numbers that choose a token belong to its position in the sequence. Whoever chooses
-there, plain decoding, a draft or the draft's verification, draws with the same ones. So a draft
-is right exactly if it is the token that plain decoding would have chosen: speculation changes no
-token at any temperature, and the distribution is that of the sampler by construction. Drafts
-agree often because alike distributions choose alike from the same numbers (the Gumbel-max
+The random numbers that choose a token belong to its position in the sequence. Plain decoding, a
+draft and the draft's verification all draw with the same numbers there. So a draft is right
+exactly if it is the token that plain decoding would have chosen: speculation changes no token at
+any temperature, and the distribution is the sampler's by construction. Drafts agree often because
+similar distributions choose alike from the same numbers (the Gumbel-max
 coupling: Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative
 Decoding"; NOTES.md compares it with accepting by min(1, p/q)).
 """
@@ -28,7 +28,7 @@ from mlx_lm.sample_utils import (
 
 from ..group.processes import ALONE, Group
 
-# Logits [1, vocab] and the drafts [1] before to a draft [1], by the same rules as the tokens.
+# Takes logits [1, vocab] and the drafts [1] before; gives a draft [1], by the rules of the tokens.
 Choose = Callable[[mx.array, list[mx.array]], mx.array]
 
 # The least and largest value of each option that is a number; penalties may also be None.
@@ -54,7 +54,8 @@ _LEAST = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Names, defaults and meaning are mlx-lm's; ``temp`` 0 is greedy.
+    """The rules by which a token is drawn. Names, defaults and meaning are mlx-lm's; ``temp`` 0 is
+    greedy.
 
     Raises:
         ValueError: an option is out of its range; the message names it.
@@ -143,9 +144,9 @@ class Chooser:
         processors: mlx-lm's: ``(tokens [n], logits [1, vocab])`` to logits; they see the prompt and
             what was chosen after it, drafts included.
         prompt: the tokens ``[n]`` uint32 before the first choice.
-        key: with a position, what its random numbers are drawn from; None draws one.
+        key: seeds the random numbers, together with a position; None draws one.
         position: how many tokens were chosen with that key before.
-        group: whose rank 0 chooses for all.
+        group: the processes that run the model; rank 0 chooses for all.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class Chooser:
 
         Args:
             logits: ``[1, vocab]``.
-            after: tokens ``[1]`` that come between what was :meth:`extend`-ed and the choice.
+            after: tokens ``[1]`` between the last that was given to :meth:`extend` and the choice.
         """
         token, logprobs = self._choose(logits, after)
         return self._group.agree(token), logprobs
@@ -185,8 +186,14 @@ class Chooser:
         return self._sampler(logprobs), logprobs
 
     def choose_all(self, logits: mx.array, drafts: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
-        """What follows each prefix of n drafts ``[1]``: tokens ``[n + 1]``, and log-probabilities
-        ``[n + 1, vocab]``, from logits ``[n + 1, vocab]``."""
+        """The choice after each prefix of n drafts ``[1]``.
+
+        Args:
+            logits: ``[n + 1, vocab]``.
+
+        Returns:
+            Tokens ``[n + 1]``, and log-probabilities ``[n + 1, vocab]``.
+        """
         if self._greedy:
             return self.choose(logits)
         rows = [self._choose(logits[i : i + 1], drafts[:i]) for i in range(len(drafts) + 1)]
@@ -209,7 +216,7 @@ class Chooser:
 
 
 class SeededSampler:
-    """A sampler that draws, call after call, what a :class:`Chooser` with its key draws.
+    """A sampler that draws, call after call, the tokens that a :class:`Chooser` with its key draws.
 
     Args:
         key, position, group: the chooser's.

@@ -41,7 +41,7 @@ class Token:
 
 
 class Acceptance:
-    """What became of the drafts, from the tokens as they come."""
+    """Counts right and wrong drafts, from the tokens as they come."""
 
     def __init__(self) -> None:
         self.rounds = 0  # passes of the trunk, plain steps included

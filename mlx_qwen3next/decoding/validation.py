@@ -1,6 +1,6 @@
-"""What generation can be given: prompts, caches, lengths; all is refused that makes no sense.
+"""Checks of generation's arguments: prompts, caches, lengths.
 
-Raises ValueErrors that say what came and what to do.
+All raise a ValueError that says what came and what to do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KV_GROUP_SIZES = (32, 64, 128)
 def check_kv_quantization(
     head_dim: int, kv_bits: int | None, kv_group_size: int, quantized_kv_start: int
 ) -> None:
-    """Checks how keys and values are to be quantized, if they are.
+    """Checks the quantization of keys and values.
 
     Raises:
         ValueError: MLX or the model cannot do that.
@@ -78,7 +78,7 @@ def check_prompt(prompt: mx.array | Sequence[int], model: Model) -> mx.array:
 
 
 def held_by(model: Model, cache: Cache) -> int:
-    """How many tokens a cache holds; not all ranks of a pipeline have a layer that knows."""
+    """The number of tokens in a cache; in a pipeline some ranks have no layer that knows it."""
     return max(model.group.gather("held", tokens_held(cache)))
 
 
@@ -143,7 +143,15 @@ def _fits_head(entry: Any, c: Config) -> bool:
 
 
 def token_budget(model: Model, positions: int, max_tokens: int) -> int:
-    """How many tokens to generate after ``positions`` of prompt and cache."""
+    """The number of tokens to generate after ``positions`` of prompt and cache.
+
+    Args:
+        max_tokens: the most that are asked for; -1 for as many as the context takes.
+
+    Raises:
+        ContextLengthError: the prompt is longer than the context.
+        ValueError: ``max_tokens`` is no number of tokens.
+    """
     limit = model.args.max_position_embeddings
     check_max_tokens(max_tokens)
     if positions > limit:

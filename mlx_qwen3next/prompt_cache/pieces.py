@@ -1,4 +1,4 @@
-"""What the model made of a piece of text, apart from the cache it came from.
+"""A piece of text with the model's keys, values and states for it, apart from any cache.
 
 A :class:`Piece` is some tokens, their keys and values, and perhaps a *checkpoint*: the states of
 the linear layers after them. :func:`take_apart` makes one of a cache, :func:`assemble` a cache of
@@ -52,7 +52,7 @@ class Stored:
 
 @dataclass
 class Piece:
-    """Consecutive tokens of a text, and what the model made of them.
+    """Consecutive tokens of a text, with the model's arrays for them.
 
     The MTP head's position i belongs to tokens i and i + 1, hence to the piece of the latter: the
     piece that begins a text has one position less than tokens.
@@ -100,13 +100,13 @@ class Piece:
         )
 
     def own(self) -> None:
-        """Replaces views of larger arrays by copies, and evaluates what is in memory."""
+        """Replaces views of larger arrays by copies, and evaluates the arrays in memory."""
         for arrays in self.parts.values():
             arrays |= {k: mx.contiguous(x) for k, x in arrays.items() if isinstance(x, mx.array)}
             mx.eval([x for x in arrays.values() if isinstance(x, mx.array)])
 
     def read(self) -> None:
-        """Reads what is still in a file.
+        """Reads the arrays that are still in a file.
 
         Raises:
             ValueError: the file cannot be read, or is damaged.
@@ -145,7 +145,7 @@ def read(arrays: Arrays) -> None:
 
 # --- between a cache's entries and a piece's arrays ----------------------------------------------
 def take_apart(tokens: np.ndarray, cache: Cache) -> Piece:
-    """What a cache holds of its tokens, as views.
+    """Makes a piece of a cache's arrays, as views.
 
     Args:
         tokens: ids ``[L]`` uint32.
@@ -232,7 +232,7 @@ def _quantized(piece: Piece, quantization: Quantization | None) -> Arrays:
 
 
 def checksum(described: str, array: mx.array) -> int:
-    """Of an array (contiguous), which is evaluated for it, and of what is said about it."""
+    """The checksum of an array (contiguous), which is evaluated for it, and of its description."""
     return zlib.crc32(data(array), zlib.crc32(described.encode()))
 
 

@@ -1,14 +1,14 @@
-"""What the model made of earlier prompts, for those that begin alike.
+"""Checkpoints of earlier texts, for prompts that begin alike.
 
-Linear layers keep a state that cannot be trimmed, so a text can be gone on with only where a
-*checkpoint* was kept: the states at a position, beside the keys and values of all before it. Of
-the 80B model a checkpoint's states are 77 MB, keys and values 24.5 KB a token; the latter must
-therefore be kept once, however many checkpoints and texts share them. Hence a radix tree: a node
-is a piece of text, its path from the root all that comes before, its checkpoint that at its end.
+The state of a linear layer cannot be trimmed, so a text can be continued only from a *checkpoint*:
+the states at a position, with the keys and values of all tokens before it. For the 80B model a
+checkpoint's states take 77 MB, keys and values 24.5 KB a token. Keys and values are therefore kept
+once, however many checkpoints and texts share them, in a radix tree: a node is a piece of text, the
+path from the root to it is the text before, and its checkpoint belongs to its end.
 
-What is dropped first follows GreedyDual-Size (Cao and Irani, "Cost-Aware WWW Proxy Caching
-Algorithms", 1997): the checkpoint that saves least work for its memory, counted from a clock that
-what is dropped moves on, so that nothing stays for what it was once worth.
+GreedyDual-Size (Cao and Irani, "Cost-Aware WWW Proxy Caching Algorithms", 1997) decides what is
+dropped first: the checkpoint that saves least work for its memory. Each drop moves a clock on from
+which worth is counted, so that nothing stays for its worth long ago.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class PromptCache:
     """Checkpoints of texts, in memory and, if wanted, on disk as well. For one thread at a time.
 
     Args:
-        max_bytes: what it may hold, files included that have not been read yet; an attribute.
+        max_bytes: the most it may hold, files that have not been read yet included; an attribute.
         max_sequences: how many texts that are no beginning of another; None for any number.
-        tokenizer: what knows how turns begin, for :meth:`places`.
-        directory: where to keep it, in a subdirectory that is called ``fingerprint``. What is there
-            is taken over; what is damaged or does not belong there is removed with a warning. It is
-            locked as long as this is referred to; if another process has it, or it cannot be
-            locked, there is a warning, and all is kept in memory alone.
+        tokenizer: knows how turns begin, for :meth:`places`.
+        directory: keeps it on disk, in a subdirectory named ``fingerprint``. Files there are taken
+            over; damaged and foreign ones are removed with a warning. The directory is locked as
+            long as this object lives; if it cannot be locked, there is a warning, and everything is
+            kept in memory alone.
         fingerprint: of the model and its options, see
             :func:`mlx_qwen3next.prompt_cache.files.fingerprint`.
         group: of processes that each keep their part of the same texts; rank 0 decides what is
@@ -88,24 +88,24 @@ class PromptCache:
 
     @property
     def nbytes(self) -> int:
-        """Size of what is held, in bytes, whether it has been read from its files or not."""
+        """Bytes that are held, whether they have been read from their files or not."""
         return self._nbytes
 
     def __len__(self) -> int:
-        """How many checkpoints there are."""
+        """The number of checkpoints."""
         return len(self._used)
 
     # --- looking up ------------------------------------------------------------------------------
     def fetch(self, tokens: Tokens) -> tuple[Cache | None, int]:
-        """The longest known beginning of a prompt that leaves at least one token to process.
+        """Finds the longest known beginning of a prompt that leaves at least one token to process.
 
         Args:
             tokens: ids ``[L]``.
 
         Returns:
             A cache as ``model.make_cache()`` makes it, plus the MTP head's entry if that is known,
-            and how many tokens it holds; (None, 0) if no beginning is known. It is the caller's:
-            whatever becomes of it, nothing changes here.
+            and how many tokens it holds; (None, 0) if no beginning is known. The cache is the
+            caller's to change.
         """
         return self._undamaged(lambda: self._fetch(_ids(tokens)[:-1]))
 
@@ -134,7 +134,7 @@ class PromptCache:
 
     # --- keeping ---------------------------------------------------------------------------------
     def places(self, tokens: Tokens, held: int = 0) -> list[int]:
-        """Where checkpoints of a prompt belong, for others that begin alike.
+        """The positions of a prompt where checkpoints belong, for other prompts that begin alike.
 
         At the beginnings of turns, now and then where there are none, and at the end: before the
         last token, or before the reasoning that the prompt opens, which templates leave out once
@@ -214,7 +214,7 @@ class PromptCache:
         return above
 
     def _merge(self, node: Node, piece: Piece) -> None:
-        """Adds to a node what a piece that holds its text as well has beyond it."""
+        """Adds to a node the arrays that a piece of the same text has and it lacks."""
         known = node.piece
         head = piece.head and not known.head
         plain = known.quantization and not piece.quantization
@@ -234,7 +234,7 @@ class PromptCache:
         self._weigh(node)
 
     def _weigh(self, node: Node) -> None:
-        """Notes the sizes of what a node holds, which has changed."""
+        """Updates the sizes of a node, which has changed."""
         before, node.nbytes = node.nbytes, node.piece.nbytes
         node.states = size(node.piece.checkpoint)
         self._nbytes += node.nbytes - before
@@ -245,13 +245,13 @@ class PromptCache:
 
     # --- dropping --------------------------------------------------------------------------------
     def trim(self, max_bytes: int) -> None:
-        """Drops what is worth least until what is held takes no more than ``max_bytes``."""
+        """Drops the least worthy checkpoints until no more than ``max_bytes`` are held."""
         while least := self._agreed(self._least(max_bytes)):
             self._clock = max(self._clock, self._best(least))
             self._discard(least)
 
     def _least(self, max_bytes: int) -> list[Node]:
-        """What is to be dropped next; nothing if the rest may stay."""
+        """The nodes to be dropped next; none if all may stay."""
         leaves = [node for node in self._used if not node.children]
         if self._used and self.nbytes > max_bytes:
             return [min(self._used, key=self._worth)]
@@ -260,7 +260,7 @@ class PromptCache:
         return []
 
     def _agreed(self, nodes: list[Node]) -> list[Node]:
-        """The nodes that rank 0 names: of a pipeline's ranks not all hold as much of a text."""
+        """The nodes that rank 0 names: a pipeline's ranks do not hold equally much of a text."""
         if self._group.size == 1:
             return nodes
         named = {node.name: node for node in tree(self._root)}
@@ -272,9 +272,9 @@ class PromptCache:
         self._discard(reversed([*tree(self._root)]))
 
     def _worth(self, node: Node) -> float:
-        """The tokens a byte that would have to be processed again, from the clock at its last use.
+        """The tokens a byte that it saves, counted from the clock at its last use.
 
-        A checkpoint that others follow takes its states alone: they need the keys and values.
+        A checkpoint that others follow counts its states alone: they need its keys and values.
         """
         above = node.parent
         while above is not self._root and above not in self._used:
@@ -313,7 +313,7 @@ class PromptCache:
             node = node.parent
 
     def _undamaged(self, action: Callable[[], T]) -> T:
-        """What the action returns once it meets no damaged node: those go, with what follows."""
+        """Returns the action's result; damaged nodes that it meets are dropped, with their children."""
         while True:
             try:
                 return action()
@@ -332,7 +332,7 @@ class PromptCache:
     def _save_next(self) -> bool:
         if self._folder is None:
             return False
-        # Those above come first, so that what is there can always be reached.
+        # Parents come first, so that every file can be reached.
         node = next((node for node in tree(self._root) if not node.saved), None)
         if node is None:
             return False
@@ -341,12 +341,12 @@ class PromptCache:
         return node.saved
 
     def save(self) -> None:
-        """Writes all that is not on disk yet, unless that fails."""
+        """Writes everything that is not on disk yet, unless that fails."""
         while self.save_next():
             pass
 
     def _restore(self, folder: Folder) -> None:
-        """Takes over what is on disk; what ends a text without a checkpoint is of no use."""
+        """Takes over the files on disk; a text's end without a checkpoint is removed."""
         found = folder.read()
         below: dict[str, list[str]] = {}
         for name, (parent_name, _) in found.items():
@@ -395,7 +395,7 @@ class PromptCache:
     def load(
         cls, file: Path, *, max_bytes: int, tokenizer: Any = None, fingerprint: str = ""
     ) -> PromptCache:
-        """A cache, in memory alone, of what :meth:`export` wrote.
+        """Reads a cache, for memory alone, from a file that :meth:`export` wrote.
 
         Args:
             max_bytes, tokenizer, fingerprint: as for a new one.

@@ -24,7 +24,7 @@ class DrafterRow:
 class Drafters:
     """The drafters of a batch's sequences, as one more entry of its cache.
 
-    So mlx-lm moves them together with their sequences; see its caches for the methods.
+    mlx-lm then moves them together with their sequences; the methods are those of its caches.
     """
 
     def __init__(self, rows: list[DrafterRow]):
@@ -73,7 +73,7 @@ class Drafters:
 
     @property
     def state(self) -> list[mx.array]:
-        """What is to be evaluated: what waits in a drafter must not refer to keys and values."""
+        """The arrays to evaluate: the waiting ones of drafters must not refer to keys and values."""
         arrays = [x for row in self.rows for c in row.cache for x in c.state]
         return [x for x in (*arrays, self._hidden) if isinstance(x, mx.array)]
 

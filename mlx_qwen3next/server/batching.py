@@ -30,8 +30,7 @@ from .lone_sequence import Entry, Generated, LoneSequence, Responses
 class SpeculativeBatchGenerator(BatchGenerator):
     """mlx-lm's BatchGenerator; a sequence that is alone decodes with drafts.
 
-    Caches given to and by it are a list of the model's entries, one a layer, then the MTP head's
-    if it is kept.
+    A cache, taken or given, is a list with an entry a layer, then the MTP head's if it is kept.
 
     Args:
         depth: chooses how many tokens are drafted.
@@ -53,7 +52,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         self._lm, self.depth, self._quantization = model, depth, quantization
 
     def close(self) -> None:
-        """As mlx-lm's. What is live is given up, by this thread and not by the collector's."""
+        """Closes as mlx-lm's does. This thread gives up the live sequence, not the collector's."""
         alone, self._alone = self._alone, None
         if alone is not None:
             alone.give_up()
@@ -67,14 +66,14 @@ class SpeculativeBatchGenerator(BatchGenerator):
         *options: Any,
         **named: Any,
     ) -> list[int]:
-        """As mlx-lm's. A cache is advanced in place."""
+        """Inserts as mlx-lm's does; a given cache is advanced in place."""
         with_drafters = [self._with_drafters(cache) for cache in caches or [None] * len(segments)]
         return super().insert_segments(segments, max_tokens, with_drafters, *options, **named)
 
     def extract_cache(self, uids: Sequence[int]) -> dict[int, tuple[Cache, list[int]]]:
         """The caches of sequences whose prompts are being processed, and the tokens in them.
 
-        They may be those in use: to be read at once, not to be kept.
+        They may be in use, so they are to be read at once and not kept.
         """
         caches = super().extract_cache(uids)
         alone = self._alone

@@ -39,7 +39,7 @@ class MTPDrafter:
         # Whether the last hidden state, too, waits or is in the cache, with the token proposed to.
         self._paired = False
         self._ready: list[mx.array] = []  # drafts to propose next
-        # If so many tokens are committed, all is as it stands there.
+        # The number of committed tokens that was expected, and the state that belongs to it.
         self._ahead: tuple[int, dict[str, Any]] | None = None
 
     def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
@@ -75,7 +75,7 @@ class MTPDrafter:
     ) -> None:
         """Prepares for ``committed(tokens, hidden)`` and ``propose(token, depth, choose)``.
 
-        What they do is built while the device is busy, and used if just that comes to pass.
+        Their work is built while the device is busy, and used if exactly these calls come.
         """
         before = self._state()
         try:
