@@ -38,7 +38,7 @@ def imports(known):
             if isinstance(node, ast.ImportFrom):
                 base = resolve_name("." * node.level + (node.module or ""), package)
                 for full in (f"{base}.{alias.name}" for alias in node.names):
-                    found = [full, base, f"{base}.__init__"]
+                    found = [full, base]
                     found = [m.removeprefix("mlx_qwen3next.") for m in found]
                     yield from ((name, m) for m in found if m in known and m != name)
 
