@@ -57,7 +57,7 @@ def test_there_is_no_circle():
     for a, b in imports(modules()):
         if {a, b} != {"generate", "terminal"} and not a.endswith("__init__"):
             graph.setdefault(a, set()).add(b)
-    assert len([*TopologicalSorter(graph).static_order()]) > 80  # raises CycleError
+    assert len([*TopologicalSorter(graph).static_order()]) > 60  # raises CycleError
 
 
 def test_the_top_is_small_and_no_file_is_long():
