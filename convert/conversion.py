@@ -10,10 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.storage.replacing import PARTIAL
 
 from . import attaching, package, report, weights
 from .plan import DTYPES, Plan, make_plan
-from .progress import FILE, PARTIAL, STREAMED, Progress
+from .progress import FILE, STREAMED, Progress
 from .quantize import DEFAULTS, HEAD_BITS, Predicate, base_quantization
 from .repository import Repository, open_source
 from .verify import verify as compare

@@ -14,9 +14,9 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from mlx_qwen3next.checkpoint import files as shards
 from mlx_qwen3next.checkpoint.loading import hub_errors
 from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.storage.replacing import write_text
 
 from .plan import Plan
-from .progress import write_whole
 from .source import SMALL_FILES, Source
 from .weights import File
 
@@ -50,7 +50,7 @@ def _write_config(folder: Path, plan: Plan) -> None:
     if plan.base is not None:
         exceptions = {path: q for path, q in sorted(plan.recipe.items()) if q != plan.base}
         raw["quantization"] = raw["quantization_config"] = {**plan.base, **exceptions}
-    write_whole(folder / "config.json", json.dumps(dict(sorted(raw.items())), indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(dict(sorted(raw.items())), indent=2) + "\n")
 
 
 def _interval(config: Config) -> int | None:
@@ -70,7 +70,7 @@ def _write_index(folder: Path, trunk: Sequence[File]) -> None:
         "total_parameters": sum(math.prod(p.shape) for p in parameters.values()),
     }
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    write_whole(folder / shards.INDEX, json.dumps(index, indent=2) + "\n")
+    write_text(folder / shards.INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _copy_small_files(folder: Path, source: Source) -> None:
@@ -102,7 +102,7 @@ def _write_card(folder: Path, plan: Plan, title: str) -> None:
         bits=f"{plan.bits_per_weight:.3f}",
         head=head,
     )
-    write_whole(folder / CARD, f"---\n{data.to_yaml()}\n---\n{text}")
+    write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n{text}")
 
 
 _CARD = """

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mlx_qwen3next.storage.replacing import PARTIAL, write_text
+
 FILE = "progress.json"
-PARTIAL = ".partial"  # ends the names of what is not whole yet
 STREAMED = "source"  # the folder of weight files that are kept only as long as they are needed
 
 
@@ -74,7 +75,7 @@ class Progress:
     def record(self, done: int) -> None:
         """Says on disk that so many pieces are done."""
         self.done = done
-        write_whole(self._file, json.dumps({"task": self._task, "done": done}) + "\n")
+        write_text(self._file, json.dumps({"task": self._task, "done": done}) + "\n")
 
     def __enter__(self) -> Progress:
         return self
@@ -86,13 +87,3 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         os.close(self._lock)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file beside and renames it, so that it is there whole or not at all."""
-    partial = file.with_name(file.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)

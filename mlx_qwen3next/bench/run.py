@@ -18,6 +18,7 @@ from ..checkpoint.loading import detect_layout, resolve
 from ..cli import division
 from ..model import capacity, layouts
 from ..model.config import Config
+from ..storage.replacing import write_text
 from . import machine, plots, prompts, report, shapes
 from .measure import Plan, measure
 from .sides import Kinds, Side, rank, sides_of
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
             "medians": figures,
             "samples": raw,
         }
-        write_json(args.json, content)
+        write_text(args.json, json.dumps(content, indent=1, default=str))
     if args.plots is not None:
         plots.draw(args.plots, figures, raw.get("growth", []))
 
@@ -205,10 +206,3 @@ def _lines(
         f"prompts: {model['prompts']}; greedy, {plan.tokens} tokens; medians of {turns}",
     ]
     return [*machine.heading(where), *about, *report.lines(plan, figures, moved, model)]
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes beside the file's place, then renames it there."""
-    beside = file.with_name(f"{file.name}.partial")
-    beside.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-    beside.replace(file)

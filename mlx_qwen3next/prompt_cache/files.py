@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import uuid
 import weakref
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import IO
 import numpy as np
 
 from ..checkpoint import files as shards
+from ..storage.replacing import replacing
 from .pieces import Arrays, Piece, Stored, checksum, data
 
 _FORMAT = "mlx_qwen3next prompt cache"
@@ -61,18 +61,11 @@ def write_file(file: Path, pieces: Sequence[Piece], fingerprint: str, parent: st
     about["arrays"] = _named({name: (shards.NAMES[x.dtype], x.shape) for name, x in arrays.items()})
     checksums = {name: checksum(_described(about, name), x) for name, x in arrays.items()}
     header, _ = shards.lay_out(file, contents, about | {"checksums": json.dumps(checksums)})
-    unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex}{_UNFINISHED}")
-    try:
-        with unfinished.open("xb") as stream:
-            stream.write(header)
-            for array in arrays.values():
-                stream.write(data(array))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, file)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    ending = f".{uuid.uuid4().hex}{_UNFINISHED}"
+    with replacing(file, ending) as unfinished, unfinished.open("wb") as stream:
+        stream.write(header)
+        for array in arrays.values():
+            stream.write(data(array))
 
 
 def read_file(file: Path, fingerprint: str) -> tuple[str, list[Piece]]:
