@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 from huggingface_hub import snapshot_download
 
-from mlx_qwen3next.checkpoint import files
+from mlx_qwen3next.checkpoint.files import MTP_FILE
 from mlx_qwen3next.checkpoint.loading import hub_errors, local_directory
 from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.config import Config
@@ -48,7 +48,7 @@ def plan(source: Source, model: Path, dtype: mx.Dtype | None, mtp_bits: int | No
     if not source.has_head:
         raise ValueError(f"{source.name} has no MTP head (no tensor named mtp.*)")
     trunk = Source(model)
-    if any(layouts.is_mtp(n) and t.file.name != files.HEAD for n, t in trunk.tensors.items()):
+    if any(layouts.is_mtp(n) and t.file.name != MTP_FILE for n, t in trunk.tensors.items()):
         raise ValueError(f"{model} has an MTP head in its own shards")
     _check_configs(source.config, trunk.config, source.name)
     if mtp_bits is None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.files import MTP_FILE
 from mlx_qwen3next.storage.replacing import PARTIAL
 
 from . import attaching, package, report, weights
@@ -75,7 +75,7 @@ def convert(
         package.check_upload()
 
     target = attaching.find_model(mlx_path) if attach_mtp else _target(mlx_path)
-    result = target / shards.HEAD if attach_mtp else target
+    result = target / MTP_FILE if attach_mtp else target
     partial = result.with_name(result.name + PARTIAL)
     source = open_source(hf_path, revision, streamed=partial / STREAMED if stream else None)
     if stream and not isinstance(source, Repository):
@@ -128,8 +128,8 @@ def _make(plan: Plan, partial: Path, result: Path, title: str) -> None:
     task = {**plan.mark, "pieces": len(work)}
     with Progress(partial, task) as progress, _going_on(progress, len(work)):
         weights.write(files, work, plan.source, progress)
-        if result.name == shards.HEAD:
-            os.replace(partial / shards.HEAD, result)
+        if result.name == MTP_FILE:
+            os.replace(partial / MTP_FILE, result)
         else:
             package.complete(plan, files, partial, title)
             shutil.rmtree(partial / STREAMED, ignore_errors=True)

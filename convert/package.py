@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 
-from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.files import INDEX_FILE, MTP_FILE
 from mlx_qwen3next.checkpoint.loading import hub_errors
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.storage.replacing import write_text
@@ -21,7 +21,7 @@ from .source import SMALL_FILES, Source
 from .weights import File
 
 CARD = "README.md"
-_WRITTEN = {"config.json", shards.INDEX, CARD}
+_WRITTEN = {"config.json", INDEX_FILE, CARD}
 
 
 def complete(plan: Plan, files: Sequence[File], folder: Path, title: str) -> None:
@@ -70,7 +70,7 @@ def _write_index(folder: Path, trunk: Sequence[File]) -> None:
         "total_parameters": sum(math.prod(p.shape) for p in parameters.values()),
     }
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(folder / shards.INDEX, json.dumps(index, indent=2) + "\n")
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
 def _copy_small_files(folder: Path, source: Source) -> None:
@@ -93,7 +93,7 @@ def _write_card(folder: Path, plan: Plan, title: str) -> None:
         data.base_model = source.name
         origin = f"[{source.name}](https://huggingface.co/{source.name}) at `{source.revision}`"
     head = ""
-    if shards.HEAD in plan.parameters:
+    if MTP_FILE in plan.parameters:
         head = " The multi-token-prediction head is in `mtp.safetensors`, which mlx-lm ignores."
     text = _CARD.format(
         title=title,

@@ -12,9 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.files import MTP_FILE, NORMS_FILE
 from mlx_qwen3next.model import layouts, mtp_head
 from mlx_qwen3next.model.qwen3_next import Model
+from mlx_qwen3next.storage import safetensors
 
 from . import weights
 from .quantize import Predicate, Quantization, recipe
@@ -53,7 +54,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Over all parameters, scales included."""
-        parameters = [p for name, ps in self.parameters.items() if name != shards.NORMS for p in ps]
+        parameters = [p for name, ps in self.parameters.items() if name != NORMS_FILE for p in ps]
         return 8 * sum(p.nbytes for p in parameters) / sum(p.size for p in parameters)
 
 
@@ -126,20 +127,20 @@ def _parameters(
     dtype: mx.Dtype,
 ) -> dict[str, list[Parameter]]:
     """File -> what goes in it."""
-    parameters: dict[str, list[Parameter]] = {TRUNK: [], shards.HEAD: [], shards.NORMS: []}
+    parameters: dict[str, list[Parameter]] = {TRUNK: [], MTP_FILE: [], NORMS_FILE: []}
     for path, shape in shapes.items():
-        file = shards.HEAD if layouts.is_mtp(path) else TRUNK
+        file = MTP_FILE if layouts.is_mtp(path) else TRUNK
         held = dtype
         if path.endswith(("A_log", "dt_bias")):
-            held = shards.DTYPES[source.tensors[path].dtype]
+            held = safetensors.DTYPES[source.tensors[path].dtype]
         elif layouts.is_float32(path):
             # The head's norms are exact: only the trunk's are read by mlx-lm, too, which would
             # compute all activations in their dtype.
             exact = Parameter(path, shape, sources[path], mx.float32, None)
-            if file == shards.HEAD or dtype == mx.float32:
+            if file == MTP_FILE or dtype == mx.float32:
                 held = mx.float32
             else:
-                parameters[shards.NORMS].append(exact)
+                parameters[NORMS_FILE].append(exact)
         quantization = chosen.get(path.removesuffix(".weight"))
         parameters[file].append(Parameter(path, shape, sources[path], held, quantization))
     return {name: members for name, members in parameters.items() if members}
@@ -155,7 +156,7 @@ def _stored_dtype(source: Source) -> mx.Dtype:
     if str(named) in DTYPES:
         return DTYPES[str(named)]
     stored = source.tensors.get("model.embed_tokens.weight")
-    dtype = shards.DTYPES.get(stored.dtype) if stored is not None else None
+    dtype = safetensors.DTYPES.get(stored.dtype) if stored is not None else None
     if dtype is None or dtype not in DTYPES.values():
         raise ValueError(f"{source.name} does not say what dtype it has; give --dtype")
     return dtype

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.files import MTP_FILE, NORMS_FILE
 from mlx_qwen3next.model import capacity
 from mlx_qwen3next.model.capacity import GB
 
@@ -88,10 +88,10 @@ def describe(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> str:
             "(--stream keeps one file at a time)"
         )
     lines.append(f"memory       less than {_WORKING_MEMORY / GB:.1f} GB while converting")
-    held = output - by_file.get(shards.NORMS, 0)
+    held = output - by_file.get(NORMS_FILE, 0)
     for context in sorted({min(c, config.max_position_embeddings) for c in _CONTEXTS}):
         cache = capacity.cache_bytes(
-            config, context, mtp=shards.HEAD in by_file, itemsize=plan.dtype.size
+            config, context, mtp=MTP_FILE in by_file, itemsize=plan.dtype.size
         )
         need = held + cache
         macs = [f"{mac} GB" for mac in MACS if GPU_SHARE * mac * 2**30 >= need]

@@ -12,11 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen3next.checkpoint import files as shards
-from mlx_qwen3next.checkpoint.files import Tensor
+from mlx_qwen3next.checkpoint.files import find_files, read_headers
 from mlx_qwen3next.checkpoint.loading import detect_layout, quantization
 from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.config import Config, read_json
+from mlx_qwen3next.storage import safetensors
+from mlx_qwen3next.storage.safetensors import Tensor
 
 from .quantize import dequantize
 
@@ -42,7 +43,7 @@ class Source:
 
     def __init__(self, directory: Path):
         self.name = directory.resolve().name
-        self._open(directory, shards.read_headers(shards.find_files(directory)))
+        self._open(directory, read_headers(find_files(directory)))
 
     def _open(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         self.directory, self.tensors = directory, tensors
@@ -183,11 +184,11 @@ class Source:
         return value
 
     def _rows(self, name: str, rows: slice) -> mx.array:
-        return shards.read_rows(self.tensors[name], rows.start, rows.stop)
+        return safetensors.read_rows(self.tensors[name], rows.start, rows.stop)
 
     def peek(self, name: str) -> mx.array:
         """A whole (small) tensor as it is stored, without fetching the file that it is in."""
-        return shards.read_rows(self.tensors[name])
+        return safetensors.read_rows(self.tensors[name])
 
     def fetch(self, file: Path) -> None:
         """Makes sure that a weight file is there."""

@@ -15,11 +15,11 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
-from mlx_qwen3next.checkpoint import files as shards
 from mlx_qwen3next.checkpoint.loading import default_dtype
 from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.mtp_head import MTPHead
 from mlx_qwen3next.model.qwen3_next import DecoderLayer, RMSNorm
+from mlx_qwen3next.storage import safetensors
 
 from . import weights
 from .plan import Plan
@@ -60,7 +60,7 @@ def _kind(path: str) -> str:
 
 def _stored(parameter: Parameter, file: File, first: int, last: int) -> mx.array:
     """Rows of a parameter as they are in the output, in float32."""
-    parts = [shards.read_rows(file.places[name], first, last) for name in parameter.contents]
+    parts = [safetensors.read_rows(file.places[name], first, last) for name in parameter.contents]
     return parameter.restore(parts)
 
 

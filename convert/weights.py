@@ -19,10 +19,10 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_qwen3next.checkpoint import files as shards
-from mlx_qwen3next.checkpoint.files import Tensor
 from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.layouts import Shape
+from mlx_qwen3next.storage import safetensors
+from mlx_qwen3next.storage.safetensors import Tensor
 
 from .progress import Progress
 from .quantize import Quantization, dequantize
@@ -130,7 +130,7 @@ def lay_out(
     result = []
     for name, members in files.items():
         contents = {k: v for parameter in members for k, v in parameter.contents.items()}
-        header, places = shards.lay_out(folder / name, contents, metadata)
+        header, places = safetensors.lay_out(folder / name, contents, metadata)
         result.append(File(folder / name, header, dict(enumerate(members)), places))
     return result
 

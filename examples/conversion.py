@@ -25,11 +25,12 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_qwen3next.bench.shapes import SHAPES
-from mlx_qwen3next.checkpoint import files
+from mlx_qwen3next.checkpoint.files import INDEX_FILE
 from mlx_qwen3next.checkpoint.loading import BUNDLED
 from mlx_qwen3next.model import layouts, mtp_head
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
+from mlx_qwen3next.storage import safetensors
 
 # Qwen/Qwen3-Next-80B-A3B-Instruct, but for the number of layers and how often attention comes.
 CONFIG = SHAPES["80b"] | {"num_hidden_layers": 2, "full_attention_interval": 2}
@@ -53,7 +54,7 @@ def make(folder: Path) -> Path:
     weight_map = {}
     for group, contents in tqdm(groups.items(), "making the checkpoint", unit="shard"):
         file = folder / f"model-0000{group}-of-0000{len(groups)}.safetensors"
-        header, _ = files.lay_out(file, contents, {"format": "pt"})
+        header, _ = safetensors.lay_out(file, contents, {"format": "pt"})
         with file.open("wb") as stream:
             stream.write(header)
             for name, (_, shape) in contents.items():
@@ -65,7 +66,7 @@ def make(folder: Path) -> Path:
                     stream.write(part.data)
                     left -= part.size
     index = {"metadata": {}, "weight_map": weight_map}
-    (folder / files.INDEX).write_text(json.dumps(index))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUNDLED / name, folder)

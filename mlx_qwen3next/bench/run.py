@@ -19,6 +19,7 @@ from ..cli import division
 from ..model import capacity, layouts
 from ..model.config import Config
 from ..storage.replacing import write_text
+from ..storage.safetensors import Tensor
 from . import machine, plots, prompts, report, shapes
 from .measure import Plan, measure
 from .sides import Kinds, Side, rank, sides_of
@@ -132,7 +133,7 @@ def as_mlx_lm_would(directory: Path, view: Path) -> Path:
     Both sides then have the same weights: norms.safetensors holds more exact ones, for us alone.
     """
     for file in directory.iterdir():
-        if file.name != files.NORMS:
+        if file.name != files.NORMS_FILE:
             os.symlink(file.absolute(), view / file.name)
     return view
 
@@ -140,7 +141,7 @@ def as_mlx_lm_would(directory: Path, view: Path) -> Path:
 def _plan(
     args: argparse.Namespace,
     config: Config,
-    tensors: Mapping[str, files.Tensor],
+    tensors: Mapping[str, Tensor],
     directory: Path,
     sides: list[Side],
 ) -> Plan:

@@ -33,6 +33,8 @@ from ..model.config import Config
 from ..model.qwen3_next import Model
 from ..model.sharding import Mode, Shard, take
 from ..prompt_cache.files import fingerprint
+from ..storage import safetensors
+from ..storage.safetensors import Tensor
 from . import files
 
 # Context assumed for the memory check where the caller gives none.
@@ -276,7 +278,7 @@ class _ByteScaledEmbedding(nn.QuantizedEmbedding):
         return super().__call__(tokens).astype(self.dtype)
 
 
-def _quantize(model: Model, tensors: dict[str, files.Tensor], dtype: mx.Dtype) -> None:
+def _quantize(model: Model, tensors: dict[str, Tensor], dtype: mx.Dtype) -> None:
     """Gives every module whose weights come with scales its quantized form."""
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -301,9 +303,7 @@ def _quantize(model: Model, tensors: dict[str, files.Tensor], dtype: mx.Dtype) -
         model.model.update_modules({"embed_tokens": embedding})
 
 
-def quantization(
-    path: str, weight: files.Tensor, scales: files.Tensor, columns: int
-) -> dict[str, Any]:
+def quantization(path: str, weight: Tensor, scales: Tensor, columns: int) -> dict[str, Any]:
     """How a module is quantized: shapes and dtype settle it, whatever the config says of it.
 
     Raises:
@@ -324,9 +324,7 @@ def quantization(
     return {"group_size": group_size, "bits": bits, "mode": mode}
 
 
-def _match(
-    model: Model, tensors: dict[str, files.Tensor], directory: Path
-) -> dict[str, layouts.Source]:
+def _match(model: Model, tensors: dict[str, Tensor], directory: Path) -> dict[str, layouts.Source]:
     """Parameter path -> source, after checking that tensors and parameters agree exactly."""
     parameters = _parameters(model)
     sources: dict[str, layouts.Source] = {}
@@ -359,14 +357,14 @@ def _match(
     return sources
 
 
-def detect_layout(tensors: Mapping[str, files.Tensor], undecided: layouts.Layout) -> layouts.Layout:
+def detect_layout(tensors: Mapping[str, Tensor], undecided: layouts.Layout) -> layouts.Layout:
     """The layout of a checkpoint's trunk or head: what its first file is marked as, else by names.
 
     Raises:
         ValueError: a file cannot be read.
     """
     for tensor in tensors.values():
-        if layouts.MARK in files.read_metadata(tensor.file):
+        if layouts.MARK in tensor.metadata:
             return "converted"
         break
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -422,7 +420,7 @@ def _check_same(directory: Path, group: Group, dtype: mx.Dtype) -> None:
 
 def _read(
     sources: dict[str, layouts.Source],
-    tensors: dict[str, files.Tensor],
+    tensors: dict[str, Tensor],
     dtype: mx.Dtype,
     part: Shard,
 ) -> Iterator[tuple[str, mx.array]]:
@@ -435,7 +433,7 @@ def _read(
         index = part.index(part.whole_path(path), source.shape)
         value = None
         if index is not None:
-            value = source.part(lambda name, of: files.read_part(tensors[name], of), index)
+            value = source.part(lambda name, of: safetensors.read_part(tensors[name], of), index)
         if value is None:
             value = source.build([lazy[name] for name in source.names])
             value = value if index is None else take(value, index)
@@ -461,7 +459,7 @@ def _open(file: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def _not_finite(path: str, source: layouts.Source, tensors: dict[str, files.Tensor]) -> str:
+def _not_finite(path: str, source: layouts.Source, tensors: dict[str, Tensor]) -> str:
     """Names the tensor that holds a NaN or an infinity."""
     for name in source.names:
         if not mx.isfinite(_open(tensors[name].file)[name]).all().item():

@@ -21,7 +21,8 @@ from typing import IO
 
 import numpy as np
 
-from ..checkpoint import files as shards
+from ..checkpoint.files import find_files, read_headers
+from ..storage import safetensors
 from ..storage.replacing import replacing
 from .pieces import Arrays, Piece, Stored, checksum, data
 
@@ -58,9 +59,11 @@ def write_file(file: Path, pieces: Sequence[Piece], fingerprint: str, parent: st
         "quantization": json.dumps([piece.quantization for piece in pieces]),
     }
     contents = {name: (x.dtype, x.shape) for name, x in arrays.items()}
-    about["arrays"] = _named({name: (shards.NAMES[x.dtype], x.shape) for name, x in arrays.items()})
+    about["arrays"] = _named(
+        {name: (safetensors.NAMES[x.dtype], x.shape) for name, x in arrays.items()}
+    )
     checksums = {name: checksum(_described(about, name), x) for name, x in arrays.items()}
-    header, _ = shards.lay_out(file, contents, about | {"checksums": json.dumps(checksums)})
+    header, _ = safetensors.lay_out(file, contents, about | {"checksums": json.dumps(checksums)})
     ending = f".{uuid.uuid4().hex}{_UNFINISHED}"
     with replacing(file, ending) as unfinished, unfinished.open("wb") as stream:
         stream.write(header)
@@ -74,7 +77,7 @@ def read_file(file: Path, fingerprint: str) -> tuple[str, list[Piece]]:
     Raises:
         ValueError: the file is none of ours, belongs to another model, or is damaged.
     """
-    tensors, about = shards.read_headers([file]), shards.read_metadata(file)
+    tensors, about = safetensors.read_header(file)
     if about.get("format") != f"{_FORMAT} {_VERSION}":
         raise ValueError(f"{file} is not a prompt cache, or one of another version")
     if about.get("fingerprint") != fingerprint:
@@ -108,7 +111,7 @@ def is_ours(file: Path) -> bool:
     mlx-lm's own prompt caches are safetensors files as well.
     """
     try:
-        return str(shards.read_metadata(file).get("format")).startswith(_FORMAT)
+        return str(safetensors.read_header(file).metadata.get("format")).startswith(_FORMAT)
     except ValueError:
         return False
 
@@ -140,7 +143,7 @@ def fingerprint(directory: Path, *options: str) -> str:
         :func:`mlx_qwen3next.checkpoint.files.find_files`.
     """
     digest = hashlib.blake2b(digest_size=16)
-    tensors = shards.read_headers(shards.find_files(directory))
+    tensors = read_headers(find_files(directory))
     try:
         config = (directory / "config.json").read_bytes()
         digest.update(json.dumps([_VERSION, options, len(config)]).encode() + config)
