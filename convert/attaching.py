@@ -13,7 +13,7 @@ import mlx.core as mx
 from huggingface_hub import snapshot_download
 
 from mlx_qwen3next.checkpoint.files import MTP_FILE
-from mlx_qwen3next.checkpoint.loading import hub_errors, local_directory
+from mlx_qwen3next.checkpoint.hub import hub_errors, local_directory
 from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
@@ -80,7 +80,7 @@ def _check_trunks(source: Source, trunk: Source) -> None:
         if path.startswith(prefixes)
         and (layouts.is_float32(path) or path.endswith("conv1d.weight"))
     }
-    theirs, ours = source.plan(shapes), trunk.plan(shapes)
+    theirs, ours = source.find_origins(shapes), trunk.find_origins(shapes)
     for path in shapes:
         a = theirs[path].build([source.peek(name) for name in theirs[path].names])
         b = ours[path].build([trunk.peek(name) for name in ours[path].names])

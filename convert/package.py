@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 
 from mlx_qwen3next.checkpoint.files import INDEX_FILE, MTP_FILE
-from mlx_qwen3next.checkpoint.loading import hub_errors
+from mlx_qwen3next.checkpoint.hub import hub_errors
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.storage.replacing import write_text
 

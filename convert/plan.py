@@ -95,15 +95,15 @@ def make_plan(
         for path, shape in model.parameter_shapes().items()
         if (head if layouts.is_mtp(path) else trunk)
     }
-    sources = source.plan(shapes)
-    source.refuse_surplus(sources)
+    origins = source.find_origins(shapes)
+    source.refuse_surplus(origins)
     chosen = {
         path: quantization
         for path, quantization in recipe(model, base, predicate, mtp_bits).items()
         if f"{path}.weight" in shapes
     }
 
-    parameters = _parameters(source, sources, shapes, chosen, dtype)
+    parameters = _parameters(source, origins, shapes, chosen, dtype)
     settled = [
         [p.path, str(p.dtype), p.quantization] for members in parameters.values() for p in members
     ]
@@ -121,7 +121,7 @@ def make_plan(
 
 def _parameters(
     source: Source,
-    sources: Mapping[str, layouts.Source],
+    origins: Mapping[str, layouts.Origin],
     shapes: Mapping[str, layouts.Shape],
     chosen: Mapping[str, Quantization],
     dtype: mx.Dtype,
@@ -136,13 +136,13 @@ def _parameters(
         elif layouts.is_float32(path):
             # The head's norms are exact: only the trunk's are read by mlx-lm, too, which would
             # compute all activations in their dtype.
-            exact = Parameter(path, shape, sources[path], mx.float32, None)
+            exact = Parameter(path, shape, origins[path], mx.float32, None)
             if file == MTP_FILE or dtype == mx.float32:
                 held = mx.float32
             else:
                 parameters[NORMS_FILE].append(exact)
         quantization = chosen.get(path.removesuffix(".weight"))
-        parameters[file].append(Parameter(path, shape, sources[path], held, quantization))
+        parameters[file].append(Parameter(path, shape, origins[path], held, quantization))
     return {name: members for name, members in parameters.items() if members}
 
 

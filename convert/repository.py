@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_downl
 from tqdm.contrib.concurrent import thread_map
 
 from mlx_qwen3next.checkpoint.files import INDEX_FILE, MTP_FILE, NORMS_FILE, read_index
-from mlx_qwen3next.checkpoint.loading import hub_errors, local_directory
-from mlx_qwen3next.model import layouts
+from mlx_qwen3next.checkpoint.hub import hub_errors, local_directory
 from mlx_qwen3next.storage import safetensors
 from mlx_qwen3next.storage.safetensors import Tensor
 
@@ -90,12 +88,6 @@ class Repository(Source):
     @property
     def contents(self) -> list[Any]:
         return [self.name, self.revision]
-
-    def _detect_layout(
-        self, tensors: Mapping[str, Tensor], undecided: layouts.Layout
-    ) -> layouts.Layout:
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return layouts.detect_layout(shapes, undecided)
 
     def peek(self, name: str) -> mx.array:
         tensor = self.tensors[name]

@@ -12,10 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_qwen3next.checkpoint import match
 from mlx_qwen3next.checkpoint.files import find_files, read_headers
-from mlx_qwen3next.checkpoint.loading import detect_layout, quantization
+from mlx_qwen3next.checkpoint.quantized import quantization
 from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.config import Config, read_json
+from mlx_qwen3next.model.layouts import Origin, Shape
 from mlx_qwen3next.storage import safetensors
 from mlx_qwen3next.storage.safetensors import Tensor
 
@@ -76,8 +78,8 @@ class Source:
         """The weight files, in their order."""
         return list(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
 
-    def plan(self, parameters: Mapping[str, layouts.Shape]) -> dict[str, layouts.Source]:
-        """Where each of the model's (unquantized) parameters comes from, which is checked.
+    def find_origins(self, parameters: Mapping[str, Shape]) -> dict[str, Origin]:
+        """The origin of each of the model's (unquantized) parameters, whose tensors are checked.
 
         Args:
             parameters: path -> shape.
@@ -85,38 +87,27 @@ class Source:
         Raises:
             ValueError: a tensor is missing, or of another shape or dtype.
         """
-        sources: dict[str, layouts.Source] = {}
-        layout: layouts.Layout = "hub"
-        for of_mtp in (False, True):
-            part = {path: s for path, s in parameters.items() if layouts.is_mtp(path) == of_mtp}
-            stored = {n: t for n, t in self.tensors.items() if layouts.is_mtp(n) == of_mtp}
-            layout = self._detect_layout(stored, layout)
-            sources |= layouts.plan(part, layout)
-        for source in sources.values():
-            for name in source.names:
-                self._expect(name, source.shape)
-        return sources
+        origins = match.find_origins(parameters, self.tensors)
+        for origin in origins.values():
+            for name in origin.names:
+                self._check(name, origin.shape)
+        return origins
 
-    def refuse_surplus(self, sources: Mapping[str, layouts.Source]) -> None:
-        """Checks that nothing of trunk or head is left over, whichever was planned.
+    def refuse_surplus(self, origins: Mapping[str, Origin]) -> None:
+        """Checks that no tensor is left over of trunk or head, whichever the origins are of.
 
         Raises:
-            ValueError: something is.
+            ValueError: a tensor is.
         """
-        names = {name for source in sources.values() for name in source.names}
+        names = {name for origin in origins.values() for name in origin.names}
         used = {part for name in names for part in self.parts(name)}
-        planned = {layouts.is_mtp(path) for path in sources}
-        for name, tensor in self.tensors.items():
-            needless = name not in used and not layouts.is_ignored(name, self.config)
-            if needless and layouts.is_mtp(name) in planned:
-                raise ValueError(f"{tensor.file}: the tensor {name} has no place in this model")
+        converted = {layouts.is_mtp(path) for path in origins}
+        tensors = {
+            n: tensor for n, tensor in self.tensors.items() if layouts.is_mtp(n) in converted
+        }
+        match.refuse_surplus(tensors, used, self.config)
 
-    def _detect_layout(
-        self, tensors: Mapping[str, Tensor], undecided: layouts.Layout
-    ) -> layouts.Layout:
-        return detect_layout(tensors, undecided)
-
-    def _expect(self, name: str, shape: layouts.Shape) -> None:
+    def _check(self, name: str, shape: Shape) -> None:
         """Checks that a tensor is there and gives floating-point numbers of that shape."""
         tensor = self.tensors.get(name)
         stem = name.removesuffix("weight")
@@ -124,27 +115,19 @@ class Source:
         if tensor is not None and scales is not None and tensor.dtype == "U32":
             *rows, columns = shape
             self._quantization[name] = params = quantization(name, tensor, scales, columns)
-            self._check(name, (*rows, columns * params["bits"] // 32), ("U32",))
+            self._check_stored(name, (*rows, columns * params["bits"] // 32), ("U32",))
             for part in ("scales", "biases") if params["mode"] == "affine" else ("scales",):
-                self._check(stem + part, (*rows, columns // params["group_size"]), (scales.dtype,))
+                groups = (*rows, columns // params["group_size"])
+                self._check_stored(stem + part, groups, (scales.dtype,))
         elif tensor is not None and tensor.dtype == _FP8 and len(shape) > 1:
             blocks = (-(-n // b) for n, b in zip(shape[-2:], self._block, strict=True))
-            self._check(name, shape, (_FP8,))
-            self._check(name + "_scale_inv", (*shape[:-2], *blocks), _FLOATS)
+            self._check_stored(name, shape, (_FP8,))
+            self._check_stored(name + "_scale_inv", (*shape[:-2], *blocks), _FLOATS)
         else:
-            self._check(name, shape, _FLOATS)
+            self._check_stored(name, shape, _FLOATS)
 
-    def _check(self, name: str, shape: layouts.Shape, dtypes: tuple[str, ...]) -> None:
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise ValueError(f"{self.directory}: the tensor {name} is missing from every file")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{tensor.file}: {name} is {tensor.dtype}, not {' or '.join(dtypes)}")
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
-                f"but the config asks for {list(shape)}"
-            )
+    def _check_stored(self, name: str, shape: Shape, dtypes: tuple[str, ...]) -> None:
+        match.check_tensor(name, self.tensors, shape, dtypes, self.directory)
 
     def parts(self, name: str) -> Iterator[str]:
         """The stored tensors that a tensor's numbers are made from."""

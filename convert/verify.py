@@ -74,7 +74,7 @@ def _compare_weights(plan: Plan, files: list[File]) -> list[str]:
         for file in piece.files:
             source.fetch(file)
         parameter = piece.parameter
-        expected = parameter.source.rows(source.read, piece.first, piece.last).astype(mx.float32)
+        expected = parameter.origin.rows(source.read, piece.first, piece.last).astype(mx.float32)
         result = _stored(parameter, owners[id(parameter)], piece.first, piece.last)
         q = parameter.quantization
         how = f"{q['mode']} {q['bits']} bits" if q else str(parameter.dtype).rpartition(".")[2]
@@ -100,7 +100,7 @@ def _compare_logits(plan: Plan, files: list[File], folder: Path) -> list[str]:
 
     def original(path: str) -> mx.array:
         parameter = parameters[path]
-        return held(path, parameter.source.rows(plan.source.read, 0, parameter.shape[0]))
+        return held(path, parameter.origin.rows(plan.source.read, 0, parameter.shape[0]))
 
     def converted(path: str) -> mx.array:
         parameter, file = places[path]  # of a norm the exact one: its file comes last

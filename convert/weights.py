@@ -19,8 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_qwen3next.model import layouts
-from mlx_qwen3next.model.layouts import Shape
+from mlx_qwen3next.model.layouts import Origin, Shape
 from mlx_qwen3next.storage import safetensors
 from mlx_qwen3next.storage.safetensors import Tensor
 
@@ -42,7 +41,7 @@ class Parameter:
 
     path: str
     shape: Shape
-    source: layouts.Source
+    origin: Origin
     dtype: mx.Dtype  # of itself, or of its scales
     quantization: Quantization | None
 
@@ -74,7 +73,7 @@ class Parameter:
 
     def values(self, source: Source, first: int, last: int) -> tuple[list[mx.array], mx.array]:
         """Rows ``first:last`` of its contents, in their order, and whether they are all finite."""
-        value = self.source.rows(source.read, first, last).astype(self.dtype)
+        value = self.origin.rows(source.read, first, last).astype(self.dtype)
         finite = _all_finite(value)
         if self.quantization is None:
             return [value], finite
@@ -178,8 +177,8 @@ def pieces(files: Sequence[File], source: Source) -> list[Piece]:
                 step = max(source.row_step, step - step % source.row_step)
             for first in range(0, rows, step):
                 last = min(first + step, rows)
-                names = parameter.source.names
-                names = names[first:last] if parameter.source.stacked else names
+                names = parameter.origin.names
+                names = names[first:last] if parameter.origin.stacked else names
                 needed = frozenset().union(*(source.files_of(name) for name in names))
                 result.append(Piece(parameter, places, first, last, needed))
     return sorted(result, key=lambda piece: max(order[file] for file in piece.files))
@@ -270,7 +269,7 @@ def _convert(
 
 def _not_finite(piece: Piece, source: Source) -> str:
     """Names the tensor that holds a NaN or an infinity."""
-    origin = piece.parameter.source
+    origin = piece.parameter.origin
     if origin.stacked:
         spans = {name: (0, origin.shape[0]) for name in origin.names[piece.first : piece.last]}
     else:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mlx_qwen3next.bench.shapes import SHAPES
 from mlx_qwen3next.checkpoint.files import INDEX_FILE
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model import layouts, mtp_head
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
@@ -41,13 +41,13 @@ def make(folder: Path) -> Path:
     """The checkpoint: one shard a layer, as published names and shapes ask for."""
     model = Model(Config.from_dict(CONFIG))
     mtp_head.attach(model)
-    sources = layouts.plan(model.parameter_shapes(), "hub").values()
+    origins = layouts.origins(model.parameter_shapes(), "hub").values()
     groups: dict[str, dict[str, tuple[mx.Dtype, tuple[int, ...]]]] = {}
-    for source in sources:
-        for name in source.names:
+    for origin in origins:
+        for name in origin.names:
             layer = next((i for i in range(2) if f"model.layers.{i}." in name), 2)
             group = "4" if layouts.is_mtp(name) else str(layer + 1)
-            groups.setdefault(group, {})[name] = (mx.bfloat16, source.shape)
+            groups.setdefault(group, {})[name] = (mx.bfloat16, origin.shape)
     random = np.random.default_rng(0)
     numbers = random.standard_normal(BLOCK, np.float32) * 0.02
     numbers = (numbers.view(np.uint32) >> 16).astype(np.uint16)  # as bfloat16

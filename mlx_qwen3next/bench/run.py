@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint import files
-from ..checkpoint.loading import detect_layout, resolve
+from ..checkpoint.hub import resolve
 from ..cli import division
 from ..model import capacity, layouts
 from ..model.config import Config
@@ -167,7 +167,7 @@ def _plan(
         repeats=args.repeats,
         limit=args.limit,
         together=together,
-        exact=detect_layout(tensors, undecided="hub") == "converted",
+        exact=layouts.detect_layout(tensors) == "converted",
         speculates=any(layouts.is_mtp(name) for name in tensors),
         random=args.shape is not None,
         model_bytes=size,

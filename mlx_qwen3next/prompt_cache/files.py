@@ -21,14 +21,12 @@ from typing import IO
 
 import numpy as np
 
-from ..checkpoint.files import find_files, read_headers
 from ..storage import safetensors
 from ..storage.replacing import replacing
 from .pieces import Arrays, Piece, Stored, checksum, data
 
 _FORMAT = "mlx_qwen3next prompt cache"
 _VERSION = "1"  # of the files, and of what the model computes; another one is not read
-_SAMPLE_BYTES = 256  # of each tensor, to tell models apart
 _PATIENCE = 60.0  # seconds until the next attempt after a failed one
 _SUFFIX, _UNFINISHED = ".safetensors", ".part"
 _LOCK = "lock"
@@ -123,43 +121,6 @@ def _named(arrays: dict[str, tuple[str, tuple[int, ...]]]) -> str:
 
 def _described(about: dict[str, str], name: str) -> str:
     return json.dumps([about, name], sort_keys=True)
-
-
-def fingerprint(directory: Path, *options: str) -> str:
-    """Identifies what decides a cache's values: a model's weights, and how they are used.
-
-    Config, and name, dtype, shape and first bytes of every tensor, wherever the files are: well
-    under a second for thousands of tensors.
-
-    Args:
-        directory: of the model, as :func:`mlx_qwen3next.load` takes it.
-        options: whatever else matters (dtype, bits of keys and values, an adapter's fingerprint).
-
-    Returns:
-        32 hexadecimal digits.
-
-    Raises:
-        ValueError: the model's files cannot be read, see
-        :func:`mlx_qwen3next.checkpoint.files.find_files`.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    tensors = read_headers(find_files(directory))
-    try:
-        config = (directory / "config.json").read_bytes()
-        digest.update(json.dumps([_VERSION, options, len(config)]).encode() + config)
-        with ExitStack() as stack:
-            files = {
-                file: stack.enter_context(file.open("rb", buffering=0))
-                for file in {tensor.file for tensor in tensors.values()}
-            }
-            for name, tensor in sorted(tensors.items()):
-                stream = files[tensor.file]
-                stream.seek(tensor.start)
-                digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-                digest.update(stream.read(min(tensor.nbytes, _SAMPLE_BYTES)))
-    except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 # --- a directory of them -------------------------------------------------------------------------

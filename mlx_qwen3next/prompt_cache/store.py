@@ -49,7 +49,7 @@ class PromptCache:
             locked as long as this is referred to; if another process has it, or it cannot be
             locked, there is a warning, and all is kept in memory alone.
         fingerprint: of the model and its options, see
-            :func:`mlx_qwen3next.prompt_cache.files.fingerprint`.
+            :func:`mlx_qwen3next.checkpoint.fingerprint.fingerprint`.
         group: of processes that each keep their part of the same texts; rank 0 decides what is
             dropped.
 

@@ -18,7 +18,7 @@ from mlx_qwen3next.bench.sides import Side, partner, sides_of
 from mlx_qwen3next.bench.summary import deepened
 from mlx_qwen3next.bench.traffic import traffic
 from mlx_qwen3next.checkpoint.files import NORMS_FILE, find_files, read_headers
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.storage.safetensors import Tensor
 

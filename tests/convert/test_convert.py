@@ -16,7 +16,7 @@ from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.utils import dequantize_model
 
 from mlx_qwen3next import load_model
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.convert import convert
 from mlx_qwen3next.convert.source import Source
 

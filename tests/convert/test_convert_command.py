@@ -18,7 +18,7 @@ from helpers_generate import process
 from mlx_lm.convert import configure_parser
 from mlx_lm.convert import convert as convert_by_mlx_lm
 
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.convert import convert, weights
 from mlx_qwen3next.convert.__main__ import main, parser
 

@@ -14,7 +14,7 @@ from checkpoints import GOLDENS
 from huggingface_hub import snapshot_download
 
 from mlx_qwen3next import load, load_model
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.convert import convert, repository
 
 OPTIONS = {"quantize": True, "q_group_size": 32}

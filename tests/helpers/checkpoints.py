@@ -172,8 +172,8 @@ def relative_error(result, expected):
 def write_zeros(directory, config, layout):
     """Writes a checkpoint of zeros, which takes no room on disk, in 'hub' or 'fused' layout."""
     model = Model(Config.from_dict(config))
-    sources = layouts.plan(model.parameter_shapes(), layout).values()
-    shapes = {name: (mx.bfloat16, source.shape) for source in sources for name in source.names}
+    origins = layouts.origins(model.parameter_shapes(), layout).values()
+    shapes = {name: (mx.bfloat16, origin.shape) for origin in origins for name in origin.names}
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     file = directory / "model.safetensors"
