@@ -5,6 +5,7 @@ import pytest
 from helpers_generate import golden, golden_tokens, greedy
 from helpers_prompt_cache import ENOUGH, LONG, OTHER, SHORT, check, fake, files, keep, paths, texts
 from mlx_lm.models.cache import save_prompt_cache
+from reference_reader import assert_reads_the_same
 
 from mlx_qwen3next.prompt_cache import files as prompt_files
 from mlx_qwen3next.prompt_cache.files import is_ours
@@ -26,6 +27,15 @@ def test_one_file(tmp_path):
     check(cache, SHORT)
     assert texts(PromptCache.load(file, max_bytes=ENOUGH, fingerprint="a")) == {SHORT}
     assert texts(PromptCache.load(file, max_bytes=0, fingerprint="a")) == set()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_reference_library_reads_a_file(tmp_path, quantized):
+    file = tmp_path / "chat.safetensors"
+    cache = PromptCache(max_bytes=ENOUGH, fingerprint="a")
+    cache.insert(LONG, fake(LONG, head=True, quantized=quantized))
+    cache.export(LONG, file)
+    assert_reads_the_same(file)
 
 
 def test_one_file_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
