@@ -18,7 +18,7 @@ from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
 
-from .plan import Plan, make_plan
+from .plan import Conversion, plan_conversion
 from .quantize import MTP_BITS, UNQUANTIZED
 from .source import Source
 
@@ -39,7 +39,9 @@ def find_model(path_or_repo: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_repo), local_files_only=True))
 
 
-def plan(source: Source, model: Path, dtype: mx.Dtype | None, mtp_bits: int | None) -> Plan:
+def plan_head(
+    source: Source, model: Path, dtype: mx.Dtype | None, mtp_bits: int | None
+) -> Conversion:
     """The conversion of the head alone, after checking that it belongs to the model.
 
     Raises:
@@ -53,7 +55,7 @@ def plan(source: Source, model: Path, dtype: mx.Dtype | None, mtp_bits: int | No
     _check_configs(source.config, trunk.config, source.name)
     if mtp_bits is None:
         mtp_bits = MTP_BITS if trunk.is_quantized else UNQUANTIZED
-    result = make_plan(source, dtype=dtype, trunk=False, mtp_bits=mtp_bits)
+    result = plan_conversion(source, dtype=dtype, trunk=False, mtp_bits=mtp_bits)
     _check_trunks(source, trunk)
     return result
 

@@ -13,7 +13,7 @@ from mlx_qwen3next.checkpoint.files import MTP_FILE
 from mlx_qwen3next.storage.replacing import PARTIAL
 
 from . import attaching, package, report, weights
-from .plan import DTYPES, Plan, make_plan
+from .plan import DTYPES, Conversion, plan_conversion
 from .progress import FILE, STREAMED, Progress
 from .quantize import DEFAULTS, HEAD_BITS, Predicate, base_quantization
 from .repository import Repository, open_source
@@ -85,10 +85,10 @@ def convert(
     if dequantize and not source.is_quantized:
         raise ValueError(f"{hf_path} is not quantized: there is nothing to dequantize")
     if attach_mtp:
-        plan = attaching.plan(source, target, DTYPES.get(dtype or ""), mtp_bits)
+        conversion = attaching.plan_head(source, target, DTYPES.get(dtype or ""), mtp_bits)
     else:
         _keep_apart(source.directory.resolve(), target, partial)
-        plan = make_plan(
+        conversion = plan_conversion(
             source,
             dtype=DTYPES.get(dtype or ""),
             base=base,
@@ -97,44 +97,44 @@ def convert(
             mtp_bits=mtp_bits,
         )
     if dry_run:
-        files = plan.files(partial)
-        print(report.describe(plan, files, weights.pieces(files, source)))
+        files = conversion.files(partial)
+        print(report.describe(conversion, files, weights.chunks(files, source)))
         return
 
-    if all(weights.is_laid_out(file) for file in plan.files(target)):
+    if all(weights.is_laid_out(file) for file in conversion.files(target)):
         _say(f"{result} is there already, made from the same source in the same way")
     elif result.exists() and (attach_mtp or any(result.iterdir())):
         raise ValueError(f"{result} exists already; move it away or choose another --mlx-path")
     else:
-        _make(plan, partial, result, title=upload_repo or target.name)
+        _make(conversion, partial, result, title=upload_repo or target.name)
     # What is left of a run that was stopped at its very end goes, too.
     if not attach_mtp:
         (target / FILE).unlink(missing_ok=True)
     elif (partial / FILE).exists():
         shutil.rmtree(partial)
     if verify:
-        print(compare(plan, target))
+        print(compare(conversion, target))
         shutil.rmtree(partial, ignore_errors=True)  # what was streamed once more
     if upload_repo is not None:
         _say(f"uploaded to {package.upload(target, upload_repo)}")
 
 
-def _make(plan: Plan, partial: Path, result: Path, title: str) -> None:
+def _make(conversion: Conversion, partial: Path, result: Path, title: str) -> None:
     """Makes a folder, or the head's file, beside its place and moves it there."""
-    files = plan.files(partial)
-    work = weights.pieces(files, plan.source)
-    report.check_disk(partial, plan, files, work)
+    files = conversion.files(partial)
+    work = weights.chunks(files, conversion.source)
+    report.check_disk(partial, conversion, files, work)
     # The number of pieces done means nothing if they are others.
-    task = {**plan.mark, "pieces": len(work)}
+    task = {**conversion.mark, "pieces": len(work)}
     with Progress(partial, task) as progress, _going_on(progress, len(work)):
-        weights.write(files, work, plan.source, progress)
+        weights.write(files, work, conversion.source, progress)
         if result.name == MTP_FILE:
             os.replace(partial / MTP_FILE, result)
         else:
-            package.complete(plan, files, partial, title)
+            package.complete(conversion, files, partial, title)
             shutil.rmtree(partial / STREAMED, ignore_errors=True)
             os.rename(partial, result)
-    _say(f"{result}: {plan.bits_per_weight:.3f} bits per weight")
+    _say(f"{result}: {conversion.bits_per_weight:.3f} bits per weight")
 
 
 def _check_choices(**arguments: object) -> None:

@@ -16,7 +16,7 @@ from mlx_qwen3next.checkpoint.hub import hub_errors
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.storage.replacing import write_text
 
-from .plan import Plan
+from .plan import Conversion
 from .source import SMALL_FILES, Source
 from .weights import File
 
@@ -24,32 +24,34 @@ CARD = "README.md"
 _WRITTEN = {"config.json", INDEX_FILE, CARD}
 
 
-def complete(plan: Plan, files: Sequence[File], folder: Path, title: str) -> None:
+def complete(conversion: Conversion, files: Sequence[File], folder: Path, title: str) -> None:
     """Writes all of it.
 
     Args:
         files: the weight files.
         title: the model's name on its card.
     """
-    _copy_small_files(folder, plan.source)
-    _write_config(folder, plan)
+    _copy_small_files(folder, conversion.source)
+    _write_config(folder, conversion)
     _write_index(folder, [file for file in files if file.path.name.startswith("model")])
-    _write_card(folder, plan, title)
+    _write_card(folder, conversion, title)
 
 
-def _write_config(folder: Path, plan: Plan) -> None:
+def _write_config(folder: Path, conversion: Conversion) -> None:
     """The source's, in the hub's dialect (mlx-lm reads no other), with mlx-lm's quantization."""
-    source = plan.source
+    source = conversion.source
     raw: dict[str, Any] = {**source.raw_config, **source.config.to_dict()}
     for key in ("_name_or_path", "quantization", "quantization_config", "rope_parameters", "dtype"):
         raw.pop(key, None)
-    raw |= {"rope_scaling": None, "torch_dtype": str(plan.dtype).rpartition(".")[2]}
+    raw |= {"rope_scaling": None, "torch_dtype": str(conversion.dtype).rpartition(".")[2]}
     if interval := _interval(source.config):
         del raw["layer_types"]
         raw["full_attention_interval"] = interval
-    if plan.base is not None:
-        exceptions = {path: q for path, q in sorted(plan.recipe.items()) if q != plan.base}
-        raw["quantization"] = raw["quantization_config"] = {**plan.base, **exceptions}
+    if conversion.base is not None:
+        exceptions = {
+            path: q for path, q in sorted(conversion.recipe.items()) if q != conversion.base
+        }
+        raw["quantization"] = raw["quantization_config"] = {**conversion.base, **exceptions}
     write_text(folder / "config.json", json.dumps(dict(sorted(raw.items())), indent=2) + "\n")
 
 
@@ -81,9 +83,9 @@ def _copy_small_files(folder: Path, source: Source) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def _write_card(folder: Path, plan: Plan, title: str) -> None:
+def _write_card(folder: Path, conversion: Conversion, title: str) -> None:
     """The source's metadata (licence, languages) in the hub's form, and what was done."""
-    source = plan.source
+    source = conversion.source
     original = source.directory / CARD
     data = ModelCard.load(original).data if original.exists() else ModelCardData()
     data.library_name, data.pipeline_tag = "mlx", "text-generation"
@@ -93,13 +95,13 @@ def _write_card(folder: Path, plan: Plan, title: str) -> None:
         data.base_model = source.name
         origin = f"[{source.name}](https://huggingface.co/{source.name}) at `{source.revision}`"
     head = ""
-    if MTP_FILE in plan.parameters:
+    if MTP_FILE in conversion.parameters:
         head = " The multi-token-prediction head is in `mtp.safetensors`, which mlx-lm ignores."
     text = _CARD.format(
         title=title,
         origin=origin,
-        version=plan.mark["version"],
-        bits=f"{plan.bits_per_weight:.3f}",
+        version=conversion.mark["version"],
+        bits=f"{conversion.bits_per_weight:.3f}",
         head=head,
     )
     write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n{text}")

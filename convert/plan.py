@@ -26,7 +26,7 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
 @dataclass(frozen=True)
-class Plan:
+class Conversion:
     """What becomes of a source.
 
     Attributes:
@@ -58,7 +58,7 @@ class Plan:
         return 8 * sum(p.nbytes for p in parameters) / sum(p.size for p in parameters)
 
 
-def make_plan(
+def plan_conversion(
     source: Source,
     *,
     dtype: mx.Dtype | None = None,
@@ -67,7 +67,7 @@ def make_plan(
     trunk: bool = True,
     head: bool = True,
     mtp_bits: int | None = None,
-) -> Plan:
+) -> Conversion:
     """Checks everything that headers show.
 
     Args:
@@ -116,7 +116,7 @@ def make_plan(
         "recipe": _digest(settled),
         "contents": _digest([source.contents, source.raw_config]),
     }
-    return Plan(source, model, dtype, base, chosen, parameters, mark)
+    return Conversion(source, model, dtype, base, chosen, parameters, mark)
 
 
 def _parameters(

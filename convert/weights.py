@@ -1,8 +1,8 @@
 """From a source to the output's weight files, in bounded memory, and able to go on after any stop.
 
 Which bytes go where in which file is settled from headers alone. The work is then a list of pieces,
-some rows of one parameter each: read, built, cast, quantized, written to their place. A piece
-depends on nothing but its own rows, so the list can be left after any piece and taken up there; the
+some rows of one parameter each: read, built, cast, quantized, written to their place. A chunk
+depends on nothing but its own rows, so the list can be left after any chunk and taken up there; the
 same bytes come out.
 """
 
@@ -30,7 +30,7 @@ from .source import Source
 TRUNK = "model.safetensors"
 LARGEST_FILE = 5_000_000_000  # bytes
 _ENTRY = 500  # more than a header has for one tensor, beside its name
-_PIECE = 2**22  # numbers in a piece: 16 MB as float32; larger ones were slower
+_CHUNK = 2**22  # numbers in a chunk: 16 MB as float32; larger ones were slower
 _BATCH = 8  # pieces evaluated together
 _RECORD_SECONDS = 5.0
 
@@ -149,7 +149,7 @@ def _split(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Some rows of a parameter: a unit of work."""
 
     parameter: Parameter
@@ -164,7 +164,7 @@ class Piece:
         return (self.last - self.first) * math.prod(self.parameter.shape[1:])
 
 
-def pieces(files: Sequence[File], source: Source) -> list[Piece]:
+def chunks(files: Sequence[File], source: Source) -> list[Chunk]:
     """The work, in the order in which the source's files come."""
     order = {file: i for i, file in enumerate(source.files())}
     result = []
@@ -172,7 +172,7 @@ def pieces(files: Sequence[File], source: Source) -> list[Piece]:
         for parameter in file.parameters.values():
             places = tuple(file.places[name] for name in parameter.contents)
             rows = parameter.shape[0]
-            step = max(1, _PIECE // math.prod(parameter.shape[1:]))
+            step = max(1, _CHUNK // math.prod(parameter.shape[1:]))
             if len(parameter.shape) == 2:
                 step = max(source.row_step, step - step % source.row_step)
             for first in range(0, rows, step):
@@ -180,23 +180,23 @@ def pieces(files: Sequence[File], source: Source) -> list[Piece]:
                 names = parameter.origin.names
                 names = names[first:last] if parameter.origin.stacked else names
                 needed = frozenset().union(*(source.files_of(name) for name in names))
-                result.append(Piece(parameter, places, first, last, needed))
-    return sorted(result, key=lambda piece: max(order[file] for file in piece.files))
+                result.append(Chunk(parameter, places, first, last, needed))
+    return sorted(result, key=lambda chunk: max(order[file] for file in chunk.files))
 
 
-def most_at_once(work: Sequence[Piece], sizes: dict[Path, int]) -> int:
+def peak_source_bytes(work: Sequence[Chunk], sizes: dict[Path, int]) -> int:
     """Bytes of the source's files that have to be there at the same time, at most."""
-    last = {file: i for i, piece in enumerate(work) for file in piece.files}
+    last = {file: i for i, chunk in enumerate(work) for file in chunk.files}
     present: set[Path] = set()
     most = 0
-    for i, piece in enumerate(work):
-        present |= piece.files
+    for i, chunk in enumerate(work):
+        present |= chunk.files
         most = max(most, sum(sizes[file] for file in present))
-        present -= {file for file in piece.files if last[file] == i}
+        present -= {file for file in chunk.files if last[file] == i}
     return most
 
 
-def write(files: Sequence[File], work: Sequence[Piece], source: Source, progress: Progress) -> None:
+def write(files: Sequence[File], work: Sequence[Chunk], source: Source, progress: Progress) -> None:
     """Does what is left of the work.
 
     Raises:
@@ -211,11 +211,11 @@ def write(files: Sequence[File], work: Sequence[Piece], source: Source, progress
     # On the CPU every stream has a thread of its own.
     on_cpu = mx.default_device() == mx.cpu
     streams = [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)] if on_cpu else [None]
-    last_use = {file: i for i, piece in enumerate(work) for file in piece.files}
+    last_use = {file: i for i, chunk in enumerate(work) for file in chunk.files}
     bar = tqdm(
         desc="converting",
-        total=sum(piece.size for piece in work),
-        initial=sum(piece.size for piece in work[: progress.done]),
+        total=sum(chunk.size for chunk in work),
+        initial=sum(chunk.size for chunk in work[: progress.done]),
         unit="weights",
         unit_scale=True,
     )
@@ -224,12 +224,12 @@ def write(files: Sequence[File], work: Sequence[Piece], source: Source, progress
         try:
             while done < len(work):
                 batch = work[done : done + _BATCH]
-                for needed in sorted({file for piece in batch for file in piece.files}):
+                for needed in sorted({file for chunk in batch for file in chunk.files}):
                     source.fetch(needed)
                 _convert(batch, source, outputs, streams)
                 done += len(batch)
-                bar.update(sum(piece.size for piece in batch))
-                finished = {f for piece in batch for f in piece.files if last_use[f] < done}
+                bar.update(sum(chunk.size for chunk in batch))
+                finished = {f for chunk in batch for f in chunk.files if last_use[f] < done}
                 if finished or time.monotonic() - recorded > _RECORD_SECONDS:
                     outputs.sync()
                     progress.record(done)
@@ -250,38 +250,38 @@ def is_laid_out(file: File) -> bool:
 
 
 def _convert(
-    batch: Sequence[Piece],
+    batch: Sequence[Chunk],
     source: Source,
     outputs: Outputs,
     streams: Sequence[mx.Stream | None],
 ) -> None:
     results = []
-    for piece, stream in zip(batch, itertools.cycle(streams), strict=False):
+    for chunk, stream in zip(batch, itertools.cycle(streams), strict=False):
         with mx.stream(stream or mx.default_stream(mx.default_device())):
-            results.append(piece.parameter.values(source, piece.first, piece.last))
+            results.append(chunk.parameter.values(source, chunk.first, chunk.last))
     mx.eval(results)
-    for piece, (values, finite) in zip(batch, results, strict=True):
+    for chunk, (values, finite) in zip(batch, results, strict=True):
         if not finite.item():
-            raise ValueError(_not_finite(piece, source))
-        for place, value in zip(piece.places, values, strict=True):
-            outputs.write(place, piece.first, value)
+            raise ValueError(_not_finite(chunk, source))
+        for place, value in zip(chunk.places, values, strict=True):
+            outputs.write(place, chunk.first, value)
 
 
-def _not_finite(piece: Piece, source: Source) -> str:
+def _not_finite(chunk: Chunk, source: Source) -> str:
     """Names the tensor that holds a NaN or an infinity."""
-    origin = piece.parameter.origin
+    origin = chunk.parameter.origin
     if origin.stacked:
-        spans = {name: (0, origin.shape[0]) for name in origin.names[piece.first : piece.last]}
+        spans = {name: (0, origin.shape[0]) for name in origin.names[chunk.first : chunk.last]}
     else:
-        spans = dict.fromkeys(origin.names, (piece.first, piece.last))
+        spans = dict.fromkeys(origin.names, (chunk.first, chunk.last))
     for name, rows in spans.items():
         if not _finite(source.read(name, *rows)):
             scales = (part for part in source.parts(name) if part != name)
             guilty = next((part for part in scales if not _finite(source.peek(part))), name)
             return f"{source.tensors[guilty].file}: {guilty} holds NaN or infinite values"
     file = source.tensors[origin.names[0]].file
-    dtype = str(piece.parameter.dtype).rpartition(".")[2]
-    return f"{file}: {piece.parameter.path} overflows in --dtype {dtype}"
+    dtype = str(chunk.parameter.dtype).rpartition(".")[2]
+    return f"{file}: {chunk.parameter.path} overflows in --dtype {dtype}"
 
 
 def _finite(value: mx.array) -> bool:

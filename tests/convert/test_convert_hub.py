@@ -93,7 +93,7 @@ def test_streaming_keeps_one_file_at_a_time(repo, tmp_path, monkeypatch):
         return unlink(path, **arguments)
 
     monkeypatch.setattr(Path, "unlink", counted)
-    monkeypatch.setattr("mlx_qwen3next.convert.weights._PIECE", 1)
+    monkeypatch.setattr("mlx_qwen3next.convert.weights._CHUNK", 1)
     monkeypatch.setattr("mlx_qwen3next.convert.weights._BATCH", 1)
     convert(REPO, str(tmp_path / "out"), stream=True, **OPTIONS)
     assert most == [1, 1, 1, 1]
