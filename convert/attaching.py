@@ -1,8 +1,8 @@
-"""``--attach-mtp``: the MTP head of a source beside a model that was converted without it.
+"""``--attach-mtp``: putting a source's MTP head beside a model that was converted without it.
 
 Only the weight files that hold ``mtp.*`` are fetched. Head and trunk of different checkpoints fit
 each other's shapes, and a wrong pair drafts badly without failing; so the configs must agree, and
-some small tensors of the source's trunk (read by range requests) must be those of the model's.
+some small tensors of the source's trunk (read by range requests) must equal those of the model's.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .plan import Conversion, plan_conversion
 from .quantize import MTP_BITS, UNQUANTIZED
 from .source import Source
 
-# Of the config's fields, those that two checkpoints of one model may differ in.
-_FREE = {"quantization", "max_position_embeddings"}
+# The config's fields that may differ between two checkpoints of one model.
+_MAY_DIFFER = {"quantization", "max_position_embeddings"}
 
 
 def find_model(path_or_repo: str | Path) -> Path:
     """The folder of a converted model: a local one, or a repository's in the hub's cache.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such folder.
     """
     directory = local_directory(path_or_repo)
     if directory is not None:
@@ -45,7 +45,7 @@ def plan_head(
     """The conversion of the head alone, after checking that it belongs to the model.
 
     Raises:
-        ValueError: it does not, or there is no head, or the model has one.
+        ValueError: it does not belong to it, or there is no head, or the model has one already.
     """
     if not source.has_head:
         raise ValueError(f"{source.name} has no MTP head (no tensor named mtp.*)")
@@ -62,7 +62,7 @@ def plan_head(
 
 def _check_configs(head: Config, trunk: Config, name: str) -> None:
     theirs, ours = head.to_dict(), trunk.to_dict()
-    for key in sorted({*theirs, *ours} - _FREE):
+    for key in sorted({*theirs, *ours} - _MAY_DIFFER):
         if theirs.get(key) != ours.get(key):
             raise ValueError(
                 f"the head of {name} does not belong to this model: {key} is {theirs.get(key)!r} "

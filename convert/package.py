@@ -1,4 +1,4 @@
-"""What a converted model's folder holds besides weights: config, index, tokenizer, model card."""
+"""The files of a converted model besides its weights: config, index, tokenizer, model card."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WRITTEN = {"config.json", INDEX_FILE, CARD}
 
 
 def complete(conversion: Conversion, files: Sequence[File], folder: Path, title: str) -> None:
-    """Writes all of it.
+    """Writes all files besides the weights.
 
     Args:
         files: the weight files.
@@ -38,7 +38,7 @@ def complete(conversion: Conversion, files: Sequence[File], folder: Path, title:
 
 
 def _write_config(folder: Path, conversion: Conversion) -> None:
-    """The source's, in the hub's dialect (mlx-lm reads no other), with mlx-lm's quantization."""
+    """Writes the source's config in the hub's dialect (mlx-lm reads no other) and the recipe."""
     source = conversion.source
     raw: dict[str, Any] = {**source.raw_config, **source.config.to_dict()}
     for key in ("_name_or_path", "quantization", "quantization_config", "rope_parameters", "dtype"):
@@ -56,7 +56,7 @@ def _write_config(folder: Path, conversion: Conversion) -> None:
 
 
 def _interval(config: Config) -> int | None:
-    """Every how many layers one has full attention; None if they follow no such rule."""
+    """The distance between layers with full attention; None if it is not the same throughout."""
     count = config.num_hidden_layers
     interval = next((i + 1 for i in range(count) if not config.is_linear(i)), count + 1)
     regular = all(config.is_linear(i) == bool((i + 1) % interval) for i in range(count))
@@ -64,7 +64,7 @@ def _interval(config: Config) -> int | None:
 
 
 def _write_index(folder: Path, trunk: Sequence[File]) -> None:
-    """model.safetensors.index.json, of the trunk: mlx-lm refuses an MTP head in it."""
+    """Writes the index of the trunk alone: mlx-lm refuses an MTP head in it."""
     weight_map = {name: file.path.name for file in trunk for name in file.places}
     parameters = {id(p): p for file in trunk for p in file.parameters.values()}
     metadata = {
@@ -76,7 +76,7 @@ def _write_index(folder: Path, trunk: Sequence[File]) -> None:
 
 
 def _copy_small_files(folder: Path, source: Source) -> None:
-    """Tokenizer, chat template, generation config and licence, byte for byte."""
+    """Copies tokenizer, chat template, generation config and licence, byte for byte."""
     for pattern in SMALL_FILES:
         for file in source.directory.glob(pattern):
             if file.name not in _WRITTEN and file.is_file():
@@ -84,7 +84,7 @@ def _copy_small_files(folder: Path, source: Source) -> None:
 
 
 def _write_card(folder: Path, conversion: Conversion, title: str) -> None:
-    """The source's metadata (licence, languages) in the hub's form, and what was done."""
+    """Writes the model card: the source's metadata (licence, languages), and the conversion."""
     source = conversion.source
     original = source.directory / CARD
     data = ModelCard.load(original).data if original.exists() else ModelCardData()
@@ -120,7 +120,7 @@ mlx_lm.generate --model {title} --prompt "hello"
 
 
 def check_upload() -> None:
-    """Finds out before the work whether its result can be uploaded.
+    """Checks, before the work, that its result can be uploaded.
 
     Raises:
         ValueError: nobody is logged in.
@@ -130,7 +130,7 @@ def check_upload() -> None:
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Uploads the folder and returns its address. What is there already is not sent again.
+    """Uploads the folder and returns its address. Files that are there already are not sent again.
 
     Raises:
         ValueError: the hub refuses or cannot be reached.

@@ -1,4 +1,4 @@
-"""A conversion, settled from headers and arguments before the first weight is read."""
+"""Planning a conversion: all of it is settled before the first weight is read."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 @dataclass(frozen=True)
 class Conversion:
-    """What becomes of a source.
+    """A source and the weight files that it is converted to.
 
     Attributes:
-        model: the model it describes, with random weights, not quantized.
-        dtype: of what stays floating point.
-        base: quantization of what no rule treats otherwise; None for none.
+        source: the checkpoint.
+        model: the model that the source describes, unquantized, with random weights.
+        dtype: of the tensors that stay floating point.
+        base: quantization of the modules that no rule treats otherwise; None for none.
         recipe: module path -> quantization.
-        parameters: file -> what goes in it, ``TRUNK`` standing for all its shards.
-        mark: what the files will say of themselves.
+        parameters: file -> its parameters; ``TRUNK`` stands for as many files as the trunk takes.
+        mark: the value of :data:`layouts.MARK` in the files' metadata.
     """
 
     source: Source
@@ -47,13 +48,13 @@ class Conversion:
     mark: Mapping[str, Any]
 
     def files(self, folder: Path) -> list[File]:
-        """The weight files, as they are to be in ``folder``."""
+        """The weight files as they will be in ``folder``."""
         metadata = {"format": "mlx", layouts.MARK: json.dumps(self.mark)}
         return weights.lay_out(self.parameters, folder, metadata)
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all parameters, scales included."""
+        """Bits per weight over all parameters, scales included."""
         parameters = [p for name, ps in self.parameters.items() if name != NORMS_FILE for p in ps]
         return 8 * sum(p.nbytes for p in parameters) / sum(p.size for p in parameters)
 
@@ -68,12 +69,13 @@ def plan_conversion(
     head: bool = True,
     mtp_bits: int | None = None,
 ) -> Conversion:
-    """Checks everything that headers show.
+    """Plans a conversion, after checking everything that headers show.
 
     Args:
-        dtype: None for what the source's config says.
+        dtype: None for the one in the source's config.
+        base: see :class:`Conversion`.
         predicate, mtp_bits: see :func:`quantize.recipe`.
-        trunk, head: what to convert.
+        trunk, head: whether to convert them.
 
     Raises:
         ValueError: the source is not whole, or an argument does not suit it.
@@ -81,7 +83,7 @@ def plan_conversion(
     head = head and source.has_head
     if mtp_bits is not None and not head:
         raise ValueError(f"--mtp-bits: there is no MTP head to convert in {source.name}")
-    dtype = dtype or _stored_dtype(source)
+    dtype = dtype or _dtype_of(source)
     try:
         model = Model(source.config)
         if head:
@@ -104,7 +106,7 @@ def plan_conversion(
     }
 
     parameters = _parameters(source, origins, shapes, chosen, dtype)
-    settled = [
+    stored = [
         [p.path, str(p.dtype), p.quantization] for members in parameters.values() for p in members
     ]
     mark = {
@@ -113,7 +115,7 @@ def plan_conversion(
         "revision": source.revision,
         "norm_weights": "1 + w",
         "quantization": base,
-        "recipe": _digest(settled),
+        "recipe": _digest(stored),
         "contents": _digest([source.contents, source.raw_config]),
     }
     return Conversion(source, model, dtype, base, chosen, parameters, mark)
@@ -126,23 +128,23 @@ def _parameters(
     chosen: Mapping[str, Quantization],
     dtype: mx.Dtype,
 ) -> dict[str, list[Parameter]]:
-    """File -> what goes in it."""
+    """File -> its parameters."""
     parameters: dict[str, list[Parameter]] = {TRUNK: [], MTP_FILE: [], NORMS_FILE: []}
     for path, shape in shapes.items():
         file = MTP_FILE if layouts.is_mtp(path) else TRUNK
-        held = dtype
+        stored_dtype = dtype
         if path.endswith(("A_log", "dt_bias")):
-            held = safetensors.DTYPES[source.tensors[path].dtype]
+            stored_dtype = safetensors.DTYPES[source.tensors[path].dtype]
         elif layouts.is_float32(path):
-            # The head's norms are exact: only the trunk's are read by mlx-lm, too, which would
-            # compute all activations in their dtype.
+            # The head's norms are exact. mlx-lm reads the trunk's as well, and would compute all
+            # activations in their dtype.
             exact = Parameter(path, shape, origins[path], mx.float32, None)
             if file == MTP_FILE or dtype == mx.float32:
-                held = mx.float32
+                stored_dtype = mx.float32
             else:
                 parameters[NORMS_FILE].append(exact)
         quantization = chosen.get(path.removesuffix(".weight"))
-        parameters[file].append(Parameter(path, shape, origins[path], held, quantization))
+        parameters[file].append(Parameter(path, shape, origins[path], stored_dtype, quantization))
     return {name: members for name, members in parameters.items() if members}
 
 
@@ -150,13 +152,13 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _stored_dtype(source: Source) -> mx.Dtype:
+def _dtype_of(source: Source) -> mx.Dtype:
     """The dtype that the config names, else the embedding's."""
     named = source.raw_config.get("torch_dtype") or source.raw_config.get("dtype")
     if str(named) in DTYPES:
         return DTYPES[str(named)]
-    stored = source.tensors.get("model.embed_tokens.weight")
-    dtype = safetensors.DTYPES.get(stored.dtype) if stored is not None else None
+    embedding = source.tensors.get("model.embed_tokens.weight")
+    dtype = safetensors.DTYPES.get(embedding.dtype) if embedding is not None else None
     if dtype is None or dtype not in DTYPES.values():
         raise ValueError(f"{source.name} does not say what dtype it has; give --dtype")
     return dtype

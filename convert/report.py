@@ -1,4 +1,4 @@
-"""What a conversion will do, before it does it: sizes, memory, disk, and which Macs it suits."""
+"""The needs of a conversion, before it starts: sizes, memory, disk, and the Macs it suits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .repository import Repository
 from .weights import Chunk, File
 
 MACS = (16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory that Macs come with
-# Of a Mac's memory, what macOS lets the GPU keep resident unless told otherwise.
+# The part of a Mac's memory that macOS lets the GPU keep resident by default.
 GPU_SHARE = 0.75
 _CONTEXTS = (8_192, 262_144)
 # Peak of a conversion on the largest layers; NOTES.md has the measurement.
@@ -29,7 +29,7 @@ def _size(count: float) -> str:
 
 
 def disk_needed(conversion: Conversion, files: Sequence[File], work: Sequence[Chunk]) -> int:
-    """Bytes to be written beside the target: the output, and with it what is streamed."""
+    """Bytes to be written beside the target: the output, and source files that are streamed."""
     output = sum(file.size for file in files)
     if isinstance(conversion.source, Repository) and conversion.source.streamed:
         output += weights.peak_source_bytes(work, conversion.source.sizes)
@@ -39,10 +39,10 @@ def disk_needed(conversion: Conversion, files: Sequence[File], work: Sequence[Ch
 def check_disk(
     folder: Path, conversion: Conversion, files: Sequence[File], work: Sequence[Chunk]
 ) -> None:
-    """Compares what is needed with what is free, counting what ``folder`` holds already.
+    """Checks that the disk has room, counting files that are in ``folder`` already.
 
     Raises:
-        ValueError: there is too little, for the output or for the hub's cache.
+        ValueError: there is too little room for the output or for the hub's cache.
     """
     there = sum(f.stat().st_blocks * 512 for f in folder.rglob("*") if f.is_file())
     needed = [(folder, disk_needed(conversion, files, work) - there)]
@@ -90,12 +90,12 @@ def describe(conversion: Conversion, files: Sequence[File], work: Sequence[Chunk
             "(--stream keeps one file at a time)"
         )
     lines.append(f"memory       less than {_WORKING_MEMORY / GB:.1f} GB while converting")
-    held = output - by_file.get(NORMS_FILE, 0)
+    in_memory = output - by_file.get(NORMS_FILE, 0)
     for context in sorted({min(c, config.max_position_embeddings) for c in _CONTEXTS}):
         cache = capacity.cache_bytes(
             config, context, mtp=MTP_FILE in by_file, itemsize=conversion.dtype.size
         )
-        need = held + cache
+        need = in_memory + cache
         macs = [f"{mac} GB" for mac in MACS if GPU_SHARE * mac * 2**30 >= need]
         lines.append(
             f"to run       {_size(need)} with {context:,} tokens of context: "

@@ -1,4 +1,4 @@
-"""A repository of the hub as a source: headers come first, weight files when they are needed."""
+"""A repository of the hub as a source: headers come first, weight files when needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Repository(Source):
     """A repository of the hub.
 
     Attributes:
-        streamed: the folder that a weight file is kept in only as long as it is needed; None if
+        streamed: the folder in which a weight file is kept only as long as it is needed; None if
             all are kept in the hub's cache.
     """
 
@@ -32,6 +32,7 @@ class Repository(Source):
 
         Args:
             revision: branch, tag or commit.
+            streamed: as the attribute.
 
         Raises:
             ValueError: the repository cannot be read or holds no model.
@@ -104,11 +105,11 @@ class Repository(Source):
 
     @property
     def sizes(self) -> dict[Path, int]:
-        """Bytes of the weight files."""
+        """Weight file -> its size in bytes."""
         return {file: self._remote[file.name].size or 0 for file in self.files()}
 
     def missing_bytes(self) -> int:
-        """What is to be downloaded yet."""
+        """Bytes that are still to be downloaded."""
         return sum(size for file, size in self.sizes.items() if not file.exists())
 
     def fetch(self, file: Path) -> None:
@@ -146,8 +147,11 @@ def open_source(
 ) -> Source:
     """A local directory or a hub repository, as :func:`mlx_qwen3next.load` tells them apart.
 
+    Args:
+        revision, streamed: see :class:`Repository`.
+
     Raises:
-        ValueError: it cannot be read; see :class:`Repository` for ``streamed``.
+        ValueError: it cannot be read.
     """
     directory = local_directory(path_or_repo)
     if directory is None:

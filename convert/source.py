@@ -1,4 +1,4 @@
-"""The checkpoint to convert: its floating-point tensors by name, whatever they are stored as.
+"""The checkpoint to convert: floating-point tensors by name, in whatever form they are stored.
 
 FP8 follows DeepSeek-V3's block scaling, as Qwen's FP8 repositories do: ``X.weight`` in e4m3 and
 ``X.weight_scale_inv`` with one factor for every 128 x 128 block, ``w * scale``.
@@ -23,7 +23,7 @@ from mlx_qwen3next.storage.safetensors import Tensor
 
 from .quantize import dequantize
 
-# What belongs to a model besides the weights.
+# The files of a model besides its weights.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "README.md", "LICENSE*", "tokenizer.model")
 _FLOATS = ("BF16", "F16", "F32")
 _FP8 = "F8_E4M3"
@@ -33,11 +33,11 @@ class Source:
     """A local directory.
 
     Attributes:
-        name: what to call it where others read: the directory's name, or the repository's.
+        name: for messages and the model card: the directory's name, or the repository's.
         revision: a repository's commit.
         directory: where config, tokenizer and the other small files are.
-        raw_config, config: config.json as it is, and as the model it describes.
-        tensors: name -> where it is stored, from the headers alone.
+        raw_config, config: config.json, and the model's config made of it.
+        tensors: name -> stored tensor, from the headers alone.
     """
 
     name: str
@@ -65,12 +65,12 @@ class Source:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether (some of) it is in MLX's quantized form."""
+        """Whether any tensor is in MLX's quantized form."""
         return any(name.endswith(".scales") for name in self.tensors)
 
     @property
     def contents(self) -> list[Any]:
-        """What changes when the weights change, without reading them; JSON values."""
+        """JSON values that change when the weights change, without reading them."""
         stats = {file: file.stat() for file in self.files()}
         return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()]
 
@@ -144,11 +144,11 @@ class Source:
 
     @property
     def row_step(self) -> int:
-        """Rows of a matrix are read from multiples of this on."""
+        """The multiple of rows at which reading a part of a matrix may begin."""
         return self._block[0]
 
     def read(self, name: str, first: int, last: int) -> mx.array:
-        """Rows ``first:last`` of a tensor that :meth:`plan` has checked, as floating point.
+        """Reads rows ``first:last`` of a tensor that :meth:`find_origins` has checked.
 
         FP8 gives float32, quantized tensors the dtype of their scales or bfloat16.
         """
@@ -170,18 +170,18 @@ class Source:
         return safetensors.read_rows(self.tensors[name], rows.start, rows.stop)
 
     def peek(self, name: str) -> mx.array:
-        """A whole (small) tensor as it is stored, without fetching the file that it is in."""
+        """Reads a whole (small) tensor as it is stored, without fetching its file."""
         return safetensors.read_rows(self.tensors[name])
 
     def fetch(self, file: Path) -> None:
-        """Makes sure that a weight file is there."""
+        """Makes sure that a weight file is there, as in every local directory."""
 
     def release(self, file: Path) -> None:
-        """Says that a weight file is not needed any more."""
+        """Lets a weight file go that is not needed any more. A local directory keeps its files."""
 
 
 def _fp8_block(raw: Mapping[str, Any], directory: Path) -> tuple[int, int]:
-    """Rows and columns that share a factor; 1 x 1 for what is no FP8 checkpoint.
+    """Rows and columns that share a factor; 1 x 1 where the checkpoint is not FP8.
 
     Raises:
         ValueError: the checkpoint is quantized in a way that is not read here.

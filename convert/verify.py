@@ -1,4 +1,4 @@
-"""``--verify``: reads a conversion again and says how far it is from its source."""
+"""``--verify``: reading a conversion again and measuring its distance from the source."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def verify(conversion: Conversion, folder: Path) -> str:
     """The relative errors (L2) of all weights by kind, and of the logits on some prompts.
 
     Args:
-        folder: what the plan has become.
+        folder: the converted model's.
 
     Raises:
         ValueError: a file cannot be read.
@@ -54,12 +54,12 @@ def verify(conversion: Conversion, folder: Path) -> str:
 
 
 def _kind(path: str) -> str:
-    """Without what differs from layer to layer."""
+    """The parameter's path without the number of its layer."""
     return re.sub(r"^(model|mtp)\.(layers\.\d+\.)?", lambda m: f"{m[1]}.", path)
 
 
 def _stored(parameter: Parameter, file: File, first: int, last: int) -> mx.array:
-    """Rows of a parameter as they are in the output, in float32."""
+    """Rows ``first:last`` of a parameter of the output, in float32."""
     parts = [safetensors.read_rows(file.places[name], first, last) for name in parameter.contents]
     return parameter.restore(parts)
 
@@ -95,16 +95,18 @@ def _compare_logits(conversion: Conversion, files: list[File], folder: Path) -> 
     places = {p.path: (p, file) for file in files for p in file.parameters.values()}
     dtype = default_dtype()
 
-    def held(path: str, value: mx.array) -> mx.array:
+    def in_model_dtype(path: str, value: mx.array) -> mx.array:
         return value.astype(mx.float32 if layouts.is_float32(path) else dtype)
 
     def original(path: str) -> mx.array:
         parameter = parameters[path]
-        return held(path, parameter.origin.rows(conversion.source.read, 0, parameter.shape[0]))
+        return in_model_dtype(
+            path, parameter.origin.rows(conversion.source.read, 0, parameter.shape[0])
+        )
 
     def converted(path: str) -> mx.array:
-        parameter, file = places[path]  # of a norm the exact one: its file comes last
-        return held(path, _stored(parameter, file, 0, parameter.shape[0]))
+        parameter, file = places[path]  # a norm's exact one, whose file comes last
+        return in_model_dtype(path, _stored(parameter, file, 0, parameter.shape[0]))
 
     for file in conversion.source.files():
         conversion.source.fetch(file)
@@ -128,7 +130,7 @@ def _tokens(conversion: Conversion, folder: Path) -> list[int]:
 def _run(
     conversion: Conversion, tokens: mx.array, read: Reader
 ) -> tuple[mx.array, mx.array | None]:
-    """Logits of trunk and head ``[1, L, vocab]``, a layer in memory at a time."""
+    """The logits of trunk and head ``[1, L, vocab]``, with one layer in memory at a time."""
     config = conversion.source.config
     paths = conversion.model.parameter_shapes()
 

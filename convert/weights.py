@@ -1,9 +1,9 @@
-"""From a source to the output's weight files, in bounded memory, and able to go on after any stop.
+"""Writing the output's weight files, in bounded memory, and able to go on after any stop.
 
-Which bytes go where in which file is settled from headers alone. The work is then a list of pieces,
-some rows of one parameter each: read, built, cast, quantized, written to their place. A chunk
-depends on nothing but its own rows, so the list can be left after any chunk and taken up there; the
-same bytes come out.
+Headers alone settle the place of every byte. The work is then a list of chunks, some rows of one
+parameter each, which are read, built, cast, quantized and written to their place. A chunk depends
+on nothing but its own rows, so the list can be left after any chunk and taken up there; the same
+bytes come out.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from .source import Source
 
 TRUNK = "model.safetensors"
 LARGEST_FILE = 5_000_000_000  # bytes
-_ENTRY = 500  # more than a header has for one tensor, beside its name
+_ENTRY = 500  # bytes, more than a header has for one tensor beside its name
 _CHUNK = 2**22  # numbers in a chunk: 16 MB as float32; larger ones were slower
-_BATCH = 8  # pieces evaluated together
+_BATCH = 8  # chunks evaluated together
 _RECORD_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of the model and what becomes of it."""
+    """One parameter of the model, its origin and its form in the output."""
 
     path: str
     shape: Shape
     origin: Origin
-    dtype: mx.Dtype  # of itself, or of its scales
+    dtype: mx.Dtype  # its own, or that of its scales
     quantization: Quantization | None
 
     @property
     def contents(self) -> dict[str, tuple[mx.Dtype, Shape]]:
-        """The tensors it is stored as: name -> dtype and shape."""
+        """The tensors of the output that hold it: name -> dtype and shape."""
         if self.quantization is None:
             return {self.path: (self.dtype, self.shape)}
         group_size, bits, mode = (self.quantization[k] for k in ("group_size", "bits", "mode"))
@@ -63,16 +63,16 @@ class Parameter:
 
     @property
     def size(self) -> int:
-        """Its numbers."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that it is stored as."""
+        """Bytes of its :attr:`contents`."""
         return sum(math.prod(shape) * dtype.size for dtype, shape in self.contents.values())
 
     def values(self, source: Source, first: int, last: int) -> tuple[list[mx.array], mx.array]:
-        """Rows ``first:last`` of its contents, in their order, and whether they are all finite."""
+        """Makes rows ``first:last`` of its contents, in order; and whether they are all finite."""
         value = self.origin.rows(source.read, first, last).astype(self.dtype)
         finite = _all_finite(value)
         if self.quantization is None:
@@ -80,14 +80,14 @@ class Parameter:
         return list(mx.quantize(value, **self.quantization)), finite
 
     def restore(self, contents: Sequence[mx.array]) -> mx.array:
-        """Rows of the parameter in float32, from rows of its contents."""
+        """Rows of the parameter in float32, made from the same rows of its contents."""
         if self.quantization is None:
             return contents[0].astype(mx.float32)
         return dequantize(contents, self.quantization).astype(mx.float32)
 
 
 def _all_finite(value: mx.array) -> mx.array:
-    """Whether there is no NaN or infinity: their exponent bits are all ones, as in no other."""
+    """Whether there is no NaN or infinity: only their exponent bits are all ones."""
     unsigned, infinity = {
         mx.float32: (mx.uint32, 0x7F800000),
         mx.bfloat16: (mx.uint16, 0x7F80),
@@ -99,7 +99,7 @@ def _all_finite(value: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class File:
-    """A file of the output: its beginning, and who goes where behind it."""
+    """A file of the output: its header, and the place of each tensor behind it."""
 
     path: Path
     header: bytes
@@ -108,18 +108,18 @@ class File:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Bytes of the whole file."""
         return len(self.header) + sum(place.nbytes for place in self.places.values())
 
 
 def lay_out(
     parameters: Mapping[str, Sequence[Parameter]], folder: Path, metadata: dict[str, str]
 ) -> list[File]:
-    """The output's files.
+    """Lays out the output's files.
 
     Args:
-        parameters: those of each file; ``TRUNK`` stands for as many as it takes.
-        metadata: what every file is to say of itself.
+        parameters: file -> its parameters; ``TRUNK`` stands for as many files as it takes.
+        metadata: of every file.
     """
     files = {name: members for name, members in parameters.items() if name != TRUNK}
     if TRUNK in parameters:
@@ -135,7 +135,7 @@ def lay_out(
 
 
 def _split(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
-    """In order, in parts that make files below LARGEST_FILE."""
+    """The parameters, in order, in parts that make files below LARGEST_FILE."""
     parts: list[list[Parameter]] = []
     size = 0
     for parameter in parameters:
@@ -160,12 +160,12 @@ class Chunk:
 
     @property
     def size(self) -> int:
-        """In numbers."""
+        """The number of the parameter's elements in it."""
         return (self.last - self.first) * math.prod(self.parameter.shape[1:])
 
 
 def chunks(files: Sequence[File], source: Source) -> list[Chunk]:
-    """The work, in the order in which the source's files come."""
+    """Divides the work into chunks, in the order of the source's files."""
     order = {file: i for i, file in enumerate(source.files())}
     result = []
     for file in files:
@@ -185,7 +185,11 @@ def chunks(files: Sequence[File], source: Source) -> list[Chunk]:
 
 
 def peak_source_bytes(work: Sequence[Chunk], sizes: dict[Path, int]) -> int:
-    """Bytes of the source's files that have to be there at the same time, at most."""
+    """The most bytes of the source's files that must be there at the same time.
+
+    Args:
+        sizes: file -> bytes.
+    """
     last = {file: i for i, chunk in enumerate(work) for file in chunk.files}
     present: set[Path] = set()
     most = 0
@@ -197,7 +201,10 @@ def peak_source_bytes(work: Sequence[Chunk], sizes: dict[Path, int]) -> int:
 
 
 def write(files: Sequence[File], work: Sequence[Chunk], source: Source, progress: Progress) -> None:
-    """Does what is left of the work.
+    """Does the work that is left, and records it.
+
+    Args:
+        work: all chunks of the files, of which the first ``progress.done`` are finished.
 
     Raises:
         ValueError: the source cannot be read, or holds NaN or infinite values.
@@ -242,7 +249,7 @@ def write(files: Sequence[File], work: Sequence[Chunk], source: Source, progress
 
 
 def is_laid_out(file: File) -> bool:
-    """Whether a file is there with its header and size, whatever its data."""
+    """Whether a file is there with its header and its size, whatever its data."""
     if not file.path.exists() or file.path.stat().st_size != file.size:
         return False
     with file.path.open("rb") as stream:
@@ -268,7 +275,7 @@ def _convert(
 
 
 def _not_finite(chunk: Chunk, source: Source) -> str:
-    """Names the tensor that holds a NaN or an infinity."""
+    """The message that names the tensor which holds a NaN or an infinity."""
     origin = chunk.parameter.origin
     if origin.stacked:
         spans = {name: (0, origin.shape[0]) for name in origin.names[chunk.first : chunk.last]}
@@ -277,8 +284,8 @@ def _not_finite(chunk: Chunk, source: Source) -> str:
     for name, rows in spans.items():
         if not _finite(source.read(name, *rows)):
             scales = (part for part in source.parts(name) if part != name)
-            guilty = next((part for part in scales if not _finite(source.peek(part))), name)
-            return f"{source.tensors[guilty].file}: {guilty} holds NaN or infinite values"
+            at_fault = next((part for part in scales if not _finite(source.peek(part))), name)
+            return f"{source.tensors[at_fault].file}: {at_fault} holds NaN or infinite values"
     file = source.tensors[origin.names[0]].file
     dtype = str(chunk.parameter.dtype).rpartition(".")[2]
     return f"{file}: {chunk.parameter.path} overflows in --dtype {dtype}"
@@ -296,7 +303,11 @@ class Outputs:
         self._changed: set[Path] = set()
 
     def write(self, place: Tensor, first: int, value: mx.array) -> None:
-        """Puts rows from ``first`` on into their place."""
+        """Writes rows of a tensor, from row ``first`` on, to their place.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         offset = place.start + first * (place.nbytes // place.shape[0])
         data = memoryview(mx.contiguous(value).view(mx.uint8)).cast("B")  # type: ignore[arg-type]
         while data:
@@ -305,7 +316,11 @@ class Outputs:
         self._changed.add(place.file)
 
     def sync(self) -> None:
-        """Waits until all that was written is on disk."""
+        """Waits until all written rows are on disk.
+
+        Raises:
+            OSError: they cannot be brought there.
+        """
         for file in self._changed:
             os.fsync(self._descriptors[file])
         self._changed.clear()
