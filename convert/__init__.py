@@ -1,4 +1,4 @@
-"""From a published checkpoint to the files that mlx_qwen3next and mlx-lm run."""
+"""Converting a published checkpoint to the files that mlx_qwen3next and mlx-lm run."""
 
 from .conversion import convert
 

@@ -26,7 +26,7 @@ A conversion that was stopped, by Ctrl-C or otherwise, goes on with the same com
 """
 
 
-# Said otherwise than by mlx_lm.convert.
+# In place of mlx_lm.convert's own help.
 HELP = {
     "quantize": "Quantize; without it weights keep their precision. Routers always get 8 bits, "
     "norms, convolutions and decays stay as they are.",
@@ -42,7 +42,7 @@ HELP = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """mlx_lm.convert's parser with our additions; every stock flag keeps its default."""
+    """mlx_lm.convert's parser with this package's flags; every stock flag keeps its default."""
     stock = configure_parser()
     for action in stock._actions:
         action.help = HELP.get(action.dest, action.help)

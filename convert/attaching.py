@@ -1,8 +1,8 @@
-"""``--attach-mtp``: the MTP head of a source beside a model that was converted without it.
+"""``--attach-mtp``: putting a source's MTP head beside a model that was converted without it.
 
 Only the weight files that hold ``mtp.*`` are fetched. Head and trunk of different checkpoints fit
 each other's shapes, and a wrong pair drafts badly without failing; so the configs must agree, and
-some small tensors of the source's trunk (read by range requests) must be those of the model's.
+some small tensors of the source's trunk (read by range requests) must equal those of the model's.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from pathlib import Path
 import mlx.core as mx
 from huggingface_hub import snapshot_download
 
-from mlx_qwen3next.checkpoint import files
-from mlx_qwen3next.checkpoint.loading import hub_errors, local_directory
+from mlx_qwen3next.checkpoint.files import MTP_FILE
+from mlx_qwen3next.checkpoint.hub import hub_errors, local_directory
 from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
 
-from .plan import Plan, make_plan
+from .plan import Conversion, plan_conversion
 from .quantize import MTP_BITS, UNQUANTIZED
 from .source import Source
 
-# Of the config's fields, those that two checkpoints of one model may differ in.
-_FREE = {"quantization", "max_position_embeddings"}
+# The config's fields that may differ between two checkpoints of one model.
+_MAY_DIFFER = {"quantization", "max_position_embeddings"}
 
 
 def find_model(path_or_repo: str | Path) -> Path:
     """The folder of a converted model: a local one, or a repository's in the hub's cache.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such folder.
     """
     directory = local_directory(path_or_repo)
     if directory is not None:
@@ -39,28 +39,30 @@ def find_model(path_or_repo: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_repo), local_files_only=True))
 
 
-def plan(source: Source, model: Path, dtype: mx.Dtype | None, mtp_bits: int | None) -> Plan:
+def plan_head(
+    source: Source, model: Path, dtype: mx.Dtype | None, mtp_bits: int | None
+) -> Conversion:
     """The conversion of the head alone, after checking that it belongs to the model.
 
     Raises:
-        ValueError: it does not, or there is no head, or the model has one.
+        ValueError: it does not belong to it, or there is no head, or the model has one already.
     """
     if not source.has_head:
         raise ValueError(f"{source.name} has no MTP head (no tensor named mtp.*)")
     trunk = Source(model)
-    if any(layouts.is_mtp(n) and t.file.name != files.HEAD for n, t in trunk.tensors.items()):
+    if any(layouts.is_mtp(n) and t.file.name != MTP_FILE for n, t in trunk.tensors.items()):
         raise ValueError(f"{model} has an MTP head in its own shards")
     _check_configs(source.config, trunk.config, source.name)
     if mtp_bits is None:
         mtp_bits = MTP_BITS if trunk.is_quantized else UNQUANTIZED
-    result = make_plan(source, dtype=dtype, trunk=False, mtp_bits=mtp_bits)
+    result = plan_conversion(source, dtype=dtype, trunk=False, mtp_bits=mtp_bits)
     _check_trunks(source, trunk)
     return result
 
 
 def _check_configs(head: Config, trunk: Config, name: str) -> None:
     theirs, ours = head.to_dict(), trunk.to_dict()
-    for key in sorted({*theirs, *ours} - _FREE):
+    for key in sorted({*theirs, *ours} - _MAY_DIFFER):
         if theirs.get(key) != ours.get(key):
             raise ValueError(
                 f"the head of {name} does not belong to this model: {key} is {theirs.get(key)!r} "
@@ -80,7 +82,7 @@ def _check_trunks(source: Source, trunk: Source) -> None:
         if path.startswith(prefixes)
         and (layouts.is_float32(path) or path.endswith("conv1d.weight"))
     }
-    theirs, ours = source.plan(shapes), trunk.plan(shapes)
+    theirs, ours = source.find_origins(shapes), trunk.find_origins(shapes)
     for path in shapes:
         a = theirs[path].build([source.peek(name) for name in theirs[path].names])
         b = ours[path].build([trunk.peek(name) for name in ours[path].names])

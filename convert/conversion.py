@@ -1,4 +1,4 @@
-"""The converter as a function: what ``python -m mlx_qwen3next.convert`` does."""
+"""The converter as a function, which ``python -m mlx_qwen3next.convert`` calls."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.files import MTP_FILE
+from mlx_qwen3next.storage.replacing import PARTIAL
 
 from . import attaching, package, report, weights
-from .plan import DTYPES, Plan, make_plan
-from .progress import FILE, PARTIAL, STREAMED, Progress
+from .plan import DTYPES, Conversion, plan_conversion
+from .progress import PROGRESS_FILE, STREAMED, Progress
 from .quantize import DEFAULTS, HEAD_BITS, Predicate, base_quantization
 from .repository import Repository, open_source
 from .verify import verify as compare
@@ -42,19 +43,20 @@ def convert(
     """Converts a Qwen3-Next checkpoint to MLX, its MTP head included.
 
     The arguments up to ``trust_remote_code`` (nothing here needs it) are mlx_lm.convert's. A
-    conversion that was stopped goes on when it is called again with the same arguments.
+    conversion that was stopped goes on when this is called again with the same arguments.
 
     Args:
         hf_path: a local directory or a hub repository, in any layout, FP8 included.
         mlx_path: the folder to make; with ``attach_mtp``, the converted model to add the head to.
-        q_group_size, q_bits, q_mode: of the quantization, if ``quantize``; None for the mode's own.
-        dtype: of what stays floating point; None for what the source's config says.
+        q_group_size, q_bits, q_mode: the quantization, if ``quantize``; None for the mode's own.
+        dtype: of the tensors that stay floating point; None for the one in the source's config.
         quant_predicate: a mixed recipe's name or a function (path, module) -> bool or dict.
         mtp: "keep" or "drop" the MTP head.
-        mtp_bits: of the head; None for the default beside a quantized trunk, else unquantized.
+        mtp_bits: bits of the head; None for the default beside a quantized trunk, else
+            unquantized.
         attach_mtp: convert the head alone and put it beside the model at ``mlx_path``.
         stream: keep a repository's weight files only as long as they are needed.
-        dry_run: print what would be done, and do nothing.
+        dry_run: print sizes and needs, and do nothing.
         verify: read the result again and compare it with the source.
 
     Raises:
@@ -74,7 +76,7 @@ def convert(
         package.check_upload()
 
     target = attaching.find_model(mlx_path) if attach_mtp else _target(mlx_path)
-    result = target / shards.HEAD if attach_mtp else target
+    result = target / MTP_FILE if attach_mtp else target
     partial = result.with_name(result.name + PARTIAL)
     source = open_source(hf_path, revision, streamed=partial / STREAMED if stream else None)
     if stream and not isinstance(source, Repository):
@@ -84,10 +86,10 @@ def convert(
     if dequantize and not source.is_quantized:
         raise ValueError(f"{hf_path} is not quantized: there is nothing to dequantize")
     if attach_mtp:
-        plan = attaching.plan(source, target, DTYPES.get(dtype or ""), mtp_bits)
+        conversion = attaching.plan_head(source, target, DTYPES.get(dtype or ""), mtp_bits)
     else:
         _keep_apart(source.directory.resolve(), target, partial)
-        plan = make_plan(
+        conversion = plan_conversion(
             source,
             dtype=DTYPES.get(dtype or ""),
             base=base,
@@ -96,44 +98,49 @@ def convert(
             mtp_bits=mtp_bits,
         )
     if dry_run:
-        files = plan.files(partial)
-        print(report.describe(plan, files, weights.pieces(files, source)))
+        files = conversion.files(partial)
+        print(report.describe(conversion, files, weights.chunks(files, source)))
         return
 
-    if all(weights.is_laid_out(file) for file in plan.files(target)):
+    if all(weights.is_laid_out(file) for file in conversion.files(target)):
         _say(f"{result} is there already, made from the same source in the same way")
     elif result.exists() and (attach_mtp or any(result.iterdir())):
         raise ValueError(f"{result} exists already; move it away or choose another --mlx-path")
     else:
-        _make(plan, partial, result, title=upload_repo or target.name)
-    # What is left of a run that was stopped at its very end goes, too.
+        _make(conversion, partial, result, title=upload_repo or target.name)
+    # A run that was stopped at its very end may have left its progress.
     if not attach_mtp:
-        (target / FILE).unlink(missing_ok=True)
-    elif (partial / FILE).exists():
+        (target / PROGRESS_FILE).unlink(missing_ok=True)
+    elif (partial / PROGRESS_FILE).exists():
         shutil.rmtree(partial)
     if verify:
-        print(compare(plan, target))
-        shutil.rmtree(partial, ignore_errors=True)  # what was streamed once more
+        print(compare(conversion, target))
+        shutil.rmtree(partial, ignore_errors=True)  # files that were streamed once more
     if upload_repo is not None:
         _say(f"uploaded to {package.upload(target, upload_repo)}")
 
 
-def _make(plan: Plan, partial: Path, result: Path, title: str) -> None:
-    """Makes a folder, or the head's file, beside its place and moves it there."""
-    files = plan.files(partial)
-    work = weights.pieces(files, plan.source)
-    report.check_disk(partial, plan, files, work)
-    # The number of pieces done means nothing if they are others.
-    task = {**plan.mark, "pieces": len(work)}
-    with Progress(partial, task) as progress, _going_on(progress, len(work)):
-        weights.write(files, work, plan.source, progress)
-        if result.name == shards.HEAD:
-            os.replace(partial / shards.HEAD, result)
+def _make(conversion: Conversion, partial: Path, result: Path, title: str) -> None:
+    """Makes a folder, or the head's file, beside its place and moves it there.
+
+    Args:
+        partial: the folder to work in.
+        title: the model's name on its card.
+    """
+    files = conversion.files(partial)
+    work = weights.chunks(files, conversion.source)
+    report.check_disk(partial, conversion, files, work)
+    # A count of finished chunks means nothing for another division into chunks.
+    task = {**conversion.mark, "pieces": len(work)}
+    with Progress(partial, task) as progress, _saying_how_to_go_on(progress, len(work)):
+        weights.write(files, work, conversion.source, progress)
+        if result.name == MTP_FILE:
+            os.replace(partial / MTP_FILE, result)
         else:
-            package.complete(plan, files, partial, title)
+            package.complete(conversion, files, partial, title)
             shutil.rmtree(partial / STREAMED, ignore_errors=True)
             os.rename(partial, result)
-    _say(f"{result}: {plan.bits_per_weight:.3f} bits per weight")
+    _say(f"{result}: {conversion.bits_per_weight:.3f} bits per weight")
 
 
 def _check_choices(**arguments: object) -> None:
@@ -157,10 +164,10 @@ def _keep_apart(source: Path, target: Path, partial: Path) -> None:
 
 
 def _target(mlx_path: str | Path) -> Path:
-    """The folder to make; links are followed, for it comes into place by a rename.
+    """The folder to make. Links are followed, for the folder comes into place by a rename.
 
     Raises:
-        ValueError: there can be no folder.
+        ValueError: no folder can be there.
     """
     try:
         target = Path(mlx_path).expanduser().resolve()
@@ -172,13 +179,13 @@ def _target(mlx_path: str | Path) -> Path:
 
 
 @contextmanager
-def _going_on(progress: Progress, pieces: int) -> Iterator[None]:
-    """Tells whoever presses Ctrl-C, or has a full disk, how to go on."""
+def _saying_how_to_go_on(progress: Progress, chunks: int) -> Iterator[None]:
+    """Adds to the message of an interrupt or a disk error how the conversion goes on."""
     try:
         yield
     except (KeyboardInterrupt, OSError) as error:
         state = (
-            f"with {progress.done / pieces:.0%} done; the same command goes on from there, "
+            f"with {progress.done / chunks:.0%} done; the same command goes on from there, "
             f"deleting {progress.folder} gives it up"
         )
         if isinstance(error, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What a converted model's folder holds besides weights: config, index, tokenizer, model card."""
+"""The files of a converted model besides its weights: config, index, tokenizer, model card."""
 
 from __future__ import annotations
 
@@ -11,50 +11,52 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 
-from mlx_qwen3next.checkpoint import files as shards
-from mlx_qwen3next.checkpoint.loading import hub_errors
+from mlx_qwen3next.checkpoint.files import INDEX_FILE, MTP_FILE
+from mlx_qwen3next.checkpoint.hub import hub_errors
 from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.storage.replacing import write_text
 
-from .plan import Plan
-from .progress import write_whole
+from .plan import Conversion
 from .source import SMALL_FILES, Source
 from .weights import File
 
 CARD = "README.md"
-_WRITTEN = {"config.json", shards.INDEX, CARD}
+_WRITTEN = {"config.json", INDEX_FILE, CARD}
 
 
-def complete(plan: Plan, files: Sequence[File], folder: Path, title: str) -> None:
-    """Writes all of it.
+def complete(conversion: Conversion, files: Sequence[File], folder: Path, title: str) -> None:
+    """Writes all files besides the weights.
 
     Args:
         files: the weight files.
         title: the model's name on its card.
     """
-    _copy_small_files(folder, plan.source)
-    _write_config(folder, plan)
+    _copy_small_files(folder, conversion.source)
+    _write_config(folder, conversion)
     _write_index(folder, [file for file in files if file.path.name.startswith("model")])
-    _write_card(folder, plan, title)
+    _write_card(folder, conversion, title)
 
 
-def _write_config(folder: Path, plan: Plan) -> None:
-    """The source's, in the hub's dialect (mlx-lm reads no other), with mlx-lm's quantization."""
-    source = plan.source
+def _write_config(folder: Path, conversion: Conversion) -> None:
+    """Writes the source's config in the hub's dialect (mlx-lm reads no other) and the recipe."""
+    source = conversion.source
     raw: dict[str, Any] = {**source.raw_config, **source.config.to_dict()}
     for key in ("_name_or_path", "quantization", "quantization_config", "rope_parameters", "dtype"):
         raw.pop(key, None)
-    raw |= {"rope_scaling": None, "torch_dtype": str(plan.dtype).rpartition(".")[2]}
+    raw |= {"rope_scaling": None, "torch_dtype": str(conversion.dtype).rpartition(".")[2]}
     if interval := _interval(source.config):
         del raw["layer_types"]
         raw["full_attention_interval"] = interval
-    if plan.base is not None:
-        exceptions = {path: q for path, q in sorted(plan.recipe.items()) if q != plan.base}
-        raw["quantization"] = raw["quantization_config"] = {**plan.base, **exceptions}
-    write_whole(folder / "config.json", json.dumps(dict(sorted(raw.items())), indent=2) + "\n")
+    if conversion.base is not None:
+        exceptions = {
+            path: q for path, q in sorted(conversion.recipe.items()) if q != conversion.base
+        }
+        raw["quantization"] = raw["quantization_config"] = {**conversion.base, **exceptions}
+    write_text(folder / "config.json", json.dumps(dict(sorted(raw.items())), indent=2) + "\n")
 
 
 def _interval(config: Config) -> int | None:
-    """Every how many layers one has full attention; None if they follow no such rule."""
+    """The distance between layers with full attention; None if it is not the same throughout."""
     count = config.num_hidden_layers
     interval = next((i + 1 for i in range(count) if not config.is_linear(i)), count + 1)
     regular = all(config.is_linear(i) == bool((i + 1) % interval) for i in range(count))
@@ -62,7 +64,7 @@ def _interval(config: Config) -> int | None:
 
 
 def _write_index(folder: Path, trunk: Sequence[File]) -> None:
-    """model.safetensors.index.json, of the trunk: mlx-lm refuses an MTP head in it."""
+    """Writes the index of the trunk alone: mlx-lm refuses an MTP head in it."""
     weight_map = {name: file.path.name for file in trunk for name in file.places}
     parameters = {id(p): p for file in trunk for p in file.parameters.values()}
     metadata = {
@@ -70,20 +72,20 @@ def _write_index(folder: Path, trunk: Sequence[File]) -> None:
         "total_parameters": sum(math.prod(p.shape) for p in parameters.values()),
     }
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    write_whole(folder / shards.INDEX, json.dumps(index, indent=2) + "\n")
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
 def _copy_small_files(folder: Path, source: Source) -> None:
-    """Tokenizer, chat template, generation config and licence, byte for byte."""
+    """Copies tokenizer, chat template, generation config and licence, byte for byte."""
     for pattern in SMALL_FILES:
         for file in source.directory.glob(pattern):
             if file.name not in _WRITTEN and file.is_file():
                 shutil.copyfile(file, folder / file.name)
 
 
-def _write_card(folder: Path, plan: Plan, title: str) -> None:
-    """The source's metadata (licence, languages) in the hub's form, and what was done."""
-    source = plan.source
+def _write_card(folder: Path, conversion: Conversion, title: str) -> None:
+    """Writes the model card: the source's metadata (licence, languages), and the conversion."""
+    source = conversion.source
     original = source.directory / CARD
     data = ModelCard.load(original).data if original.exists() else ModelCardData()
     data.library_name, data.pipeline_tag = "mlx", "text-generation"
@@ -93,16 +95,16 @@ def _write_card(folder: Path, plan: Plan, title: str) -> None:
         data.base_model = source.name
         origin = f"[{source.name}](https://huggingface.co/{source.name}) at `{source.revision}`"
     head = ""
-    if shards.HEAD in plan.parameters:
+    if MTP_FILE in conversion.parameters:
         head = " The multi-token-prediction head is in `mtp.safetensors`, which mlx-lm ignores."
     text = _CARD.format(
         title=title,
         origin=origin,
-        version=plan.mark["version"],
-        bits=f"{plan.bits_per_weight:.3f}",
+        version=conversion.mark["version"],
+        bits=f"{conversion.bits_per_weight:.3f}",
         head=head,
     )
-    write_whole(folder / CARD, f"---\n{data.to_yaml()}\n---\n{text}")
+    write_text(folder / CARD, f"---\n{data.to_yaml()}\n---\n{text}")
 
 
 _CARD = """
@@ -118,7 +120,7 @@ mlx_lm.generate --model {title} --prompt "hello"
 
 
 def check_upload() -> None:
-    """Finds out before the work whether its result can be uploaded.
+    """Checks, before the work, that its result can be uploaded.
 
     Raises:
         ValueError: nobody is logged in.
@@ -128,7 +130,7 @@ def check_upload() -> None:
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Uploads the folder and returns its address. What is there already is not sent again.
+    """Uploads the folder and returns its address. Files that are there already are not sent again.
 
     Raises:
         ValueError: the hub refuses or cannot be reached.

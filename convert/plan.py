@@ -1,4 +1,4 @@
-"""A conversion, settled from headers and arguments before the first weight is read."""
+"""Planning a conversion: all of it is settled before the first weight is read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.files import MTP_FILE, NORMS_FILE
 from mlx_qwen3next.model import layouts, mtp_head
 from mlx_qwen3next.model.qwen3_next import Model
+from mlx_qwen3next.storage import safetensors
 
 from . import weights
 from .quantize import Predicate, Quantization, recipe
@@ -25,16 +26,17 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What becomes of a source.
+class Conversion:
+    """A source and the weight files that it is converted to.
 
     Attributes:
-        model: the model it describes, with random weights, not quantized.
-        dtype: of what stays floating point.
-        base: quantization of what no rule treats otherwise; None for none.
+        source: the checkpoint.
+        model: the model that the source describes, unquantized, with random weights.
+        dtype: of the tensors that stay floating point.
+        base: quantization of the modules that no rule treats otherwise; None for none.
         recipe: module path -> quantization.
-        parameters: file -> what goes in it, ``TRUNK`` standing for all its shards.
-        mark: what the files will say of themselves.
+        parameters: file -> its parameters; ``TRUNK`` stands for as many files as the trunk takes.
+        mark: the value of :data:`layouts.MARK` in the files' metadata.
     """
 
     source: Source
@@ -46,18 +48,18 @@ class Plan:
     mark: Mapping[str, Any]
 
     def files(self, folder: Path) -> list[File]:
-        """The weight files, as they are to be in ``folder``."""
+        """The weight files as they will be in ``folder``."""
         metadata = {"format": "mlx", layouts.MARK: json.dumps(self.mark)}
         return weights.lay_out(self.parameters, folder, metadata)
 
     @property
     def bits_per_weight(self) -> float:
-        """Over all parameters, scales included."""
-        parameters = [p for name, ps in self.parameters.items() if name != shards.NORMS for p in ps]
+        """Bits per weight over all parameters, scales included."""
+        parameters = [p for name, ps in self.parameters.items() if name != NORMS_FILE for p in ps]
         return 8 * sum(p.nbytes for p in parameters) / sum(p.size for p in parameters)
 
 
-def make_plan(
+def plan_conversion(
     source: Source,
     *,
     dtype: mx.Dtype | None = None,
@@ -66,13 +68,14 @@ def make_plan(
     trunk: bool = True,
     head: bool = True,
     mtp_bits: int | None = None,
-) -> Plan:
-    """Checks everything that headers show.
+) -> Conversion:
+    """Plans a conversion, after checking everything that headers show.
 
     Args:
-        dtype: None for what the source's config says.
+        dtype: None for the one in the source's config.
+        base: see :class:`Conversion`.
         predicate, mtp_bits: see :func:`quantize.recipe`.
-        trunk, head: what to convert.
+        trunk, head: whether to convert them.
 
     Raises:
         ValueError: the source is not whole, or an argument does not suit it.
@@ -80,7 +83,7 @@ def make_plan(
     head = head and source.has_head
     if mtp_bits is not None and not head:
         raise ValueError(f"--mtp-bits: there is no MTP head to convert in {source.name}")
-    dtype = dtype or _stored_dtype(source)
+    dtype = dtype or _dtype_of(source)
     try:
         model = Model(source.config)
         if head:
@@ -94,16 +97,16 @@ def make_plan(
         for path, shape in model.parameter_shapes().items()
         if (head if layouts.is_mtp(path) else trunk)
     }
-    sources = source.plan(shapes)
-    source.refuse_surplus(sources)
+    origins = source.find_origins(shapes)
+    source.refuse_surplus(origins)
     chosen = {
         path: quantization
         for path, quantization in recipe(model, base, predicate, mtp_bits).items()
         if f"{path}.weight" in shapes
     }
 
-    parameters = _parameters(source, sources, shapes, chosen, dtype)
-    settled = [
+    parameters = _parameters(source, origins, shapes, chosen, dtype)
+    stored = [
         [p.path, str(p.dtype), p.quantization] for members in parameters.values() for p in members
     ]
     mark = {
@@ -112,36 +115,36 @@ def make_plan(
         "revision": source.revision,
         "norm_weights": "1 + w",
         "quantization": base,
-        "recipe": _digest(settled),
+        "recipe": _digest(stored),
         "contents": _digest([source.contents, source.raw_config]),
     }
-    return Plan(source, model, dtype, base, chosen, parameters, mark)
+    return Conversion(source, model, dtype, base, chosen, parameters, mark)
 
 
 def _parameters(
     source: Source,
-    sources: Mapping[str, layouts.Source],
+    origins: Mapping[str, layouts.Origin],
     shapes: Mapping[str, layouts.Shape],
     chosen: Mapping[str, Quantization],
     dtype: mx.Dtype,
 ) -> dict[str, list[Parameter]]:
-    """File -> what goes in it."""
-    parameters: dict[str, list[Parameter]] = {TRUNK: [], shards.HEAD: [], shards.NORMS: []}
+    """File -> its parameters."""
+    parameters: dict[str, list[Parameter]] = {TRUNK: [], MTP_FILE: [], NORMS_FILE: []}
     for path, shape in shapes.items():
-        file = shards.HEAD if layouts.is_mtp(path) else TRUNK
-        held = dtype
+        file = MTP_FILE if layouts.is_mtp(path) else TRUNK
+        stored_dtype = dtype
         if path.endswith(("A_log", "dt_bias")):
-            held = shards.DTYPES[source.tensors[path].dtype]
+            stored_dtype = safetensors.DTYPES[source.tensors[path].dtype]
         elif layouts.is_float32(path):
-            # The head's norms are exact: only the trunk's are read by mlx-lm, too, which would
-            # compute all activations in their dtype.
-            exact = Parameter(path, shape, sources[path], mx.float32, None)
-            if file == shards.HEAD or dtype == mx.float32:
-                held = mx.float32
+            # The head's norms are exact. mlx-lm reads the trunk's as well, and would compute all
+            # activations in their dtype.
+            exact = Parameter(path, shape, origins[path], mx.float32, None)
+            if file == MTP_FILE or dtype == mx.float32:
+                stored_dtype = mx.float32
             else:
-                parameters[shards.NORMS].append(exact)
+                parameters[NORMS_FILE].append(exact)
         quantization = chosen.get(path.removesuffix(".weight"))
-        parameters[file].append(Parameter(path, shape, sources[path], held, quantization))
+        parameters[file].append(Parameter(path, shape, origins[path], stored_dtype, quantization))
     return {name: members for name, members in parameters.items() if members}
 
 
@@ -149,13 +152,13 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _stored_dtype(source: Source) -> mx.Dtype:
+def _dtype_of(source: Source) -> mx.Dtype:
     """The dtype that the config names, else the embedding's."""
     named = source.raw_config.get("torch_dtype") or source.raw_config.get("dtype")
     if str(named) in DTYPES:
         return DTYPES[str(named)]
-    stored = source.tensors.get("model.embed_tokens.weight")
-    dtype = shards.DTYPES.get(stored.dtype) if stored is not None else None
+    embedding = source.tensors.get("model.embed_tokens.weight")
+    dtype = safetensors.DTYPES.get(embedding.dtype) if embedding is not None else None
     if dtype is None or dtype not in DTYPES.values():
         raise ValueError(f"{source.name} does not say what dtype it has; give --dtype")
     return dtype

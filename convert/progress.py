@@ -1,4 +1,4 @@
-"""How far a conversion has come, kept on disk so that the same command can go on."""
+"""The progress of a conversion, kept on disk so that the same command can go on."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-FILE = "progress.json"
-PARTIAL = ".partial"  # ends the names of what is not whole yet
+from mlx_qwen3next.storage.replacing import PARTIAL, write_text
+
+PROGRESS_FILE = "progress.json"
 STREAMED = "source"  # the folder of weight files that are kept only as long as they are needed
 
 
 class Progress:
-    """A folder in the making.
+    """The progress of a task in a folder, which one process at a time may work in.
 
     Attributes:
-        folder: to write in.
-        done: how many pieces of the task are.
+        folder: the folder to write in.
+        done: the number of finished chunks.
     """
 
     def __init__(self, folder: Path, task: Mapping[str, Any]):
         """Begins the task in a new folder, or takes it up where it was left.
 
         Args:
-            task: what is being done, as JSON values; another task is not taken up.
+            task: identifies the task, as JSON values; another task is not taken up.
 
         Raises:
-            ValueError: the folder is another task's or nobody's, or another process is at work, or
-                nothing can be written.
+            ValueError: the folder is another task's or no task's, or another process is at work in
+                it, or it cannot be written.
         """
         self.folder, self._task = folder, json.loads(json.dumps(task))
-        self._file = folder / FILE
+        self._file = folder / PROGRESS_FILE
         self.done = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ class Progress:
 
     def _take_up(self) -> None:
         contents = {path.name for path in self.folder.iterdir()} - {STREAMED}
-        if not contents - {FILE + PARTIAL}:
+        if not contents - {PROGRESS_FILE + PARTIAL}:
             return self.record(0)
         try:
             saved = json.loads(self._file.read_text())
@@ -72,9 +73,13 @@ class Progress:
             )
 
     def record(self, done: int) -> None:
-        """Says on disk that so many pieces are done."""
+        """Writes to disk that so many chunks are finished.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         self.done = done
-        write_whole(self._file, json.dumps({"task": self._task, "done": done}) + "\n")
+        write_text(self._file, json.dumps({"task": self._task, "done": done}) + "\n")
 
     def __enter__(self) -> Progress:
         return self
@@ -86,13 +91,3 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         os.close(self._lock)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file beside and renames it, so that it is there whole or not at all."""
-    partial = file.with_name(file.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)

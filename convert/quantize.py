@@ -1,4 +1,4 @@
-"""How many bits which module gets.
+"""The quantization of each module.
 
 The recipes are mlx_lm.convert's. On top of every one: routers and shared-expert gates have 8 bits,
 norms, convolutions, A_log and dt_bias stay floating point, and the MTP head has bits of its own.
@@ -19,10 +19,10 @@ from mlx_qwen3next.model.qwen3_next import Model
 Quantization = dict[str, Any]  # group_size, bits, mode: mx.quantize's arguments
 Predicate = Callable[[str, nn.Module], bool | Quantization]
 
-# mode -> (group size, bits) where none are asked for, as in mlx_lm.convert.
+# mode -> default group size and bits, as in mlx_lm.convert.
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 ROUTER_BITS = 8
-# Of the MTP head. NOTES.md has the table this was chosen by.
+# The MTP head's default; NOTES.md has the table it was chosen by.
 MTP_BITS = 4
 UNQUANTIZED = 16
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -30,7 +30,10 @@ HEAD_BITS = (*_BITS, UNQUANTIZED)
 
 
 def base_quantization(mode: str, bits: int | None, group_size: int | None) -> Quantization:
-    """The quantization of everything that no rule treats otherwise.
+    """The quantization of the modules that no rule treats otherwise.
+
+    Args:
+        bits, group_size: None for the mode's default.
 
     Raises:
         ValueError: MLX has no such combination.
@@ -57,10 +60,10 @@ def recipe(
     predicate: str | Predicate | None = None,
     mtp_bits: int | None = None,
 ) -> dict[str, Quantization]:
-    """Module path -> quantization of all that is to be quantized.
+    """Module path -> quantization of every module that is to be quantized.
 
     Args:
-        base: of what no rule treats otherwise; None leaves the trunk unquantized.
+        base: see :func:`base_quantization`; None leaves the trunk unquantized.
         predicate: a mixed recipe's name, or a function as mlx_lm.convert takes it.
         mtp_bits: bits of the MTP head, ``UNQUANTIZED`` for none; None means ``MTP_BITS`` with a
             quantized trunk, else unquantized.

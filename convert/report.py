@@ -1,4 +1,4 @@
-"""What a conversion will do, before it does it: sizes, memory, disk, and which Macs it suits."""
+"""The needs of a conversion, before it starts: sizes, memory, disk, and the Macs it suits."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_qwen3next.checkpoint import files as shards
+from mlx_qwen3next.checkpoint.files import MTP_FILE, NORMS_FILE
 from mlx_qwen3next.model import capacity
 from mlx_qwen3next.model.capacity import GB
 
 from . import weights
-from .plan import Plan
+from .plan import Conversion
 from .repository import Repository
-from .weights import File, Piece
+from .weights import Chunk, File
 
 MACS = (16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory that Macs come with
-# Of a Mac's memory, what macOS lets the GPU keep resident unless told otherwise.
+# The part of a Mac's memory that macOS lets the GPU keep resident by default.
 GPU_SHARE = 0.75
 _CONTEXTS = (8_192, 262_144)
 # Peak of a conversion on the largest layers; NOTES.md has the measurement.
@@ -28,24 +28,26 @@ def _size(count: float) -> str:
     return f"{count / GB:.2f} GB" if count >= 0.1 * GB else f"{count / 1e6:.1f} MB"
 
 
-def disk_needed(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> int:
-    """Bytes to be written beside the target: the output, and with it what is streamed."""
+def disk_needed(conversion: Conversion, files: Sequence[File], work: Sequence[Chunk]) -> int:
+    """Bytes to be written beside the target: the output, and source files that are streamed."""
     output = sum(file.size for file in files)
-    if isinstance(plan.source, Repository) and plan.source.streamed:
-        output += weights.most_at_once(work, plan.source.sizes)
+    if isinstance(conversion.source, Repository) and conversion.source.streamed:
+        output += weights.peak_source_bytes(work, conversion.source.sizes)
     return output
 
 
-def check_disk(folder: Path, plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> None:
-    """Compares what is needed with what is free, counting what ``folder`` holds already.
+def check_disk(
+    folder: Path, conversion: Conversion, files: Sequence[File], work: Sequence[Chunk]
+) -> None:
+    """Checks that the disk has room, counting files that are in ``folder`` already.
 
     Raises:
-        ValueError: there is too little, for the output or for the hub's cache.
+        ValueError: there is too little room for the output or for the hub's cache.
     """
     there = sum(f.stat().st_blocks * 512 for f in folder.rglob("*") if f.is_file())
-    needed = [(folder, disk_needed(plan, files, work) - there)]
-    if isinstance(plan.source, Repository) and not plan.source.streamed:
-        needed.append((plan.source.directory, plan.source.missing_bytes()))
+    needed = [(folder, disk_needed(conversion, files, work) - there)]
+    if isinstance(conversion.source, Repository) and not conversion.source.streamed:
+        needed.append((conversion.source.directory, conversion.source.missing_bytes()))
     disks: dict[int, tuple[Path, int]] = {}
     for path, count in needed:
         place = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -60,9 +62,9 @@ def check_disk(folder: Path, plan: Plan, files: Sequence[File], work: Sequence[P
             )
 
 
-def describe(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> str:
+def describe(conversion: Conversion, files: Sequence[File], work: Sequence[Chunk]) -> str:
     """The report of ``--dry-run``."""
-    source, config = plan.source, plan.source.config
+    source, config = conversion.source, conversion.source.config
     kinds = Counter(tensor.dtype for tensor in source.tensors.values())
     bytes_in = sum(tensor.nbytes for tensor in source.tensors.values())
     lines = [
@@ -76,11 +78,11 @@ def describe(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> str:
             f"{'output' if file is files[0] else '':12} {file.path.name}: "
             f"{len(file.places):,} tensors, {_size(file.size)}"
         )
-    by_file = {name: sum(p.nbytes for p in ps) for name, ps in plan.parameters.items()}
+    by_file = {name: sum(p.nbytes for p in ps) for name, ps in conversion.parameters.items()}
     output = sum(by_file.values())
     lines += [
-        f"             together {_size(output)}, {plan.bits_per_weight:.3f} bits per weight",
-        f"disk         {_size(disk_needed(plan, files, work))}",
+        f"             together {_size(output)}, {conversion.bits_per_weight:.3f} bits per weight",
+        f"disk         {_size(disk_needed(conversion, files, work))}",
     ]
     if isinstance(source, Repository) and not source.streamed:
         lines.append(
@@ -88,12 +90,12 @@ def describe(plan: Plan, files: Sequence[File], work: Sequence[Piece]) -> str:
             "(--stream keeps one file at a time)"
         )
     lines.append(f"memory       less than {_WORKING_MEMORY / GB:.1f} GB while converting")
-    held = output - by_file.get(shards.NORMS, 0)
+    in_memory = output - by_file.get(NORMS_FILE, 0)
     for context in sorted({min(c, config.max_position_embeddings) for c in _CONTEXTS}):
         cache = capacity.cache_bytes(
-            config, context, mtp=shards.HEAD in by_file, itemsize=plan.dtype.size
+            config, context, mtp=MTP_FILE in by_file, itemsize=conversion.dtype.size
         )
-        need = held + cache
+        need = in_memory + cache
         macs = [f"{mac} GB" for mac in MACS if GPU_SHARE * mac * 2**30 >= need]
         lines.append(
             f"to run       {_size(need)} with {context:,} tokens of context: "

@@ -1,9 +1,8 @@
-"""A repository of the hub as a source: headers come first, weight files when they are needed."""
+"""A repository of the hub as a source: headers come first, weight files when needed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import numpy as np
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download
 from tqdm.contrib.concurrent import thread_map
 
-from mlx_qwen3next.checkpoint import files as shards
-from mlx_qwen3next.checkpoint.files import Tensor
-from mlx_qwen3next.checkpoint.loading import hub_errors, local_directory
-from mlx_qwen3next.model import layouts
+from mlx_qwen3next.checkpoint.files import INDEX_FILE, MTP_FILE, NORMS_FILE, read_index
+from mlx_qwen3next.checkpoint.hub import hub_errors, local_directory
+from mlx_qwen3next.storage import safetensors
+from mlx_qwen3next.storage.safetensors import Tensor
 
 from .source import SMALL_FILES, Source
 
@@ -24,7 +23,7 @@ class Repository(Source):
     """A repository of the hub.
 
     Attributes:
-        streamed: the folder that a weight file is kept in only as long as it is needed; None if
+        streamed: the folder in which a weight file is kept only as long as it is needed; None if
             all are kept in the hub's cache.
     """
 
@@ -33,6 +32,7 @@ class Repository(Source):
 
         Args:
             revision: branch, tag or commit.
+            streamed: as the attribute.
 
         Raises:
             ValueError: the repository cannot be read or holds no model.
@@ -51,51 +51,44 @@ class Repository(Source):
         where = streamed or directory
         headers = thread_map(self._header, self._files(directory), desc="headers", leave=False)
         tensors: dict[str, Tensor] = {}
-        for file, size, header in headers:
-            data = size - max((e["data_offsets"][1] for e in header.values()), default=0)
-            tensors |= shards.parse(where / file, header, data, size)
+        for file, header, data, size in headers:
+            tensors |= safetensors.parse(where / file, header, data, size).tensors
         self._fetched: set[Path] = set()
         self._open(directory, tensors)
 
     def _files(self, directory: Path) -> list[str]:
-        if shards.INDEX in self._remote:
-            files = shards.read_index(directory / shards.INDEX)
+        if INDEX_FILE in self._remote:
+            files = read_index(directory / INDEX_FILE)
         else:
             files = sorted(
                 name
                 for name in self._remote
                 if name.startswith("model") and name.endswith(".safetensors")
             )
-        files += [name for name in (shards.HEAD, shards.NORMS) if name in self._remote]
+        files += [name for name in (MTP_FILE, NORMS_FILE) if name in self._remote]
         if missing := [name for name in files if name not in self._remote]:
             raise ValueError(f"{self.name} has no {missing[0]}, which its index lists")
         if not files:
             raise ValueError(f"{self.name} has no model*.safetensors")
         return list(dict.fromkeys(files))
 
-    def _header(self, file: str) -> tuple[str, int, dict[str, Any]]:
+    def _header(self, file: str) -> tuple[str, dict[str, Any], int, int]:
+        """A weight file's name, header, beginning of the data and size."""
         with hub_errors(self.name):
             metadata = self._api.parse_safetensors_file_metadata(
                 self.name, file, revision=self.revision
             )
-        return (
-            file,
-            self._remote[file].size or 0,
-            {
-                name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
-                for name, t in metadata.tensors.items()
-            },
-        )
+        tensors: dict[str, Any] = {
+            name: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
+            for name, t in metadata.tensors.items()
+        }
+        size = self._remote[file].size or 0
+        data = size - max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        return file, {"__metadata__": metadata.metadata, **tensors}, data, size
 
     @property
     def contents(self) -> list[Any]:
         return [self.name, self.revision]
-
-    def _detect_layout(
-        self, tensors: Mapping[str, Tensor], undecided: layouts.Layout
-    ) -> layouts.Layout:
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        return layouts.detect_layout(shapes, undecided)
 
     def peek(self, name: str) -> mx.array:
         tensor = self.tensors[name]
@@ -108,15 +101,15 @@ class Repository(Source):
                 end=tensor.start + tensor.nbytes,
                 cache_type="none",  # any other reads megabytes ahead
             )
-        return shards.from_bytes(np.frombuffer(raw, np.uint8), tensor.dtype, tensor.shape)
+        return safetensors.from_bytes(np.frombuffer(raw, np.uint8), tensor.dtype, tensor.shape)
 
     @property
     def sizes(self) -> dict[Path, int]:
-        """Bytes of the weight files."""
+        """Weight file -> its size in bytes."""
         return {file: self._remote[file.name].size or 0 for file in self.files()}
 
     def missing_bytes(self) -> int:
-        """What is to be downloaded yet."""
+        """Bytes that are still to be downloaded."""
         return sum(size for file, size in self.sizes.items() if not file.exists())
 
     def fetch(self, file: Path) -> None:
@@ -138,7 +131,7 @@ class Repository(Source):
                     f"{file.name} arrived altered: it is not what {self.name} announces. It was "
                     "deleted; the same command fetches it again."
                 )
-        headers = shards.read_headers([file])
+        headers = safetensors.read_header(file).tensors
         if headers != {n: t for n, t in self.tensors.items() if t.file == file}:
             raise ValueError(f"{file} has not the tensors that its header had before")
         self._fetched.add(file)
@@ -154,8 +147,11 @@ def open_source(
 ) -> Source:
     """A local directory or a hub repository, as :func:`mlx_qwen3next.load` tells them apart.
 
+    Args:
+        revision, streamed: see :class:`Repository`.
+
     Raises:
-        ValueError: it cannot be read; see :class:`Repository` for ``streamed``.
+        ValueError: it cannot be read.
     """
     directory = local_directory(path_or_repo)
     if directory is None:

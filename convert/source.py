@@ -1,4 +1,4 @@
-"""The checkpoint to convert: its floating-point tensors by name, whatever they are stored as.
+"""The checkpoint to convert: floating-point tensors by name, in whatever form they are stored.
 
 FP8 follows DeepSeek-V3's block scaling, as Qwen's FP8 repositories do: ``X.weight`` in e4m3 and
 ``X.weight_scale_inv`` with one factor for every 128 x 128 block, ``w * scale``.
@@ -12,15 +12,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen3next.checkpoint import files as shards
-from mlx_qwen3next.checkpoint.files import Tensor
-from mlx_qwen3next.checkpoint.loading import detect_layout, quantization
+from mlx_qwen3next.checkpoint import match
+from mlx_qwen3next.checkpoint.files import find_files, read_headers
+from mlx_qwen3next.checkpoint.quantized import quantization
 from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.config import Config, read_json
+from mlx_qwen3next.model.layouts import Origin, Shape
+from mlx_qwen3next.storage import safetensors
+from mlx_qwen3next.storage.safetensors import Tensor
 
 from .quantize import dequantize
 
-# What belongs to a model besides the weights.
+# The files of a model besides its weights.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "README.md", "LICENSE*", "tokenizer.model")
 _FLOATS = ("BF16", "F16", "F32")
 _FP8 = "F8_E4M3"
@@ -30,11 +33,11 @@ class Source:
     """A local directory.
 
     Attributes:
-        name: what to call it where others read: the directory's name, or the repository's.
+        name: for messages and the model card: the directory's name, or the repository's.
         revision: a repository's commit.
         directory: where config, tokenizer and the other small files are.
-        raw_config, config: config.json as it is, and as the model it describes.
-        tensors: name -> where it is stored, from the headers alone.
+        raw_config, config: config.json, and the model's config made of it.
+        tensors: name -> stored tensor, from the headers alone.
     """
 
     name: str
@@ -42,7 +45,7 @@ class Source:
 
     def __init__(self, directory: Path):
         self.name = directory.resolve().name
-        self._open(directory, shards.read_headers(shards.find_files(directory)))
+        self._open(directory, read_headers(find_files(directory)))
 
     def _open(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         self.directory, self.tensors = directory, tensors
@@ -62,12 +65,12 @@ class Source:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether (some of) it is in MLX's quantized form."""
+        """Whether any tensor is in MLX's quantized form."""
         return any(name.endswith(".scales") for name in self.tensors)
 
     @property
     def contents(self) -> list[Any]:
-        """What changes when the weights change, without reading them; JSON values."""
+        """JSON values that change when the weights change, without reading them."""
         stats = {file: file.stat() for file in self.files()}
         return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()]
 
@@ -75,8 +78,8 @@ class Source:
         """The weight files, in their order."""
         return list(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
 
-    def plan(self, parameters: Mapping[str, layouts.Shape]) -> dict[str, layouts.Source]:
-        """Where each of the model's (unquantized) parameters comes from, which is checked.
+    def find_origins(self, parameters: Mapping[str, Shape]) -> dict[str, Origin]:
+        """The origin of each of the model's (unquantized) parameters, whose tensors are checked.
 
         Args:
             parameters: path -> shape.
@@ -84,38 +87,27 @@ class Source:
         Raises:
             ValueError: a tensor is missing, or of another shape or dtype.
         """
-        sources: dict[str, layouts.Source] = {}
-        layout: layouts.Layout = "hub"
-        for of_mtp in (False, True):
-            part = {path: s for path, s in parameters.items() if layouts.is_mtp(path) == of_mtp}
-            stored = {n: t for n, t in self.tensors.items() if layouts.is_mtp(n) == of_mtp}
-            layout = self._detect_layout(stored, layout)
-            sources |= layouts.plan(part, layout)
-        for source in sources.values():
-            for name in source.names:
-                self._expect(name, source.shape)
-        return sources
+        origins = match.find_origins(parameters, self.tensors)
+        for origin in origins.values():
+            for name in origin.names:
+                self._check(name, origin.shape)
+        return origins
 
-    def refuse_surplus(self, sources: Mapping[str, layouts.Source]) -> None:
-        """Checks that nothing of trunk or head is left over, whichever was planned.
+    def refuse_surplus(self, origins: Mapping[str, Origin]) -> None:
+        """Checks that no tensor is left over of trunk or head, whichever the origins are of.
 
         Raises:
-            ValueError: something is.
+            ValueError: a tensor is.
         """
-        names = {name for source in sources.values() for name in source.names}
+        names = {name for origin in origins.values() for name in origin.names}
         used = {part for name in names for part in self.parts(name)}
-        planned = {layouts.is_mtp(path) for path in sources}
-        for name, tensor in self.tensors.items():
-            needless = name not in used and not layouts.is_ignored(name, self.config)
-            if needless and layouts.is_mtp(name) in planned:
-                raise ValueError(f"{tensor.file}: the tensor {name} has no place in this model")
+        converted = {layouts.is_mtp(path) for path in origins}
+        tensors = {
+            n: tensor for n, tensor in self.tensors.items() if layouts.is_mtp(n) in converted
+        }
+        match.refuse_surplus(tensors, used, self.config)
 
-    def _detect_layout(
-        self, tensors: Mapping[str, Tensor], undecided: layouts.Layout
-    ) -> layouts.Layout:
-        return detect_layout(tensors, undecided)
-
-    def _expect(self, name: str, shape: layouts.Shape) -> None:
+    def _check(self, name: str, shape: Shape) -> None:
         """Checks that a tensor is there and gives floating-point numbers of that shape."""
         tensor = self.tensors.get(name)
         stem = name.removesuffix("weight")
@@ -123,27 +115,19 @@ class Source:
         if tensor is not None and scales is not None and tensor.dtype == "U32":
             *rows, columns = shape
             self._quantization[name] = params = quantization(name, tensor, scales, columns)
-            self._check(name, (*rows, columns * params["bits"] // 32), ("U32",))
+            self._check_stored(name, (*rows, columns * params["bits"] // 32), ("U32",))
             for part in ("scales", "biases") if params["mode"] == "affine" else ("scales",):
-                self._check(stem + part, (*rows, columns // params["group_size"]), (scales.dtype,))
+                groups = (*rows, columns // params["group_size"])
+                self._check_stored(stem + part, groups, (scales.dtype,))
         elif tensor is not None and tensor.dtype == _FP8 and len(shape) > 1:
             blocks = (-(-n // b) for n, b in zip(shape[-2:], self._block, strict=True))
-            self._check(name, shape, (_FP8,))
-            self._check(name + "_scale_inv", (*shape[:-2], *blocks), _FLOATS)
+            self._check_stored(name, shape, (_FP8,))
+            self._check_stored(name + "_scale_inv", (*shape[:-2], *blocks), _FLOATS)
         else:
-            self._check(name, shape, _FLOATS)
+            self._check_stored(name, shape, _FLOATS)
 
-    def _check(self, name: str, shape: layouts.Shape, dtypes: tuple[str, ...]) -> None:
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise ValueError(f"{self.directory}: the tensor {name} is missing from every file")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{tensor.file}: {name} is {tensor.dtype}, not {' or '.join(dtypes)}")
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
-                f"but the config asks for {list(shape)}"
-            )
+    def _check_stored(self, name: str, shape: Shape, dtypes: tuple[str, ...]) -> None:
+        match.check_tensor(name, self.tensors, shape, dtypes, self.directory)
 
     def parts(self, name: str) -> Iterator[str]:
         """The stored tensors that a tensor's numbers are made from."""
@@ -160,11 +144,11 @@ class Source:
 
     @property
     def row_step(self) -> int:
-        """Rows of a matrix are read from multiples of this on."""
+        """The multiple of rows at which reading a part of a matrix may begin."""
         return self._block[0]
 
     def read(self, name: str, first: int, last: int) -> mx.array:
-        """Rows ``first:last`` of a tensor that :meth:`plan` has checked, as floating point.
+        """Reads rows ``first:last`` of a tensor that :meth:`find_origins` has checked.
 
         FP8 gives float32, quantized tensors the dtype of their scales or bfloat16.
         """
@@ -183,21 +167,21 @@ class Source:
         return value
 
     def _rows(self, name: str, rows: slice) -> mx.array:
-        return shards.read_rows(self.tensors[name], rows.start, rows.stop)
+        return safetensors.read_rows(self.tensors[name], rows.start, rows.stop)
 
     def peek(self, name: str) -> mx.array:
-        """A whole (small) tensor as it is stored, without fetching the file that it is in."""
-        return shards.read_rows(self.tensors[name])
+        """Reads a whole (small) tensor as it is stored, without fetching its file."""
+        return safetensors.read_rows(self.tensors[name])
 
     def fetch(self, file: Path) -> None:
-        """Makes sure that a weight file is there."""
+        """Makes sure that a weight file is there, as in every local directory."""
 
     def release(self, file: Path) -> None:
-        """Says that a weight file is not needed any more."""
+        """Lets a weight file go that is not needed any more. A local directory keeps its files."""
 
 
 def _fp8_block(raw: Mapping[str, Any], directory: Path) -> tuple[int, int]:
-    """Rows and columns that share a factor; 1 x 1 for what is no FP8 checkpoint.
+    """Rows and columns that share a factor; 1 x 1 where the checkpoint is not FP8.
 
     Raises:
         ValueError: the checkpoint is quantized in a way that is not read here.

@@ -1,4 +1,4 @@
-"""``--verify``: reads a conversion again and says how far it is from its source."""
+"""``--verify``: reading a conversion again and measuring its distance from the source."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
-from mlx_qwen3next.checkpoint import files as shards
 from mlx_qwen3next.checkpoint.loading import default_dtype
 from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.mtp_head import MTPHead
 from mlx_qwen3next.model.qwen3_next import DecoderLayer, RMSNorm
+from mlx_qwen3next.storage import safetensors
 
 from . import weights
-from .plan import Plan
+from .plan import Conversion
 from .repository import Repository
 from .weights import TRUNK, File, Parameter
 
@@ -34,54 +34,54 @@ PROMPTS = (
 Reader = Callable[[str], mx.array]  # a parameter's path to its value
 
 
-def verify(plan: Plan, folder: Path) -> str:
+def verify(conversion: Conversion, folder: Path) -> str:
     """The relative errors (L2) of all weights by kind, and of the logits on some prompts.
 
     Args:
-        folder: what the plan has become.
+        folder: the converted model's.
 
     Raises:
         ValueError: a file cannot be read.
     """
-    files = plan.files(folder)
-    lines = ["relative error of the weights, by kind", *_compare_weights(plan, files)]
-    if TRUNK in plan.parameters:
-        if isinstance(plan.source, Repository) and plan.source.streamed:
+    files = conversion.files(folder)
+    lines = ["relative error of the weights, by kind", *_compare_weights(conversion, files)]
+    if TRUNK in conversion.parameters:
+        if isinstance(conversion.source, Repository) and conversion.source.streamed:
             lines.append("logits are not compared with --stream: they need the source as a whole")
         else:
-            lines += ["logits on demo prompts", *_compare_logits(plan, files, folder)]
+            lines += ["logits on demo prompts", *_compare_logits(conversion, files, folder)]
     return "\n".join(lines)
 
 
 def _kind(path: str) -> str:
-    """Without what differs from layer to layer."""
+    """The parameter's path without the number of its layer."""
     return re.sub(r"^(model|mtp)\.(layers\.\d+\.)?", lambda m: f"{m[1]}.", path)
 
 
 def _stored(parameter: Parameter, file: File, first: int, last: int) -> mx.array:
-    """Rows of a parameter as they are in the output, in float32."""
-    parts = [shards.read_rows(file.places[name], first, last) for name in parameter.contents]
+    """Rows ``first:last`` of a parameter of the output, in float32."""
+    parts = [safetensors.read_rows(file.places[name], first, last) for name in parameter.contents]
     return parameter.restore(parts)
 
 
-def _compare_weights(plan: Plan, files: list[File]) -> list[str]:
-    source = plan.source
+def _compare_weights(conversion: Conversion, files: list[File]) -> list[str]:
+    source = conversion.source
     owners = {id(parameter): file for file in files for parameter in file.parameters.values()}
     squares: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    work = weights.pieces(files, source)
-    last_use = {file: i for i, piece in enumerate(work) for file in piece.files}
-    for i, piece in enumerate(tqdm(work, "comparing", unit="piece", leave=False)):
-        for file in piece.files:
+    work = weights.chunks(files, source)
+    last_use = {file: i for i, chunk in enumerate(work) for file in chunk.files}
+    for i, chunk in enumerate(tqdm(work, "comparing", unit="piece", leave=False)):
+        for file in chunk.files:
             source.fetch(file)
-        parameter = piece.parameter
-        expected = parameter.source.rows(source.read, piece.first, piece.last).astype(mx.float32)
-        result = _stored(parameter, owners[id(parameter)], piece.first, piece.last)
+        parameter = chunk.parameter
+        expected = parameter.origin.rows(source.read, chunk.first, chunk.last).astype(mx.float32)
+        result = _stored(parameter, owners[id(parameter)], chunk.first, chunk.last)
         q = parameter.quantization
         how = f"{q['mode']} {q['bits']} bits" if q else str(parameter.dtype).rpartition(".")[2]
         sums = squares[_kind(parameter.path), how]
         sums[0] += float(mx.square(result - expected).sum())
         sums[1] += float(mx.square(expected).sum())
-        for file in piece.files:
+        for file in chunk.files:
             if last_use[file] == i:
                 source.release(file)
     return [
@@ -90,42 +90,49 @@ def _compare_weights(plan: Plan, files: list[File]) -> list[str]:
     ]
 
 
-def _compare_logits(plan: Plan, files: list[File], folder: Path) -> list[str]:
-    parameters = {p.path: p for name, ps in plan.parameters.items() for p in ps}
+def _compare_logits(conversion: Conversion, files: list[File], folder: Path) -> list[str]:
+    parameters = {p.path: p for name, ps in conversion.parameters.items() for p in ps}
     places = {p.path: (p, file) for file in files for p in file.parameters.values()}
     dtype = default_dtype()
 
-    def held(path: str, value: mx.array) -> mx.array:
+    def in_model_dtype(path: str, value: mx.array) -> mx.array:
         return value.astype(mx.float32 if layouts.is_float32(path) else dtype)
 
     def original(path: str) -> mx.array:
         parameter = parameters[path]
-        return held(path, parameter.source.rows(plan.source.read, 0, parameter.shape[0]))
+        return in_model_dtype(
+            path, parameter.origin.rows(conversion.source.read, 0, parameter.shape[0])
+        )
 
     def converted(path: str) -> mx.array:
-        parameter, file = places[path]  # of a norm the exact one: its file comes last
-        return held(path, _stored(parameter, file, 0, parameter.shape[0]))
+        parameter, file = places[path]  # a norm's exact one, whose file comes last
+        return in_model_dtype(path, _stored(parameter, file, 0, parameter.shape[0]))
 
-    for file in plan.source.files():
-        plan.source.fetch(file)
-    tokens = mx.array([_tokens(plan, folder)])
-    (a, drafts_a), (b, drafts_b) = _run(plan, tokens, original), _run(plan, tokens, converted)
+    for file in conversion.source.files():
+        conversion.source.fetch(file)
+    tokens = mx.array([_tokens(conversion, folder)])
+    (a, drafts_a), (b, drafts_b) = (
+        _run(conversion, tokens, original),
+        _run(conversion, tokens, converted),
+    )
     lines = ["  trunk: " + _difference(a, b)]
     if drafts_a is not None and drafts_b is not None:
         lines.append("  drafts: " + _difference(drafts_a, drafts_b))
     return lines
 
 
-def _tokens(plan: Plan, folder: Path) -> list[int]:
+def _tokens(conversion: Conversion, folder: Path) -> list[int]:
     if (folder / "tokenizer.json").exists():
         return load_tokenizer(folder).encode("\n".join(PROMPTS))
-    return [7 * i % plan.source.config.vocab_size for i in range(32)]
+    return [7 * i % conversion.source.config.vocab_size for i in range(32)]
 
 
-def _run(plan: Plan, tokens: mx.array, read: Reader) -> tuple[mx.array, mx.array | None]:
-    """Logits of trunk and head ``[1, L, vocab]``, a layer in memory at a time."""
-    config = plan.source.config
-    paths = plan.model.parameter_shapes()
+def _run(
+    conversion: Conversion, tokens: mx.array, read: Reader
+) -> tuple[mx.array, mx.array | None]:
+    """The logits of trunk and head ``[1, L, vocab]``, with one layer in memory at a time."""
+    config = conversion.source.config
+    paths = conversion.model.parameter_shapes()
 
     def load(module: nn.Module, prefix: str) -> Any:
         names = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
@@ -143,7 +150,7 @@ def _run(plan: Plan, tokens: mx.array, read: Reader) -> tuple[mx.array, mx.array
     x = load(RMSNorm(config.hidden_size, config.rms_norm_eps), "model.norm.")(x)
     out = table if config.tie_word_embeddings else read("lm_head.weight")
     logits = x @ out.T
-    if plan.model.mtp is None:
+    if conversion.model.mtp is None:
         return logits, None
     head = load(MTPHead(config, lambda tokens: table[tokens]), "mtp.")
     return logits, head(x[:, :-1], tokens[:, 1:]) @ out.T

@@ -1,9 +1,9 @@
-"""From a source to the output's weight files, in bounded memory, and able to go on after any stop.
+"""Writing the output's weight files, in bounded memory, and able to go on after any stop.
 
-Which bytes go where in which file is settled from headers alone. The work is then a list of pieces,
-some rows of one parameter each: read, built, cast, quantized, written to their place. A piece
-depends on nothing but its own rows, so the list can be left after any piece and taken up there; the
-same bytes come out.
+Headers alone settle the place of every byte. The work is then a list of chunks, some rows of one
+parameter each, which are read, built, cast, quantized and written to their place. A chunk depends
+on nothing but its own rows, so the list can be left after any chunk and taken up there; the same
+bytes come out.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_qwen3next.checkpoint import files as shards
-from mlx_qwen3next.checkpoint.files import Tensor
-from mlx_qwen3next.model import layouts
-from mlx_qwen3next.model.layouts import Shape
+from mlx_qwen3next.model.layouts import Origin, Shape
+from mlx_qwen3next.storage import safetensors
+from mlx_qwen3next.storage.safetensors import Tensor
 
 from .progress import Progress
 from .quantize import Quantization, dequantize
@@ -30,25 +29,25 @@ from .source import Source
 
 TRUNK = "model.safetensors"
 LARGEST_FILE = 5_000_000_000  # bytes
-_ENTRY = 500  # more than a header has for one tensor, beside its name
-_PIECE = 2**22  # numbers in a piece: 16 MB as float32; larger ones were slower
-_BATCH = 8  # pieces evaluated together
+_ENTRY = 500  # bytes, more than a header has for one tensor beside its name
+_CHUNK = 2**22  # numbers in a chunk: 16 MB as float32; larger ones were slower
+_BATCH = 8  # chunks evaluated together
 _RECORD_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of the model and what becomes of it."""
+    """One parameter of the model, its origin and its form in the output."""
 
     path: str
     shape: Shape
-    source: layouts.Source
-    dtype: mx.Dtype  # of itself, or of its scales
+    origin: Origin
+    dtype: mx.Dtype  # its own, or that of its scales
     quantization: Quantization | None
 
     @property
     def contents(self) -> dict[str, tuple[mx.Dtype, Shape]]:
-        """The tensors it is stored as: name -> dtype and shape."""
+        """The tensors of the output that hold it: name -> dtype and shape."""
         if self.quantization is None:
             return {self.path: (self.dtype, self.shape)}
         group_size, bits, mode = (self.quantization[k] for k in ("group_size", "bits", "mode"))
@@ -64,31 +63,31 @@ class Parameter:
 
     @property
     def size(self) -> int:
-        """Its numbers."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that it is stored as."""
+        """Bytes of its :attr:`contents`."""
         return sum(math.prod(shape) * dtype.size for dtype, shape in self.contents.values())
 
     def values(self, source: Source, first: int, last: int) -> tuple[list[mx.array], mx.array]:
-        """Rows ``first:last`` of its contents, in their order, and whether they are all finite."""
-        value = self.source.rows(source.read, first, last).astype(self.dtype)
+        """Makes rows ``first:last`` of its contents, in order; and whether they are all finite."""
+        value = self.origin.rows(source.read, first, last).astype(self.dtype)
         finite = _all_finite(value)
         if self.quantization is None:
             return [value], finite
         return list(mx.quantize(value, **self.quantization)), finite
 
     def restore(self, contents: Sequence[mx.array]) -> mx.array:
-        """Rows of the parameter in float32, from rows of its contents."""
+        """Rows of the parameter in float32, made from the same rows of its contents."""
         if self.quantization is None:
             return contents[0].astype(mx.float32)
         return dequantize(contents, self.quantization).astype(mx.float32)
 
 
 def _all_finite(value: mx.array) -> mx.array:
-    """Whether there is no NaN or infinity: their exponent bits are all ones, as in no other."""
+    """Whether there is no NaN or infinity: only their exponent bits are all ones."""
     unsigned, infinity = {
         mx.float32: (mx.uint32, 0x7F800000),
         mx.bfloat16: (mx.uint16, 0x7F80),
@@ -100,7 +99,7 @@ def _all_finite(value: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class File:
-    """A file of the output: its beginning, and who goes where behind it."""
+    """A file of the output: its header, and the place of each tensor behind it."""
 
     path: Path
     header: bytes
@@ -109,18 +108,18 @@ class File:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Bytes of the whole file."""
         return len(self.header) + sum(place.nbytes for place in self.places.values())
 
 
 def lay_out(
     parameters: Mapping[str, Sequence[Parameter]], folder: Path, metadata: dict[str, str]
 ) -> list[File]:
-    """The output's files.
+    """Lays out the output's files.
 
     Args:
-        parameters: those of each file; ``TRUNK`` stands for as many as it takes.
-        metadata: what every file is to say of itself.
+        parameters: file -> its parameters; ``TRUNK`` stands for as many files as it takes.
+        metadata: of every file.
     """
     files = {name: members for name, members in parameters.items() if name != TRUNK}
     if TRUNK in parameters:
@@ -130,13 +129,13 @@ def lay_out(
     result = []
     for name, members in files.items():
         contents = {k: v for parameter in members for k, v in parameter.contents.items()}
-        header, places = shards.lay_out(folder / name, contents, metadata)
+        header, places = safetensors.lay_out(folder / name, contents, metadata)
         result.append(File(folder / name, header, dict(enumerate(members)), places))
     return result
 
 
 def _split(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
-    """In order, in parts that make files below LARGEST_FILE."""
+    """The parameters, in order, in parts that make files below LARGEST_FILE."""
     parts: list[list[Parameter]] = []
     size = 0
     for parameter in parameters:
@@ -150,7 +149,7 @@ def _split(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Some rows of a parameter: a unit of work."""
 
     parameter: Parameter
@@ -161,44 +160,51 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """In numbers."""
+        """The number of the parameter's elements in it."""
         return (self.last - self.first) * math.prod(self.parameter.shape[1:])
 
 
-def pieces(files: Sequence[File], source: Source) -> list[Piece]:
-    """The work, in the order in which the source's files come."""
+def chunks(files: Sequence[File], source: Source) -> list[Chunk]:
+    """Divides the work into chunks, in the order of the source's files."""
     order = {file: i for i, file in enumerate(source.files())}
     result = []
     for file in files:
         for parameter in file.parameters.values():
             places = tuple(file.places[name] for name in parameter.contents)
             rows = parameter.shape[0]
-            step = max(1, _PIECE // math.prod(parameter.shape[1:]))
+            step = max(1, _CHUNK // math.prod(parameter.shape[1:]))
             if len(parameter.shape) == 2:
                 step = max(source.row_step, step - step % source.row_step)
             for first in range(0, rows, step):
                 last = min(first + step, rows)
-                names = parameter.source.names
-                names = names[first:last] if parameter.source.stacked else names
+                names = parameter.origin.names
+                names = names[first:last] if parameter.origin.stacked else names
                 needed = frozenset().union(*(source.files_of(name) for name in names))
-                result.append(Piece(parameter, places, first, last, needed))
-    return sorted(result, key=lambda piece: max(order[file] for file in piece.files))
+                result.append(Chunk(parameter, places, first, last, needed))
+    return sorted(result, key=lambda chunk: max(order[file] for file in chunk.files))
 
 
-def most_at_once(work: Sequence[Piece], sizes: dict[Path, int]) -> int:
-    """Bytes of the source's files that have to be there at the same time, at most."""
-    last = {file: i for i, piece in enumerate(work) for file in piece.files}
+def peak_source_bytes(work: Sequence[Chunk], sizes: dict[Path, int]) -> int:
+    """The most bytes of the source's files that must be there at the same time.
+
+    Args:
+        sizes: file -> bytes.
+    """
+    last = {file: i for i, chunk in enumerate(work) for file in chunk.files}
     present: set[Path] = set()
     most = 0
-    for i, piece in enumerate(work):
-        present |= piece.files
+    for i, chunk in enumerate(work):
+        present |= chunk.files
         most = max(most, sum(sizes[file] for file in present))
-        present -= {file for file in piece.files if last[file] == i}
+        present -= {file for file in chunk.files if last[file] == i}
     return most
 
 
-def write(files: Sequence[File], work: Sequence[Piece], source: Source, progress: Progress) -> None:
-    """Does what is left of the work.
+def write(files: Sequence[File], work: Sequence[Chunk], source: Source, progress: Progress) -> None:
+    """Does the work that is left, and records it.
+
+    Args:
+        work: all chunks of the files, of which the first ``progress.done`` are finished.
 
     Raises:
         ValueError: the source cannot be read, or holds NaN or infinite values.
@@ -212,11 +218,11 @@ def write(files: Sequence[File], work: Sequence[Piece], source: Source, progress
     # On the CPU every stream has a thread of its own.
     on_cpu = mx.default_device() == mx.cpu
     streams = [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)] if on_cpu else [None]
-    last_use = {file: i for i, piece in enumerate(work) for file in piece.files}
+    last_use = {file: i for i, chunk in enumerate(work) for file in chunk.files}
     bar = tqdm(
         desc="converting",
-        total=sum(piece.size for piece in work),
-        initial=sum(piece.size for piece in work[: progress.done]),
+        total=sum(chunk.size for chunk in work),
+        initial=sum(chunk.size for chunk in work[: progress.done]),
         unit="weights",
         unit_scale=True,
     )
@@ -225,12 +231,12 @@ def write(files: Sequence[File], work: Sequence[Piece], source: Source, progress
         try:
             while done < len(work):
                 batch = work[done : done + _BATCH]
-                for needed in sorted({file for piece in batch for file in piece.files}):
+                for needed in sorted({file for chunk in batch for file in chunk.files}):
                     source.fetch(needed)
                 _convert(batch, source, outputs, streams)
                 done += len(batch)
-                bar.update(sum(piece.size for piece in batch))
-                finished = {f for piece in batch for f in piece.files if last_use[f] < done}
+                bar.update(sum(chunk.size for chunk in batch))
+                finished = {f for chunk in batch for f in chunk.files if last_use[f] < done}
                 if finished or time.monotonic() - recorded > _RECORD_SECONDS:
                     outputs.sync()
                     progress.record(done)
@@ -243,7 +249,7 @@ def write(files: Sequence[File], work: Sequence[Piece], source: Source, progress
 
 
 def is_laid_out(file: File) -> bool:
-    """Whether a file is there with its header and size, whatever its data."""
+    """Whether a file is there with its header and its size, whatever its data."""
     if not file.path.exists() or file.path.stat().st_size != file.size:
         return False
     with file.path.open("rb") as stream:
@@ -251,38 +257,38 @@ def is_laid_out(file: File) -> bool:
 
 
 def _convert(
-    batch: Sequence[Piece],
+    batch: Sequence[Chunk],
     source: Source,
     outputs: Outputs,
     streams: Sequence[mx.Stream | None],
 ) -> None:
     results = []
-    for piece, stream in zip(batch, itertools.cycle(streams), strict=False):
+    for chunk, stream in zip(batch, itertools.cycle(streams), strict=False):
         with mx.stream(stream or mx.default_stream(mx.default_device())):
-            results.append(piece.parameter.values(source, piece.first, piece.last))
+            results.append(chunk.parameter.values(source, chunk.first, chunk.last))
     mx.eval(results)
-    for piece, (values, finite) in zip(batch, results, strict=True):
+    for chunk, (values, finite) in zip(batch, results, strict=True):
         if not finite.item():
-            raise ValueError(_not_finite(piece, source))
-        for place, value in zip(piece.places, values, strict=True):
-            outputs.write(place, piece.first, value)
+            raise ValueError(_not_finite(chunk, source))
+        for place, value in zip(chunk.places, values, strict=True):
+            outputs.write(place, chunk.first, value)
 
 
-def _not_finite(piece: Piece, source: Source) -> str:
-    """Names the tensor that holds a NaN or an infinity."""
-    origin = piece.parameter.source
+def _not_finite(chunk: Chunk, source: Source) -> str:
+    """The message that names the tensor which holds a NaN or an infinity."""
+    origin = chunk.parameter.origin
     if origin.stacked:
-        spans = {name: (0, origin.shape[0]) for name in origin.names[piece.first : piece.last]}
+        spans = {name: (0, origin.shape[0]) for name in origin.names[chunk.first : chunk.last]}
     else:
-        spans = dict.fromkeys(origin.names, (piece.first, piece.last))
+        spans = dict.fromkeys(origin.names, (chunk.first, chunk.last))
     for name, rows in spans.items():
         if not _finite(source.read(name, *rows)):
             scales = (part for part in source.parts(name) if part != name)
-            guilty = next((part for part in scales if not _finite(source.peek(part))), name)
-            return f"{source.tensors[guilty].file}: {guilty} holds NaN or infinite values"
+            at_fault = next((part for part in scales if not _finite(source.peek(part))), name)
+            return f"{source.tensors[at_fault].file}: {at_fault} holds NaN or infinite values"
     file = source.tensors[origin.names[0]].file
-    dtype = str(piece.parameter.dtype).rpartition(".")[2]
-    return f"{file}: {piece.parameter.path} overflows in --dtype {dtype}"
+    dtype = str(chunk.parameter.dtype).rpartition(".")[2]
+    return f"{file}: {chunk.parameter.path} overflows in --dtype {dtype}"
 
 
 def _finite(value: mx.array) -> bool:
@@ -297,7 +303,11 @@ class Outputs:
         self._changed: set[Path] = set()
 
     def write(self, place: Tensor, first: int, value: mx.array) -> None:
-        """Puts rows from ``first`` on into their place."""
+        """Writes rows of a tensor, from row ``first`` on, to their place.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         offset = place.start + first * (place.nbytes // place.shape[0])
         data = memoryview(mx.contiguous(value).view(mx.uint8)).cast("B")  # type: ignore[arg-type]
         while data:
@@ -306,7 +316,11 @@ class Outputs:
         self._changed.add(place.file)
 
     def sync(self) -> None:
-        """Waits until all that was written is on disk."""
+        """Waits until all written rows are on disk.
+
+        Raises:
+            OSError: they cannot be brought there.
+        """
         for file in self._changed:
             os.fsync(self._descriptors[file])
         self._changed.clear()

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from served import OURS, STOCK, Served, float32_copy
 
-from mlx_qwen3next.checkpoint.loading import BUNDLED, load
+from mlx_qwen3next.checkpoint.hub import BUNDLED
+from mlx_qwen3next.checkpoint.loading import load
 
 QUESTIONS = [
     "What does math.sqrt do?",

@@ -25,11 +25,12 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_qwen3next.bench.shapes import SHAPES
-from mlx_qwen3next.checkpoint import files
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.files import INDEX_FILE
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model import layouts, mtp_head
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
+from mlx_qwen3next.storage import safetensors
 
 # Qwen/Qwen3-Next-80B-A3B-Instruct, but for the number of layers and how often attention comes.
 CONFIG = SHAPES["80b"] | {"num_hidden_layers": 2, "full_attention_interval": 2}
@@ -40,20 +41,20 @@ def make(folder: Path) -> Path:
     """The checkpoint: one shard a layer, as published names and shapes ask for."""
     model = Model(Config.from_dict(CONFIG))
     mtp_head.attach(model)
-    sources = layouts.plan(model.parameter_shapes(), "hub").values()
+    origins = layouts.origins(model.parameter_shapes(), "hub").values()
     groups: dict[str, dict[str, tuple[mx.Dtype, tuple[int, ...]]]] = {}
-    for source in sources:
-        for name in source.names:
+    for origin in origins:
+        for name in origin.names:
             layer = next((i for i in range(2) if f"model.layers.{i}." in name), 2)
             group = "4" if layouts.is_mtp(name) else str(layer + 1)
-            groups.setdefault(group, {})[name] = (mx.bfloat16, source.shape)
+            groups.setdefault(group, {})[name] = (mx.bfloat16, origin.shape)
     random = np.random.default_rng(0)
     numbers = random.standard_normal(BLOCK, np.float32) * 0.02
     numbers = (numbers.view(np.uint32) >> 16).astype(np.uint16)  # as bfloat16
     weight_map = {}
     for group, contents in tqdm(groups.items(), "making the checkpoint", unit="shard"):
         file = folder / f"model-0000{group}-of-0000{len(groups)}.safetensors"
-        header, _ = files.lay_out(file, contents, {"format": "pt"})
+        header, _ = safetensors.lay_out(file, contents, {"format": "pt"})
         with file.open("wb") as stream:
             stream.write(header)
             for name, (_, shape) in contents.items():
@@ -65,7 +66,7 @@ def make(folder: Path) -> Path:
                     stream.write(part.data)
                     left -= part.size
     index = {"metadata": {}, "weight_map": weight_map}
-    (folder / files.INDEX).write_text(json.dumps(index))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUNDLED / name, folder)

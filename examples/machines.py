@@ -22,10 +22,10 @@ import numpy as np
 
 from mlx_qwen3next.bench import shapes
 from mlx_qwen3next.bench.traffic import traffic
-from mlx_qwen3next.checkpoint.files import Tensor
 from mlx_qwen3next.model import capacity
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.sharding import Mode, Shard, split_layers
+from mlx_qwen3next.storage.safetensors import Tensor
 
 MACHINES = (1, 2, 4, 8)
 MODES: tuple[Mode, ...] = ("tensor", "pipeline")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 
 OURS = [sys.executable, "-m", "mlx_qwen3next.server"]
 STOCK = [sys.executable, "-m", "mlx_lm", "server"]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 from .decoding.draft_depth import MAX_DEPTH
@@ -171,14 +169,11 @@ def fingerprint_of(args: argparse.Namespace) -> str:
     Raises:
         ValueError: the model or its adapter cannot be read.
     """
-    from .checkpoint.loading import default_dtype, resolve
-    from .prompt_cache.files import fingerprint
+    from .checkpoint.fingerprint import adapter_digest, fingerprint
+    from .checkpoint.hub import resolve
+    from .checkpoint.loading import default_dtype
 
-    digest = hashlib.blake2b()
-    if args.adapter_path is not None:
-        for name in ("adapter_config.json", "adapters.safetensors"):
-            digest.update((Path(args.adapter_path) / name).read_bytes())
-    options = [digest.hexdigest(), str(default_dtype())]
+    options = [adapter_digest(args.adapter_path), str(default_dtype())]
     if args.kv_bits is not None:
         options.append(f"{args.kv_bits} {args.kv_group_size} {args.quantized_kv_start}")
     return fingerprint(resolve(args.model), *options)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..storage.replacing import replacing
+
 
 def check_available() -> None:
     """
@@ -63,12 +65,11 @@ def _label(axes: Any, title: str, x: str, y: str) -> None:
 
 
 def _write(file: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
-    """Draws into a file beside its place, then renames it there."""
+    """Writes a picture of that size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
-    beside = file.with_suffix(".partial")
-    FigureCanvasAgg(figure).print_png(str(beside))
-    beside.replace(file)
+    with replacing(file) as beside:
+        FigureCanvasAgg(figure).print_png(str(beside))

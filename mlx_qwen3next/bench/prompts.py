@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..checkpoint.loading import BUNDLED
+from ..checkpoint.hub import BUNDLED
 
 SEED = 0
 

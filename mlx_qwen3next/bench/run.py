@@ -14,10 +14,12 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint import files
-from ..checkpoint.loading import detect_layout, resolve
+from ..checkpoint.hub import resolve
 from ..cli import division
 from ..model import capacity, layouts
 from ..model.config import Config
+from ..storage.replacing import write_text
+from ..storage.safetensors import Tensor
 from . import machine, plots, prompts, report, shapes
 from .measure import Plan, measure
 from .sides import Kinds, Side, rank, sides_of
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
             "medians": figures,
             "samples": raw,
         }
-        write_json(args.json, content)
+        write_text(args.json, json.dumps(content, indent=1, default=str))
     if args.plots is not None:
         plots.draw(args.plots, figures, raw.get("growth", []))
 
@@ -131,7 +133,7 @@ def as_mlx_lm_would(directory: Path, view: Path) -> Path:
     Both sides then have the same weights: norms.safetensors holds more exact ones, for us alone.
     """
     for file in directory.iterdir():
-        if file.name != files.NORMS:
+        if file.name != files.NORMS_FILE:
             os.symlink(file.absolute(), view / file.name)
     return view
 
@@ -139,7 +141,7 @@ def as_mlx_lm_would(directory: Path, view: Path) -> Path:
 def _plan(
     args: argparse.Namespace,
     config: Config,
-    tensors: Mapping[str, files.Tensor],
+    tensors: Mapping[str, Tensor],
     directory: Path,
     sides: list[Side],
 ) -> Plan:
@@ -165,7 +167,7 @@ def _plan(
         repeats=args.repeats,
         limit=args.limit,
         together=together,
-        exact=detect_layout(tensors, undecided="hub") == "converted",
+        exact=layouts.detect_layout(tensors) == "converted",
         speculates=any(layouts.is_mtp(name) for name in tensors),
         random=args.shape is not None,
         model_bytes=size,
@@ -205,10 +207,3 @@ def _lines(
         f"prompts: {model['prompts']}; greedy, {plan.tokens} tokens; medians of {turns}",
     ]
     return [*machine.heading(where), *about, *report.lines(plan, figures, moved, model)]
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes beside the file's place, then renames it there."""
-    beside = file.with_name(f"{file.name}.partial")
-    beside.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-    beside.replace(file)

@@ -18,10 +18,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ..checkpoint import files
+from ..checkpoint.files import MTP_FILE
 from ..model import capacity, layouts, mtp_head
 from ..model.config import Config
 from ..model.qwen3_next import Model
+from ..storage.safetensors import NAMES, Tensor
 
 GROUP, BITS, ROUTER_BITS = 64, 4, 8
 PERIOD = 4  # layers: three linear ones, one of attention
@@ -101,10 +102,10 @@ def size_of(shape: str, layers: int) -> int:
     return sum(tensor.nbytes for tensor in headers(shape, layers).values())
 
 
-def headers(shape: str, layers: int) -> dict[str, files.Tensor]:
+def headers(shape: str, layers: int) -> dict[str, Tensor]:
     """What :func:`write` would write, by name."""
     return {
-        path: files.Tensor(Path(name), files.NAMES[array.dtype], tuple(array.shape))
+        path: Tensor(Path(name), NAMES[array.dtype], tuple(array.shape))
         for name, parameters in _parts(shape, layers).items()
         for path, array in parameters.items()
     }
@@ -158,7 +159,7 @@ def _parts(shape: str, layers: int) -> dict[str, dict[str, mx.array]]:
     leaves: Any = tree_flatten(model.parameters())
     for path, array in leaves:
         if layouts.is_mtp(path):
-            name = files.HEAD
+            name = MTP_FILE
         else:
             pieces = path.split(".")
             number = int(pieces[2]) + 2 if pieces[1] == "layers" else 1

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from ..checkpoint.files import DTYPES, Tensor
 from ..checkpoint.loading import default_dtype
+from ..storage.safetensors import DTYPES, Tensor
 
 Kinds = Literal["default", "float32", "both"]
 

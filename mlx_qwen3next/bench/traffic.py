@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..checkpoint.files import Tensor
 from ..model import capacity, layouts
 from ..model.config import Config
+from ..storage.safetensors import Tensor
 
 _EXPERTS = re.compile(r"\.mlp\.(switch_mlp|experts)\.")
 _EMBEDDING = "model.embed_tokens."

@@ -1,1 +1,1 @@
-"""From files to parameters: finding, checking, matching and loading weights."""
+"""Files to parameters: finding, checking, matching and loading a model's weights."""

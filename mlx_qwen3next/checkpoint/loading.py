@@ -1,27 +1,21 @@
-"""From a checkpoint, in any layout it is published in, to a model ready to run.
+"""Loading a checkpoint, in any layout it is published in, as a model ready to run.
 
-Strict: what the headers hold must be exactly what the model needs, and every refusal names the
-file and the tensor. Weights are read one parameter at a time, so that peak memory stays near the
-model's own size.
+The tensors in the files' headers must be exactly those that the model needs, and every refusal
+names the file and the tensor. Weights are read one parameter at a time, so that peak memory stays
+near the model's own size.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_tokenizer
 from tqdm import tqdm
@@ -30,20 +24,18 @@ from ..errors import first_line
 from ..group.processes import ALONE, Group
 from ..model import capacity, layouts, mtp_head, packing
 from ..model.config import Config
+from ..model.layouts import Origin
 from ..model.qwen3_next import Model
 from ..model.sharding import Mode, Shard, take
-from ..prompt_cache.files import fingerprint
-from . import files
+from ..storage import safetensors
+from ..storage.safetensors import Tensor
+from . import files, match
+from .fingerprint import fingerprint
+from .hub import resolve
+from .quantized import quantize
 
 # Context assumed for the memory check where the caller gives none.
 DEFAULT_CONTEXT = 8192
-
-BUNDLED = Path(__file__).parents[1] / "bundled"
-
-# (bits, group size) -> mode, where scales are bytes; each mode has one pair.
-_SCALED_BY_BYTES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
-
-_DOWNLOAD = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
 
 
 def load(
@@ -69,10 +61,10 @@ def load(
         adapter_path: the directory of a LoRA, DoRA or full fine-tune made by ``mlx_lm.lora``.
 
     Raises:
-        ValueError: the checkpoint cannot be loaded; the message says what is wrong where.
+        ValueError: the checkpoint cannot be loaded; the message names the file and the fault.
     """
     directory = resolve(path_or_repo, revision)
-    Config.from_file(directory / "config.json")  # what is wrong there is to be said first
+    Config.from_file(directory / "config.json")  # its errors come before the tokenizer's
     tokenizer = _load_tokenizer(directory, tokenizer_config)
     if adapter_path is None:
         model = load_model(
@@ -118,11 +110,14 @@ def load_model(
         dtype: of the floating-point weights and activations; None means bfloat16 on a GPU and
             float32 on the CPU (where MLX's bfloat16 is several times slower). Norm weights, A_log
             and dt_bias are float32 always.
-        context: tokens the cache is to hold, for the memory check. pack: for inference
-        (:func:`mlx_qwen3next.model.packing.pack`). Whoever wants to train, save or
-            look into the model with the checkpoint's names says False.
-        group, mode, layers: the ranks that divide it, and how: see
-            :meth:`mlx_qwen3next.model.qwen3_next.Model.shard`. Each reads and holds its part alone.
+        context: tokens the cache is to hold, for the memory check.
+        revision: as for :func:`load`.
+        pack: whether to pack the weights for inference
+            (:func:`mlx_qwen3next.model.packing.pack`). To train, save or inspect the model under
+            the checkpoint's names, pass False.
+        group, mode, layers: the ranks that divide the model, and the way to divide it: see
+            :meth:`mlx_qwen3next.model.qwen3_next.Model.shard`. Each rank reads and holds its part
+            alone.
 
     Raises:
         ValueError: as for :func:`load`; or the ranks' files are not the same.
@@ -141,15 +136,15 @@ def load_model(
             mtp_head.attach(model)
     except OverflowError:
         raise ValueError(f"{directory}: the config's sizes are beyond MLX's arrays") from None
-    _quantize(model, tensors, dtype)
-    sources = _match(model, tensors, directory)
+    quantize(model, tensors, dtype)
+    origins = _match(model, tensors, directory)
     if group.size > 1:
         _check_same(directory, group, dtype)
     part = model.shard(group, mode, layers)
     _check_memory(model, dtype, context)
 
     model.eval()
-    own = {path: sources[part.whole_path(path)] for path, _ in _parameters(model)}
+    own = {path: origins[part.whole_path(path)] for path, _ in _parameters(model)}
     read = _read(own, tensors, dtype, part)
     # Only a large model takes long enough for the bar to appear.
     bar = tqdm(read, "loading", total=len(own), unit="tensor", leave=False, delay=2, disable=None)
@@ -165,79 +160,8 @@ def _for_inference(model: Model) -> Model:
 
 
 def default_dtype() -> mx.Dtype:
-    """bfloat16 on a GPU, float32 on the CPU."""
+    """The dtype of a model unless another is asked for: bfloat16 on a GPU, float32 on the CPU."""
     return mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
-
-
-def resolve(path_or_repo: str | Path | None, revision: str | None = None) -> Path:
-    """The local directory of a path or hub repository (downloaded if needed).
-
-    Raises:
-        ValueError: there is no such directory or repository, or it cannot be read.
-    """
-    if path_or_repo is None:
-        return BUNDLED
-    directory, repo = local_directory(path_or_repo), str(path_or_repo)
-    if directory is not None:
-        return directory
-    with hub_errors(repo):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD)))
-
-
-def read_config(path_or_repo: str | Path | None = None) -> Config:
-    """The config of a model, of whose repository nothing else is fetched.
-
-    Args:
-        path_or_repo: as for :func:`load`.
-
-    Raises:
-        ValueError: there is no such model, or it is none that this package runs.
-    """
-    directory = BUNDLED if path_or_repo is None else local_directory(path_or_repo)
-    if directory is None:
-        with hub_errors(str(path_or_repo)):
-            directory = Path(hf_hub_download(str(path_or_repo), "config.json")).parent
-    return Config.from_file(directory / "config.json")
-
-
-def local_directory(path_or_repo: str | Path) -> Path | None:
-    """The model directory of that path; None if there is none and it reads as a repository id.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    repo, path = str(path_or_repo), Path(path_or_repo)
-    try:
-        path = path.expanduser()
-        names = os.listdir(path)
-    except FileNotFoundError:
-        names = None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
-    if names is not None:
-        if "config.json" not in names:
-            raise ValueError(f"{path} is no model directory: it has no config.json")
-        return path
-    if path.is_absolute() or repo.startswith((".", "~")) or repo.count("/") != 1:
-        raise ValueError(f"{repo} does not exist, and is no repository id (owner/name)")
-    return None
-
-
-@contextmanager
-def hub_errors(repo: str) -> Iterator[None]:
-    """Turns whatever the hub's client raises into a ValueError of one line.
-
-    Raises:
-        ValueError: as it says.
-    """
-    try:
-        yield
-    except HFValidationError as error:
-        reason = first_line(error)
-        raise ValueError(f"{repo} is neither a directory nor a repository id: {reason}") from None
-    except Exception as error:  # the hub's client has a dozen unrelated kinds
-        reason = first_line(error)
-        raise ValueError(f"{repo} is no local directory and cannot be fetched: {reason}") from error
 
 
 def _load_tokenizer(directory: Path, tokenizer_config: dict[str, Any] | None) -> TokenizerWrapper:
@@ -267,110 +191,17 @@ def _eos_token_ids(directory: Path) -> list[int] | None:
     return None
 
 
-class _ByteScaledEmbedding(nn.QuantizedEmbedding):
-    """MLX's gives bfloat16 where scales are bytes, and all activations would follow it."""
-
-    dtype = mx.bfloat16
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        return super().__call__(tokens).astype(self.dtype)
-
-
-def _quantize(model: Model, tensors: dict[str, files.Tensor], dtype: mx.Dtype) -> None:
-    """Gives every module whose weights come with scales its quantized form."""
-
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        scales = tensors.get(f"{path}.scales")
-        if scales is None or not hasattr(module, "to_quantized"):
-            return False
-        weight = tensors.get(f"{path}.weight")
-        if weight is None:
-            raise ValueError(f"{scales.file}: {path}.scales has no {path}.weight beside it")
-        params = quantization(path, weight, scales, columns=module.weight.shape[-1])
-        if isinstance(module, SwitchLinear) and f"{path}.global_scale" in tensors:
-            params["global_scale"] = True
-        return params
-
-    nn.quantize(model, class_predicate=predicate)
-    table: Any = model.model.embed_tokens
-    if getattr(table, "mode", "affine") != "affine":
-        embedding = _ByteScaledEmbedding(
-            table.num_embeddings, table.dims, table.group_size, table.bits, table.mode
-        )
-        embedding.dtype = dtype
-        model.model.update_modules({"embed_tokens": embedding})
-
-
-def quantization(
-    path: str, weight: files.Tensor, scales: files.Tensor, columns: int
-) -> dict[str, Any]:
-    """How a module is quantized: shapes and dtype settle it, whatever the config says of it.
-
-    Raises:
-        ValueError: in no way that MLX knows.
-    """
-    try:
-        group_size, bits = columns // scales.shape[-1], weight.shape[-1] * 32 // columns
-        mode = "affine" if scales.dtype != "U8" else _SCALED_BY_BYTES[bits, group_size]
-        if group_size == 0:  # MLX would divide by it
-            raise ValueError
-        mx.quantize(mx.zeros((1, columns)), group_size, bits, mode)
-    except (ValueError, LookupError, ZeroDivisionError):
-        raise ValueError(
-            f"{scales.file}: {path} is quantized in no way MLX knows: {columns} columns, "
-            f"weight {weight.dtype} {list(weight.shape)}, scales {scales.dtype} "
-            f"{list(scales.shape)}"
-        ) from None
-    return {"group_size": group_size, "bits": bits, "mode": mode}
-
-
-def _match(
-    model: Model, tensors: dict[str, files.Tensor], directory: Path
-) -> dict[str, layouts.Source]:
-    """Parameter path -> source, after checking that tensors and parameters agree exactly."""
-    parameters = _parameters(model)
-    sources: dict[str, layouts.Source] = {}
-    layout: layouts.Layout = "hub"
-    for of_mtp in (False, True):
-        part = {p: tuple(a.shape) for p, a in parameters if layouts.is_mtp(p) == of_mtp}
-        stored = {n: t for n, t in tensors.items() if layouts.is_mtp(n) == of_mtp}
-        layout = detect_layout(stored, undecided=layout)
-        sources |= layouts.plan(part, layout)
-
+def _match(model: Model, tensors: Mapping[str, Tensor], directory: Path) -> dict[str, Origin]:
+    """Parameter path -> origin, after checking that tensors and parameters agree exactly."""
+    parameters = dict(_parameters(model))
+    origins = match.find_origins({p: tuple(a.shape) for p, a in parameters.items()}, tensors)
     used: set[str] = set()
-    for path, array in parameters:
-        for name in sources[path].names:
+    for path, array in parameters.items():
+        for name in origins[path].names:
+            match.check_tensor(name, tensors, origins[path].shape, _stored_dtypes(array), directory)
             used.add(name)
-            tensor = tensors.get(name)
-            if tensor is None:
-                raise ValueError(f"{directory}: the tensor {name} is missing from every file")
-            if tensor.shape != sources[path].shape:
-                raise ValueError(
-                    f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
-                    f"but the config asks for {list(sources[path].shape)}"
-                )
-            if tensor.dtype not in (allowed := _stored_dtypes(array)):
-                raise ValueError(
-                    f"{tensor.file}: {name} is {tensor.dtype}, not {' or '.join(allowed)}"
-                )
-    for name, tensor in tensors.items():
-        if name not in used and not layouts.is_ignored(name, model.args):
-            raise ValueError(f"{tensor.file}: the tensor {name} has no place in this model")
-    return sources
-
-
-def detect_layout(tensors: Mapping[str, files.Tensor], undecided: layouts.Layout) -> layouts.Layout:
-    """The layout of a checkpoint's trunk or head: what its first file is marked as, else by names.
-
-    Raises:
-        ValueError: a file cannot be read.
-    """
-    for tensor in tensors.values():
-        if layouts.MARK in files.read_metadata(tensor.file):
-            return "converted"
-        break
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return layouts.detect_layout(shapes, undecided=undecided)
+    match.refuse_surplus(tensors, used, model.args)
+    return origins
 
 
 def _parameters(model: Model) -> list[tuple[str, mx.array]]:
@@ -380,21 +211,21 @@ def _parameters(model: Model) -> list[tuple[str, mx.array]]:
 
 
 def _stored_dtypes(array: mx.array) -> tuple[str, ...]:
-    """What a checkpoint may store a parameter as."""
+    """safetensors' names of the dtypes that a parameter may be stored in."""
     if mx.issubdtype(array.dtype, mx.floating):
         return "BF16", "F16", "F32"
     return ("U8",) if array.dtype == mx.uint8 else ("U32",)
 
 
-def _held_dtype(path: str, array: mx.array, dtype: mx.Dtype) -> mx.Dtype:
-    """What a parameter is held as in a model of ``dtype``."""
+def _dtype_in_memory(path: str, array: mx.array, dtype: mx.Dtype) -> mx.Dtype:
+    """The dtype in memory of a parameter of a model of ``dtype``."""
     if not mx.issubdtype(array.dtype, mx.floating):
         return array.dtype
     return mx.float32 if layouts.is_float32(path) else dtype
 
 
 def _check_memory(model: Model, dtype: mx.Dtype, context: int) -> None:
-    weights = sum(a.size * _held_dtype(p, a, dtype).size for p, a in _parameters(model))
+    weights = sum(a.size * _dtype_in_memory(p, a, dtype).size for p, a in _parameters(model))
     cache = capacity.cache_bytes(
         model.args, context, mtp=model.mtp is not None, itemsize=dtype.size
     )
@@ -402,10 +233,10 @@ def _check_memory(model: Model, dtype: mx.Dtype, context: int) -> None:
 
 
 def _check_same(directory: Path, group: Group, dtype: mx.Dtype) -> None:
-    """Checks that all ranks have the same model, and what runs it.
+    """Checks that this rank has the same model, dtype and packages as rank 0.
 
     Raises:
-        ValueError: this one has another than rank 0.
+        ValueError: it does not.
     """
     own = {
         "the files' fingerprint": fingerprint(directory),
@@ -421,38 +252,38 @@ def _check_same(directory: Path, group: Group, dtype: mx.Dtype) -> None:
 
 
 def _read(
-    sources: dict[str, layouts.Source],
-    tensors: dict[str, files.Tensor],
+    origins: dict[str, Origin],
+    tensors: dict[str, Tensor],
     dtype: mx.Dtype,
     part: Shard,
 ) -> Iterator[tuple[str, mx.array]]:
-    """Evaluated parameters, one at a time."""
+    """The path and evaluated value of each parameter, one at a time."""
     lazy: dict[str, mx.array] = {}
     for file in {tensor.file: None for tensor in tensors.values()}:
         lazy |= {name: array for name, array in _open(file).items() if tensors[name].file == file}
-    uses = Counter(name for source in sources.values() for name in source.names)
-    for path, source in sources.items():
-        index = part.index(part.whole_path(path), source.shape)
+    uses = Counter(name for origin in origins.values() for name in origin.names)
+    for path, origin in origins.items():
+        index = part.index(part.whole_path(path), origin.shape)
         value = None
         if index is not None:
-            value = source.part(lambda name, of: files.read_part(tensors[name], of), index)
+            value = origin.part(lambda name, of: safetensors.read_part(tensors[name], of), index)
         if value is None:
-            value = source.build([lazy[name] for name in source.names])
+            value = origin.build([lazy[name] for name in origin.names])
             value = value if index is None else take(value, index)
-        value = value.astype(_held_dtype(path, value, dtype))
+        value = value.astype(_dtype_in_memory(path, value, dtype))
         mx.eval(value)
-        # What was stored in another form than it is held in must not stay in memory as well.
-        uses.subtract(source.names)
-        for name in source.names:
+        # A stored form other than the parameter's must not stay in memory as well.
+        uses.subtract(origin.names)
+        for name in origin.names:
             if not uses[name]:
                 del lazy[name]
         if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
-            raise ValueError(_not_finite(path, source, tensors))
+            raise ValueError(_not_finite(path, origin, tensors))
         yield path, value
 
 
 def _open(file: Path) -> dict[str, mx.array]:
-    """The file's tensors, read when evaluated."""
+    """The tensors of a file, which are read when they are evaluated."""
     try:
         arrays = mx.load(str(file))
     except (RuntimeError, OSError) as error:
@@ -461,10 +292,10 @@ def _open(file: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def _not_finite(path: str, source: layouts.Source, tensors: dict[str, files.Tensor]) -> str:
-    """Names the tensor that holds a NaN or an infinity."""
-    for name in source.names:
+def _not_finite(path: str, origin: Origin, tensors: dict[str, Tensor]) -> str:
+    """The message that names the tensor which holds a NaN or an infinity."""
+    for name in origin.names:
         if not mx.isfinite(_open(tensors[name].file)[name]).all().item():
             return f"{tensors[name].file}: {name} holds NaN or infinite values"
-    file = tensors[source.names[0]].file
+    file = tensors[origin.names[0]].file
     return f"{file}: {path} overflows in the dtype asked for"

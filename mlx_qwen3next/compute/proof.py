@@ -25,6 +25,7 @@ import mlx.core as mx
 
 from .. import metal_kernels
 from ..errors import first_line
+from ..storage.replacing import write_text
 
 Mode = Literal["auto", "on", "off"]
 
@@ -236,18 +237,14 @@ def _load(machine: str) -> dict[str, Finding]:
 
 
 def _save(findings: dict[str, Finding]) -> None:
-    """Writes the file beside its place, then renames it there. No harm if it cannot be kept."""
+    """Adds to the file. It is no harm if it cannot be written."""
     machine = _machine()
     known = _load(machine) | dict(findings)  # another process may have learned more
     content = {"machine": machine, "findings": {key: asdict(f) for key, f in known.items()}}
     try:
         file = _file()
-        beside = file.with_suffix(f".{os.getpid()}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-        try:
-            beside.replace(file)
-        except OSError:
-            beside.unlink()
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_text(file, text, ending=f".{os.getpid()}")
     except (OSError, RuntimeError):  # the latter where there is no home
         pass

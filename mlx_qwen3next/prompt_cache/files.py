@@ -1,7 +1,7 @@
 """Prompt caches on disk: a safetensors file of a piece of text, or of several in a row.
 
-Every array has a checksum that covers the file's own description of it, so that a file is read
-lazily, array by array, and nothing damaged is taken for good.
+Every array has a checksum that also covers the file's metadata, so that a file is read lazily,
+array by array, and no damage goes unnoticed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import uuid
 import weakref
 from collections.abc import Sequence
@@ -22,13 +21,13 @@ from typing import IO
 
 import numpy as np
 
-from ..checkpoint import files as shards
+from ..storage import safetensors
+from ..storage.replacing import replacing
 from .pieces import Arrays, Piece, Stored, checksum, data
 
 _FORMAT = "mlx_qwen3next prompt cache"
-_VERSION = "1"  # of the files, and of what the model computes; another one is not read
-_SAMPLE_BYTES = 256  # of each tensor, to tell models apart
-_PATIENCE = 60.0  # seconds until the next attempt after a failed one
+_VERSION = "1"  # of the files; another one is not read
+_RETRY_SECONDS = 60.0  # until the next attempt after a failed one
 _SUFFIX, _UNFINISHED = ".safetensors", ".part"
 _LOCK = "lock"
 
@@ -39,18 +38,18 @@ logger = logging.getLogger("mlx_qwen3next")
 
 # --- one file ------------------------------------------------------------------------------------
 def write_file(file: Path, pieces: Sequence[Piece], fingerprint: str, parent: str = "") -> None:
-    """Writes pieces that follow each other, beside the file, which is then replaced at once.
+    """Replaces a file by one of pieces that follow each other.
 
     Args:
-        pieces: with all arrays in memory.
-        fingerprint: of the model, see :func:`fingerprint`.
-        parent: what the text before the first piece is called.
+        pieces: their arrays are all in memory.
+        fingerprint: the model's, see :func:`mlx_qwen3next.checkpoint.fingerprint.fingerprint`.
+        parent: the name of the text before the first piece.
 
     Raises:
-        OSError: the file cannot be written; what was there before still is.
+        OSError: the file cannot be written, and is as it was.
     """
     arrays = {f"{i}.{name}": x for i, piece in enumerate(pieces) for name, x in piece.contents()}
-    about = {
+    metadata = {
         "format": f"{_FORMAT} {_VERSION}",
         "fingerprint": fingerprint,
         "parent": parent,
@@ -58,132 +57,96 @@ def write_file(file: Path, pieces: Sequence[Piece], fingerprint: str, parent: st
         "quantization": json.dumps([piece.quantization for piece in pieces]),
     }
     contents = {name: (x.dtype, x.shape) for name, x in arrays.items()}
-    about["arrays"] = _named({name: (shards.NAMES[x.dtype], x.shape) for name, x in arrays.items()})
-    checksums = {name: checksum(_described(about, name), x) for name, x in arrays.items()}
-    header, _ = shards.lay_out(file, contents, about | {"checksums": json.dumps(checksums)})
-    unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex}{_UNFINISHED}")
-    try:
-        with unfinished.open("xb") as stream:
-            stream.write(header)
-            for array in arrays.values():
-                stream.write(data(array))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, file)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    metadata["arrays"] = _digest(
+        {name: (safetensors.NAMES[x.dtype], x.shape) for name, x in arrays.items()}
+    )
+    checksums = {name: checksum(_description(metadata, name), x) for name, x in arrays.items()}
+    header, _ = safetensors.lay_out(file, contents, metadata | {"checksums": json.dumps(checksums)})
+    ending = f".{uuid.uuid4().hex}{_UNFINISHED}"
+    with replacing(file, ending) as unfinished, unfinished.open("wb") as stream:
+        stream.write(header)
+        for array in arrays.values():
+            stream.write(data(array))
 
 
 def read_file(file: Path, fingerprint: str) -> tuple[str, list[Piece]]:
-    """What the text before the first piece is called, and the pieces, arrays still in the file.
+    """Reads a file of :func:`write_file`.
+
+    Returns:
+        The name of the text before the first piece, and the pieces, whose arrays are still in the
+        file.
 
     Raises:
-        ValueError: the file is none of ours, belongs to another model, or is damaged.
+        ValueError: the file is no prompt cache, belongs to another model, or is damaged.
     """
-    tensors, about = shards.read_headers([file]), shards.read_metadata(file)
-    if about.get("format") != f"{_FORMAT} {_VERSION}":
+    tensors, metadata = safetensors.read_header(file)
+    if metadata.get("format") != f"{_FORMAT} {_VERSION}":
         raise ValueError(f"{file} is not a prompt cache, or one of another version")
-    if about.get("fingerprint") != fingerprint:
+    if metadata.get("fingerprint") != fingerprint:
         raise ValueError(
             f"{file} belongs to another model, or to one that was loaded with other options"
         )
     try:
-        checksums = json.loads(about.pop("checksums"))
+        checksums = json.loads(metadata["checksums"])
+        metadata = {key: text for key, text in metadata.items() if key != "checksums"}
         parts: dict[int, dict[str, Arrays]] = {}
-        if about["arrays"] != _named({name: (x.dtype, x.shape) for name, x in tensors.items()}):
+        if metadata["arrays"] != _digest({name: (x.dtype, x.shape) for name, x in tensors.items()}):
             raise ValueError
         for name, tensor in tensors.items():
             number, part, *key = name.split(".", 2)
             arrays = parts.setdefault(int(number), {}).setdefault(part, {})
-            arrays["".join(key)] = Stored(tensor, _described(about, name), checksums[name])
-        pieces, start = [], int(about["start"])
-        for i, quantization in enumerate(json.loads(about["quantization"])):
+            arrays["".join(key)] = Stored(tensor, _description(metadata, name), checksums[name])
+        pieces, start = [], int(metadata["start"])
+        for i, quantization in enumerate(json.loads(metadata["quantization"])):
             tokens = np.array(parts[i]["tokens"][""].read())
             kv, head, checkpoint = (parts[i].get(of, {}) for of in ("kv", "head", "checkpoint"))
             quantized = quantization and (quantization[0], quantization[1])
             pieces.append(Piece(start, tokens, kv, head, checkpoint, quantized))
             start += tokens.size
-        return about["parent"], pieces
+        return metadata["parent"], pieces
     except (LookupError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{file} is damaged") from None
 
 
 def is_ours(file: Path) -> bool:
-    """Whether the file holds a prompt cache in this module's form, of whatever version or model.
+    """Whether a file holds a prompt cache in this module's form, of any version and model.
 
     mlx-lm's own prompt caches are safetensors files as well.
     """
     try:
-        return str(shards.read_metadata(file).get("format")).startswith(_FORMAT)
+        return str(safetensors.read_header(file).metadata.get("format")).startswith(_FORMAT)
     except ValueError:
         return False
 
 
-def _named(arrays: dict[str, tuple[str, tuple[int, ...]]]) -> str:
-    """Stands for the arrays' names, dtypes and shapes."""
+def _digest(arrays: dict[str, tuple[str, tuple[int, ...]]]) -> str:
+    """The digest of the arrays' names, dtypes and shapes."""
     return hashlib.blake2b(json.dumps(arrays, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _described(about: dict[str, str], name: str) -> str:
-    return json.dumps([about, name], sort_keys=True)
-
-
-def fingerprint(directory: Path, *options: str) -> str:
-    """Identifies what decides a cache's values: a model's weights, and how they are used.
-
-    Config, and name, dtype, shape and first bytes of every tensor, wherever the files are: well
-    under a second for thousands of tensors.
-
-    Args:
-        directory: of the model, as :func:`mlx_qwen3next.load` takes it.
-        options: whatever else matters (dtype, bits of keys and values, an adapter's fingerprint).
-
-    Returns:
-        32 hexadecimal digits.
-
-    Raises:
-        ValueError: the model's files cannot be read, see
-        :func:`mlx_qwen3next.checkpoint.files.find_files`.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    tensors = shards.read_headers(shards.find_files(directory))
-    try:
-        config = (directory / "config.json").read_bytes()
-        digest.update(json.dumps([_VERSION, options, len(config)]).encode() + config)
-        with ExitStack() as stack:
-            files = {
-                file: stack.enter_context(file.open("rb", buffering=0))
-                for file in {tensor.file for tensor in tensors.values()}
-            }
-            for name, tensor in sorted(tensors.items()):
-                stream = files[tensor.file]
-                stream.seek(tensor.start)
-                digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-                digest.update(stream.read(min(tensor.nbytes, _SAMPLE_BYTES)))
-    except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+def _description(metadata: dict[str, str], name: str) -> str:
+    """The text that an array's checksum covers beside the array."""
+    return json.dumps([metadata, name], sort_keys=True)
 
 
 # --- a directory of them -------------------------------------------------------------------------
 class Folder:
     """A file for each piece of a tree, in a directory of its own, for one process at a time.
 
-    What cannot be written is tried again later, with one warning; nothing here raises.
+    A piece that cannot be written is tried again later, after one warning; nothing here raises.
     """
 
     def __init__(self, directory: Path, fingerprint: str, lock: IO):
         self._directory, self._fingerprint = directory, fingerprint
-        self._failed = -math.inf  # when writing did last
+        self._failed = -math.inf  # when writing last failed, in seconds of monotonic()
         self._warned = False
         self.release = weakref.finalize(self, lock.close)
 
     @classmethod
     def take(cls, directory: Path, fingerprint: str) -> Folder | None:
-        """The folder, locked until it is released, or nothing refers to it, or the process ends.
+        """Takes a folder, locked until it is released, unreferenced, or its process ends.
 
-        None, and a warning, if it cannot be locked. What is beside it is logged.
+        Logs the folders beside it. Returns None, after a warning, if it cannot be locked.
         """
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -200,7 +163,7 @@ class Folder:
         return cls(directory, fingerprint, lock)
 
     def read(self) -> dict[str, tuple[str, Piece]]:
-        """Name -> parent's name and piece, arrays still in their files. Removes what is no use."""
+        """Name -> parent's name and piece, its arrays still in its file. Removes useless files."""
         found = {}
         try:
             files = sorted(self._directory.iterdir())
@@ -221,8 +184,8 @@ class Folder:
         return found
 
     def write(self, name: str, parent: str, piece: Piece) -> bool:
-        """Writes a piece, all of it in memory; returns whether that was done."""
-        if monotonic() < self._failed + _PATIENCE:
+        """Writes a piece whose arrays are in memory; returns whether it is written."""
+        if monotonic() < self._failed + _RETRY_SECONDS:
             return False
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -235,11 +198,11 @@ class Folder:
         return True
 
     def remove(self, name: str) -> None:
-        """Removes a piece's file, if there is one."""
+        """Removes a piece's file if there is one."""
         self._unlink(self._file(name))
 
     def reject(self, name: str, reason: str) -> None:
-        """Removes a piece's file, and says why."""
+        """Removes a piece's file, and warns of the reason."""
         logger.warning("Part of the prompt cache is dropped: %s", reason)
         self.remove(name)
 
@@ -259,7 +222,7 @@ class Folder:
 
 
 def _log_others(directory: Path) -> None:
-    """Logs the folders beside this one: an update of a model or of this package leaves one."""
+    """Logs the folders beside this one, such as an update of the model or this package leaves."""
     try:
         folders = sorted(directory.parent.iterdir())
     except OSError:
@@ -276,7 +239,7 @@ def _log_others(directory: Path) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Of a folder's files, in bytes; 0 if there are other than those of a prompt cache."""
+    """The bytes of a folder's files; 0 if any of them is no prompt cache's."""
     try:
         files = [f for f in folder.iterdir() if f.name != _LOCK and f.suffix != _UNFINISHED]
         ours = all(file.suffix == _SUFFIX and is_ours(file) for file in files)

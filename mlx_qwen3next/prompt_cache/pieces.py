@@ -16,9 +16,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from ..checkpoint import files
-from ..checkpoint.files import Tensor
 from ..model.cache import Cache, GatedDeltaCache, MTPCache, length, settle
+from ..storage import safetensors
+from ..storage.safetensors import Tensor
 
 # By name; in memory as an mx.array, or still in a file as a Stored.
 Arrays = dict[str, Any]
@@ -44,7 +44,7 @@ class Stored:
         Raises:
             ValueError: the file cannot be read, or holds something else.
         """
-        array = files.read_rows(self.tensor)
+        array = safetensors.read_rows(self.tensor)
         if checksum(self.described, array) != self.checksum:
             raise ValueError(f"{self.tensor.file} is damaged: its checksums do not agree")
         return array

@@ -49,7 +49,7 @@ class PromptCache:
             long as this object lives; if it cannot be locked, there is a warning, and everything is
             kept in memory alone.
         fingerprint: of the model and its options, see
-            :func:`mlx_qwen3next.prompt_cache.files.fingerprint`.
+            :func:`mlx_qwen3next.checkpoint.fingerprint.fingerprint`.
         group: of processes that each keep their part of the same texts; rank 0 decides what is
             dropped.
 

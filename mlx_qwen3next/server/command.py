@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 from mlx_lm import server as stock
 from mlx_lm.utils import _parse_size
 
-from ..checkpoint.loading import load, read_config
+from ..checkpoint.hub import read_config
+from ..checkpoint.loading import load
 from ..cli import (
     Parser,
     add_group_options,

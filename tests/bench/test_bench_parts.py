@@ -17,9 +17,10 @@ from mlx_qwen3next.bench.run import as_mlx_lm_would, clipped
 from mlx_qwen3next.bench.sides import Side, partner, sides_of
 from mlx_qwen3next.bench.summary import deepened
 from mlx_qwen3next.bench.traffic import traffic
-from mlx_qwen3next.checkpoint import files as shards
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.files import NORMS_FILE, find_files, read_headers
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.storage.safetensors import Tensor
 
 
 # --- bytes a token -------------------------------------------------------------------------------
@@ -36,9 +37,9 @@ def test_bytes_a_token(case, itemsize):
     head = (128 * 64 + attention) * itemsize + (2 * 64 + 2 * 32 + 3 * 64) * 4
     states = 2 * 3 * (4 * 32 * 96 * 4 + 3 * 512 * itemsize)
 
-    files = shards.find_files(GOLDENS / case)
+    files = find_files(GOLDENS / case)
     config = Config.from_file(GOLDENS / case / "config.json")
-    counted = traffic(shards.read_headers(files), config, itemsize)
+    counted = traffic(read_headers(files), config, itemsize)
     assert counted.trunk == (3 * linear + attention + row) * itemsize + exact * 4
     assert counted.output == 96 * 64 * itemsize
     assert counted.head == (head if case == "base" else 0)
@@ -52,8 +53,8 @@ def test_quantized_codes_count_as_stored():
     config = Config.from_file(GOLDENS / "base" / "config.json")
     stack = "model.layers.0.mlp.switch_mlp.up_proj"
     tensors = {
-        f"{stack}.weight": shards.Tensor(None, "U32", (8, 32, 8)),
-        f"{stack}.scales": shards.Tensor(None, "BF16", (8, 32, 2)),
+        f"{stack}.weight": Tensor(None, "U32", (8, 32, 8)),
+        f"{stack}.scales": Tensor(None, "BF16", (8, 32, 2)),
     }
     counted = traffic(tensors, config, itemsize=4)
     assert counted.trunk == 3 * (32 * 8 * 4 + 32 * 2 * 4)
@@ -99,7 +100,7 @@ def test_a_tie_is_within_a_few_times_the_noise():
 
 # --- sides ---------------------------------------------------------------------------------------
 def test_each_dtype_is_compared_once(monkeypatch):
-    tensors = shards.read_headers(shards.find_files(BUNDLED))
+    tensors = read_headers(find_files(BUNDLED))
     here, stored = Side("ours", "float32"), Side("stock", "bfloat16")
     monkeypatch.setattr("mlx_qwen3next.bench.sides.default_dtype", lambda: mx.float32)
     both = sides_of("both", tensors, stock=True)
@@ -114,7 +115,7 @@ def test_each_dtype_is_compared_once(monkeypatch):
 
 def test_both_sides_get_the_same_files(tmp_path):
     names = {file.name for file in as_mlx_lm_would(BUNDLED, tmp_path).iterdir()}
-    assert names == {file.name for file in BUNDLED.iterdir()} - {shards.NORMS}
+    assert names == {file.name for file in BUNDLED.iterdir()} - {NORMS_FILE}
     assert (tmp_path / "model.safetensors").samefile(BUNDLED / "model.safetensors")
 
 
@@ -159,9 +160,9 @@ def test_random_weights_run_on_both_sides(tmp_path, monkeypatch):
     tiny = {"vocab_size": 512, "hidden_size": 128, "num_experts": 8, "head_dim": 32}
     monkeypatch.setitem(shapes.SHAPES, "small", shapes.SHAPES["small"] | tiny)
     shapes.write(tmp_path, "small", 4)
-    files = shards.find_files(tmp_path)
+    files = find_files(tmp_path)
     assert len(files) == 6  # four layers, the rest of the trunk, the head
-    written, planned = shards.read_headers(files), shapes.headers("small", 4)
+    written, planned = read_headers(files), shapes.headers("small", 4)
     form = [{name: (t.dtype, t.shape) for name, t in of.items()} for of in (written, planned)]
     assert form[0] == form[1]
     assert sum(t.nbytes for t in written.values()) == shapes.size_of("small", 4)

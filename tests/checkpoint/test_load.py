@@ -14,7 +14,8 @@ import pytest
 from checkpoints import CASES, GOLDENS, relative_error
 
 from mlx_qwen3next import load, load_model
-from mlx_qwen3next.checkpoint.loading import BUNDLED, default_dtype
+from mlx_qwen3next.checkpoint.hub import BUNDLED
+from mlx_qwen3next.checkpoint.loading import default_dtype
 from mlx_qwen3next.model import layouts, mtp_head
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
@@ -175,8 +176,8 @@ def test_published_checkpoints_have_a_place_for_every_tensor(config, with_head, 
         mtp_head.attach(model)
     shapes = model.parameter_shapes()
     assert sum(math.prod(shape) for shape in shapes.values()) == count
-    sources = layouts.plan(shapes, "hub").values()
-    assert len({name for source in sources for name in source.names}) == tensors
+    origins = layouts.origins(shapes, "hub").values()
+    assert len({name for origin in origins for name in origin.names}) == tensors
 
 
 # --- dtypes --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import INDEX
 
 from mlx_qwen3next import load, load_model
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 
 EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
 QUERY = "model.layers.3.self_attn.q_proj.weight"

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import GOLDENS, INDEX
 
 from mlx_qwen3next import load_model
-from mlx_qwen3next.checkpoint.loading import BUNDLED, resolve
+from mlx_qwen3next.checkpoint.hub import BUNDLED, resolve
 
 
 def refusal(name):
@@ -85,7 +85,7 @@ def hub(monkeypatch):
             return str(self.answer)
 
     hub = Hub()
-    monkeypatch.setattr(sys.modules["mlx_qwen3next.checkpoint.loading"], "snapshot_download", hub)
+    monkeypatch.setattr(sys.modules["mlx_qwen3next.checkpoint.hub"], "snapshot_download", hub)
     return hub
 
 

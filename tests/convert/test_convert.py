@@ -14,9 +14,10 @@ from helpers_convert import options
 from mlx_lm.convert import convert as convert_by_mlx_lm
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.utils import dequantize_model
+from reference_reader import assert_reads_the_same
 
 from mlx_qwen3next import load_model
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.convert import convert
 from mlx_qwen3next.convert.source import Source
 
@@ -390,6 +391,17 @@ def test_layers_in_no_regular_order(tmp_path):
     source = checkpoints.write(tmp_path / "in", config, {"model.safetensors": swapped})
     convert(str(source), str(tmp_path / "out"), dtype="float32")
     assert mx.array_equal(load32(tmp_path / "out")(tokens()), load32(source)(tokens()))
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_the_reference_library_reads_every_file(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr("mlx_qwen3next.convert.weights.LARGEST_FILE", 150_000)
+    group_size = 32 if mode == "affine" else None
+    out = converted(tmp_path, quantize=True, q_mode=mode, q_group_size=group_size)
+    files = {file.name: file for file in out.glob("*.safetensors")}
+    assert len(files) > 3 and {"mtp.safetensors", "norms.safetensors"} < files.keys()
+    for file in files.values():
+        assert_reads_the_same(file)
 
 
 def test_shards(tmp_path, monkeypatch):

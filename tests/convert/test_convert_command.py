@@ -18,7 +18,7 @@ from helpers_generate import process
 from mlx_lm.convert import configure_parser
 from mlx_lm.convert import convert as convert_by_mlx_lm
 
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.convert import convert, weights
 from mlx_qwen3next.convert.__main__ import main, parser
 
@@ -249,7 +249,7 @@ SLOW = """
 import sys, time
 from mlx_qwen3next.convert import weights
 from mlx_qwen3next.convert.__main__ import main
-weights._PIECE = 2**10
+weights._CHUNK = 2**10
 write = weights.Outputs.write
 def slowly(*args):
     write(*args)
@@ -278,7 +278,7 @@ def test_interrupted(tmp_path, run, monkeypatch):
     assert all(part.startswith("converting: ") or not part for part in progress)
     assert os.listdir(tmp_path) == ["out.partial"]
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "_PIECE", 2**10)
+        patch.setattr(weights, "_CHUNK", 2**10)
         assert run(*args, out)[0] == 0
     everything = tmp_path / "whole" / "out"
     assert run(*args, everything)[0] == 0

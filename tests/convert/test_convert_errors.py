@@ -11,8 +11,8 @@ from checkpoints import GOLDENS, INDEX
 from helpers_convert import options, state
 from test_load_errors import EXPERT, QUERY, edit, header, last_tensor, sharded, write_header
 
-from mlx_qwen3next.checkpoint import files
 from mlx_qwen3next.convert import convert
+from mlx_qwen3next.storage.safetensors import read_header
 
 FUSED = "model.layers.0.mlp.experts"
 A_LOG = "model.layers.1.linear_attn.A_log"
@@ -117,7 +117,7 @@ def test_wrong_shape_or_dtype(refusal, base, name):
 
 def poke(file, name, value):
     """Overwrites the last number of a tensor in a file."""
-    tensor = files.read_headers([file])[name]
+    tensor = read_header(file).tensors[name]
     with file.open("r+b") as stream:
         stream.seek(tensor.start + tensor.nbytes - len(value))
         stream.write(value)
@@ -184,7 +184,7 @@ def fp8(tmp_path):
 
 def edit_fp8(directory, change, coded=()):
     file = directory / "model.safetensors"
-    names = [name for name, t in files.read_headers([file]).items() if t.dtype == "F8_E4M3"]
+    names = [name for name, t in read_header(file).tensors.items() if t.dtype == "F8_E4M3"]
     edit(directory, change)
     checkpoints.declare_fp8(file, [*names, *coded])
     return file

@@ -14,7 +14,7 @@ from checkpoints import GOLDENS
 from huggingface_hub import snapshot_download
 
 from mlx_qwen3next import load, load_model
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.convert import convert, repository
 
 OPTIONS = {"quantize": True, "q_group_size": 32}
@@ -93,7 +93,7 @@ def test_streaming_keeps_one_file_at_a_time(repo, tmp_path, monkeypatch):
         return unlink(path, **arguments)
 
     monkeypatch.setattr(Path, "unlink", counted)
-    monkeypatch.setattr("mlx_qwen3next.convert.weights._PIECE", 1)
+    monkeypatch.setattr("mlx_qwen3next.convert.weights._CHUNK", 1)
     monkeypatch.setattr("mlx_qwen3next.convert.weights._BATCH", 1)
     convert(REPO, str(tmp_path / "out"), stream=True, **OPTIONS)
     assert most == [1, 1, 1, 1]

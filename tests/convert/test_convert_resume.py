@@ -12,7 +12,7 @@ import pytest
 from checkpoints import GOLDENS
 
 from mlx_qwen3next.convert import convert
-from mlx_qwen3next.convert.progress import FILE, Progress
+from mlx_qwen3next.convert.progress import PROGRESS_FILE, Progress
 
 OPTIONS = {"quantize": True, "q_group_size": 32}
 
@@ -137,7 +137,7 @@ def test_one_at_a_time(tmp_path):
     first.record(3)
     with Progress(tmp_path / "work", {"what": 1}) as second:
         assert second.done == 3
-    assert [path.name for path in (tmp_path / "work").iterdir()] == [FILE]
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [PROGRESS_FILE]
 
 
 # Prints by how much memory grew over the conversion, in bytes, and the source's size.

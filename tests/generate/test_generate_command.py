@@ -24,7 +24,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_adapters
 
 from mlx_qwen3next import load, stream_generate
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.compute import proof
 from mlx_qwen3next.generate import DEMO_PROMPT, main
 

@@ -19,7 +19,7 @@ import pytest
 from helpers_generate import endless
 from helpers_group import TIMEOUT, ended, hostfile, polite, processes, run
 
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.generate import main
 from mlx_qwen3next.group import processes as group_module
 from mlx_qwen3next.group.processes import ALONE, join

@@ -12,10 +12,10 @@ import mlx_lm.utils
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_qwen3next.checkpoint import files as shards
 from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
+from mlx_qwen3next.storage import safetensors
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = ["base", "eps", "dense", "permutation"]
@@ -172,12 +172,12 @@ def relative_error(result, expected):
 def write_zeros(directory, config, layout):
     """Writes a checkpoint of zeros, which takes no room on disk, in 'hub' or 'fused' layout."""
     model = Model(Config.from_dict(config))
-    sources = layouts.plan(model.parameter_shapes(), layout).values()
-    shapes = {name: (mx.bfloat16, source.shape) for source in sources for name in source.names}
+    origins = layouts.origins(model.parameter_shapes(), layout).values()
+    shapes = {name: (mx.bfloat16, origin.shape) for origin in origins for name in origin.names}
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     file = directory / "model.safetensors"
-    header, places = shards.lay_out(file, shapes, {})
+    header, places = safetensors.lay_out(file, shapes, {})
     with file.open("wb") as stream:
         stream.write(header)
         stream.truncate(len(header) + sum(place.nbytes for place in places.values()))

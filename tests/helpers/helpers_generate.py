@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_qwen3next import generate_step, load, load_model
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PROMPT = 10  # the goldens' `greedy` continues tokens[:PROMPT]

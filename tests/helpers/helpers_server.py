@@ -15,7 +15,7 @@ from mlx_lm.generate import make_text_state_machine
 from mlx_lm.server import GenerationContext, Response, ResponseGenerator
 from mlx_lm.tokenizer_utils import load
 
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.server.handler import Handler, Server, Settings
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

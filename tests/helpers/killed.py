@@ -24,7 +24,7 @@ def run(source: str, target: str) -> int:
     """A process that converts; forked before MLX has threads."""
     child = os.fork()
     if child == 0:
-        weights._PIECE, weights._BATCH, weights._RECORD_SECONDS = 2**10, 4, 0.0
+        weights._CHUNK, weights._BATCH, weights._RECORD_SECONDS = 2**10, 4, 0.0
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         convert(source, target, quantize=True, q_group_size=32)
         os._exit(0)

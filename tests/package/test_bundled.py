@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as load_with_mlx_lm
 
 from mlx_qwen3next import stream_generate
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 
 HELDOUT = "graphlib.py"  # in every Python from 3.9 on
 TOKENS = 1024

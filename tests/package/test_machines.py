@@ -9,7 +9,7 @@ from checkpoints import GOLDENS
 from machines import divide, messages_a_step, own, seconds, sent_a_step
 
 from mlx_qwen3next.bench import shapes
-from mlx_qwen3next.checkpoint.loading import BUNDLED
+from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model import capacity
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.sharding import Shard

@@ -1,15 +1,14 @@
 """A prompt cache in one file, and what tells one model's from another's."""
 
-import shutil
-
 import mlx.core as mx
 import pytest
 from helpers_generate import golden, golden_tokens, greedy
 from helpers_prompt_cache import ENOUGH, LONG, OTHER, SHORT, check, fake, files, keep, paths, texts
 from mlx_lm.models.cache import save_prompt_cache
+from reference_reader import assert_reads_the_same
 
 from mlx_qwen3next.prompt_cache import files as prompt_files
-from mlx_qwen3next.prompt_cache.files import fingerprint, is_ours
+from mlx_qwen3next.prompt_cache.files import is_ours
 from mlx_qwen3next.prompt_cache.store import PromptCache
 
 
@@ -28,6 +27,15 @@ def test_one_file(tmp_path):
     check(cache, SHORT)
     assert texts(PromptCache.load(file, max_bytes=ENOUGH, fingerprint="a")) == {SHORT}
     assert texts(PromptCache.load(file, max_bytes=0, fingerprint="a")) == set()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_reference_library_reads_a_file(tmp_path, quantized):
+    file = tmp_path / "chat.safetensors"
+    cache = PromptCache(max_bytes=ENOUGH, fingerprint="a")
+    cache.insert(LONG, fake(LONG, head=True, quantized=quantized))
+    cache.export(LONG, file)
+    assert_reads_the_same(file)
 
 
 def test_one_file_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
@@ -78,42 +86,3 @@ def test_a_models_cache_through_files(tmp_path):
     cache, n = PromptCache.load(tmp_path / "x", max_bytes=ENOUGH).fetch([*prompt, expected[0]])
     assert n == len(prompt)
     assert greedy(model, expected[:1], 10, prompt_cache=cache) == expected[1:11]
-
-
-# --- which model ---------------------------------------------------------------------------------
-def test_the_fingerprint_of_a_model(base, tmp_path):
-    first = fingerprint(base)
-    assert first.isalnum() and len(first) == 32
-    moved = tmp_path / "moved"
-    shutil.copytree(base, moved)
-    assert fingerprint(moved) == first
-    assert (
-        len({first, fingerprint(base, "a"), fingerprint(base, "a", "b"), fingerprint(base, "ab")})
-        == 4
-    )
-    config = (moved / "config.json").read_text()
-    (moved / "config.json").write_text(config.replace('"rms_norm_eps": 1', '"rms_norm_eps": 2'))
-    assert fingerprint(moved) != first
-
-
-def test_a_fine_tune_has_another_fingerprint(base):
-    first, weights = fingerprint(base), mx.load(str(base / "model.safetensors"))
-    name = "model.layers.1.mlp.gate.weight"
-    weights[name][0, 0] += 0.01
-    mx.save_safetensors(str(base / "model.safetensors"), weights)
-    assert fingerprint(base) != first
-
-
-def test_how_the_files_are_cut_does_not_matter(base):
-    first, weights = fingerprint(base), mx.load(str(base / "model.safetensors"))
-    names = sorted(weights)
-    (base / "model.safetensors").unlink()
-    for i, part in enumerate((names[::2], names[1::2])):
-        mx.save_safetensors(str(base / f"model-{i}.safetensors"), {n: weights[n] for n in part})
-    assert fingerprint(base) == first
-
-
-def test_a_fingerprint_needs_a_config(tmp_path):
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x": mx.zeros(3)})
-    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
-        fingerprint(tmp_path)

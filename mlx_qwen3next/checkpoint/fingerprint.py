@@ -1,0 +1,63 @@
+"""Telling models apart without reading all of their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from .files import find_files, read_headers
+
+_VERSION = "1"  # of what this package computes from the same files
+_SAMPLE_BYTES = 256  # read of each tensor
+
+
+def fingerprint(directory: Path, *options: str) -> str:
+    """Identifies a model, and so the values in its caches: its weights and how they are used.
+
+    It covers the config, and every tensor's name, dtype, shape and first bytes, wherever the files
+    are; thousands of tensors take well under a second.
+
+    Args:
+        directory: the model's.
+        options: all else that matters (dtype, bits of keys and values, :func:`adapter_digest`).
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        ValueError: the model's files cannot be read, see
+            :func:`mlx_qwen3next.checkpoint.files.find_files`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    tensors = read_headers(find_files(directory))
+    try:
+        config = (directory / "config.json").read_bytes()
+        digest.update(json.dumps([_VERSION, options, len(config)]).encode() + config)
+        with ExitStack() as stack:
+            files = {
+                file: stack.enter_context(file.open("rb", buffering=0))
+                for file in {tensor.file for tensor in tensors.values()}
+            }
+            for name, tensor in sorted(tensors.items()):
+                stream = files[tensor.file]
+                stream.seek(tensor.start)
+                digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+                digest.update(stream.read(min(tensor.nbytes, _SAMPLE_BYTES)))
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def adapter_digest(directory: str | Path | None) -> str:
+    """The digest of an adapter's files, 128 hexadecimal digits; one of its own without an adapter.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digest = hashlib.blake2b()
+    if directory is not None:
+        for name in ("adapter_config.json", "adapters.safetensors"):
+            digest.update((Path(directory) / name).read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""Finding a model: a local directory, a repository of the Hugging Face hub, or the bundled one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from ..errors import first_line
+from ..model.config import Config
+
+BUNDLED = Path(__file__).parents[1] / "bundled"  # the demo model's directory
+
+_DOWNLOAD = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
+
+
+def resolve(path_or_repo: str | Path | None, revision: str | None = None) -> Path:
+    """The local directory of a path or of a hub repository, which is downloaded if needed.
+
+    Args:
+        path_or_repo: None for the bundled model.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        ValueError: there is no such directory or repository, or it cannot be read.
+    """
+    if path_or_repo is None:
+        return BUNDLED
+    directory, repo = local_directory(path_or_repo), str(path_or_repo)
+    if directory is not None:
+        return directory
+    with hub_errors(repo):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD)))
+
+
+def read_config(path_or_repo: str | Path | None = None) -> Config:
+    """The config of a model. Nothing else of a repository is fetched.
+
+    Args:
+        path_or_repo: as for :func:`resolve`.
+
+    Raises:
+        ValueError: there is no such model, or it is none that this package runs.
+    """
+    directory = BUNDLED if path_or_repo is None else local_directory(path_or_repo)
+    if directory is None:
+        with hub_errors(str(path_or_repo)):
+            directory = Path(hf_hub_download(str(path_or_repo), "config.json")).parent
+    return Config.from_file(directory / "config.json")
+
+
+def local_directory(path_or_repo: str | Path) -> Path | None:
+    """The model directory of a path; None if there is none and the path reads as a repository id.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    repo, path = str(path_or_repo), Path(path_or_repo)
+    try:
+        path = path.expanduser()
+        names = os.listdir(path)
+    except FileNotFoundError:
+        names = None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
+    if names is not None:
+        if "config.json" not in names:
+            raise ValueError(f"{path} is no model directory: it has no config.json")
+        return path
+    if path.is_absolute() or repo.startswith((".", "~")) or repo.count("/") != 1:
+        raise ValueError(f"{repo} does not exist, and is no repository id (owner/name)")
+    return None
+
+
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Turns every error of the hub's client into a ValueError of one line.
+
+    Raises:
+        ValueError: the block failed.
+    """
+    try:
+        yield
+    except HFValidationError as error:
+        reason = first_line(error)
+        raise ValueError(f"{repo} is neither a directory nor a repository id: {reason}") from None
+    except Exception as error:  # the hub's client has a dozen unrelated kinds
+        reason = first_line(error)
+        raise ValueError(f"{repo} is no local directory and cannot be fetched: {reason}") from error

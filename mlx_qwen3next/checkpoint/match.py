@@ -1,0 +1,76 @@
+"""Matching the model's parameters with a checkpoint's tensors: exactly, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from ..model import layouts
+from ..model.config import Config
+from ..model.layouts import Layout, Origin, Shape
+from ..storage.safetensors import Tensor
+
+
+def find_origins(
+    parameters: Mapping[str, Shape], tensors: Mapping[str, Tensor]
+) -> dict[str, Origin]:
+    """The origin of each parameter in a checkpoint, in whatever layout trunk and MTP head are.
+
+    A head that does not show its layout is in the trunk's.
+
+    Args:
+        parameters: path -> shape of the model's (possibly quantized) parameters.
+        tensors: the checkpoint's, by name.
+    """
+    origins: dict[str, Origin] = {}
+    layout: Layout = "hub"
+    for mtp in (False, True):
+        part = {path: shape for path, shape in parameters.items() if layouts.is_mtp(path) == mtp}
+        stored = {name: x for name, x in tensors.items() if layouts.is_mtp(name) == mtp}
+        layout = layouts.detect_layout(stored, undecided=layout)
+        origins |= layouts.origins(part, layout)
+    return origins
+
+
+def check_tensor(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    shape: Shape,
+    dtypes: tuple[str, ...],
+    directory: Path,
+) -> None:
+    """Checks that a checkpoint has a tensor as the model needs it.
+
+    Args:
+        tensors: the checkpoint's, by name.
+        dtypes: safetensors' names of the dtypes that it may have.
+        directory: the checkpoint's, for the message.
+
+    Raises:
+        ValueError: the tensor is missing, or of another shape or dtype.
+    """
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise ValueError(f"{directory}: the tensor {name} is missing from every file")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{tensor.file}: {name} is {tensor.dtype}, not {' or '.join(dtypes)}")
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
+            f"but the config asks for {list(shape)}"
+        )
+
+
+def refuse_surplus(tensors: Mapping[str, Tensor], used: Collection[str], config: Config) -> None:
+    """Checks that the model uses every tensor, except those that no model needs.
+
+    Args:
+        tensors: the checkpoint's, by name.
+        used: names of the tensors that the model uses.
+
+    Raises:
+        ValueError: a tensor is left over.
+    """
+    for name, tensor in tensors.items():
+        if name not in used and not layouts.is_ignored(name, config):
+            raise ValueError(f"{tensor.file}: the tensor {name} has no place in this model")
