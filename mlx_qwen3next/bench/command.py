@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cli import LineParser, add_group_options, guarded
+from ..cli import LineParser, add_group_options, count, counts, guarded, positive_seconds
 from . import shapes
 from .agreement import Disagreement
 from .run import run
@@ -49,21 +48,21 @@ def parser() -> LineParser:
     )
     what.add_argument(
         "--layers",
-        type=_count,
+        type=count,
         metavar="N",
         help="of --shape (default: for 80b as many as fit this machine, up to 48; for small 8)",
     )
     what.add_argument(
         "--contexts",
-        type=_counts,
-        default=[128, 512, 2048, 8192],
+        type=counts,
+        default=(128, 512, 2048, 8192),
         metavar="N,N,…",
         help="prompt tokens (default: 128,512,2048,8192); what is measured at one length alone is "
         "measured at the second",
     )
     what.add_argument(
         "--tokens",
-        type=_count,
+        type=count,
         default=32,
         metavar="N",
         help="decoded after a prompt, 2 or more (default: %(default)s)",
@@ -77,17 +76,17 @@ def parser() -> LineParser:
     what.add_argument("--without-mlx-lm", action="store_true", help="this package alone")
     what.add_argument(
         "--growth",
-        type=_count,
+        type=count,
         metavar="N",
         help="also how cost and memory grow while N tokens are read, 32768 say",
     )
     how = result.add_argument_group("how")
     how.add_argument(
-        "--repeats", type=_count, default=3, metavar="N", help="turns (default: %(default)s)"
+        "--repeats", type=count, default=3, metavar="N", help="turns (default: %(default)s)"
     )
     how.add_argument(
         "--limit",
-        type=_seconds,
+        type=positive_seconds,
         default=120.0,
         metavar="SECONDS",
         help="what one side may take at one length: fewer turns are made of what takes long, and "
@@ -98,34 +97,6 @@ def parser() -> LineParser:
     output.add_argument("--json", type=Path, metavar="FILE", help="all samples and medians")
     output.add_argument("--plots", type=Path, metavar="DIR", help="PNG files (needs matplotlib)")
     return result
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return [_count(part.strip()) for part in text.split(",")]
-
-
-def _seconds(text: str) -> float:
-    return _positive(text, "seconds, more than 0")
-
-
-def _amount(text: str) -> float:
-    return _positive(text, "a number, more than 0", most=1e9)
-
-
-def _positive(text: str, what: str, most: float = math.inf) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= most:
-        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,24 +13,26 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any, NoReturn
 
 from mlx_lm import server as stock
-from mlx_lm.utils import _parse_size
 
 from ..checkpoint.loading import load, read_config
 from ..cli import (
     Parser,
     add_group_options,
     add_speed_options,
+    byte_count,
+    count,
     division,
     fingerprint_of,
     guarded,
     refuse,
+    seconds,
 )
 from ..compute.proof import set_kernels
 from ..decoding.sampling import Sampling, check_integer
@@ -90,14 +92,14 @@ def parser() -> argparse.ArgumentParser:
     cache = result.add_argument_group("prompt cache")
     cache.add_argument(
         "--prompt-cache-bytes",
-        type=_bytes,
+        type=byte_count,
         metavar="SIZE",
         help="What the prompt cache and the requests being answered may take together, such as "
         "8GB (default: half of the memory the model leaves).",
     )
     cache.add_argument(
         "--prompt-cache-size",
-        type=_positive,
+        type=count,
         metavar="N",
         help="Different texts in the prompt cache at most (default: as many as fit).",
     )
@@ -124,14 +126,14 @@ def parser() -> argparse.ArgumentParser:
     )
     access.add_argument(
         "--max-body-bytes",
-        type=_bytes,
+        type=byte_count,
         default=Settings.max_body_bytes,
         metavar="SIZE",
         help="The largest request that is read (default: %(default)s).",
     )
     access.add_argument(
         "--drain-seconds",
-        type=_seconds,
+        type=seconds,
         default=30.0,
         metavar="SECONDS",
         help="After SIGTERM or Ctrl-C, how long requests are still answered (default: "
@@ -380,25 +382,3 @@ def _announce(host: str, port: int, settings: Settings) -> None:
         inside = host == "localhost"
     if not inside and settings.api_key is None:
         logging.warning(f"{host} can be reached by others: --api-key keeps them out")
-
-
-def _number(text: str, least: float, convert: Callable[[str], Any]) -> Any:
-    try:
-        value = convert(text)
-    except (ValueError, KeyError, ArithmeticError):  # what mlx-lm's _parse_size raises
-        value = None
-    if value is None or not value >= least:
-        raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text!r}")
-    return value
-
-
-def _bytes(text: str) -> int:
-    return _number(text, 1, _parse_size)
-
-
-def _positive(text: str) -> int:
-    return _number(text, 1, int)
-
-
-def _seconds(text: str) -> float:
-    return _number(text, 0, float)
