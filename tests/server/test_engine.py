@@ -248,10 +248,10 @@ def test_more_requests_than_places_wait_for_one():
     with running("--decode-concurrency", 2, "--prompt-concurrency", 1) as engine:
         asked = [Asked(engine, TEXTS[i % 4], max_tokens=8 + i) for i in range(7)]
         until(lambda: waits(engine) > 0)
-        most = len(engine._live)
+        most = len(engine._running)
         for i, answer in enumerate(asked):
             assert answer.read().text == expected_text(TEXTS[i % 4], 8 + i)
-            most = max(most, len(engine._live))
+            most = max(most, len(engine._running))
         assert most <= 2
 
 
@@ -262,9 +262,9 @@ def test_whoever_has_gone_frees_the_place(mtp):
     flags = ("--decode-concurrency", 2, "--prefill-step-size", 4)
     with running(*flags, mtp=mtp) as engine:
         Asked(engine, TEXTS[0], **endless).read(3).leave()  # alone
-        until(lambda: not engine._live)
+        until(lambda: not engine._running)
         Asked(engine, [5] * 4000, max_tokens=2).leave()  # in the prompt
-        until(lambda: not engine._live)
+        until(lambda: not engine._running)
         batch = [Asked(engine, text, **endless) for text in TEXTS[:2]]
         queued, last = Asked(engine, TEXTS[2], **endless), Asked(engine, TEXTS[3])
         batch[0].read(2)
@@ -276,14 +276,14 @@ def test_whoever_has_gone_frees_the_place(mtp):
         assert batch[1].text.startswith(expected_text(TEXTS[1], 12))
         assert ahead == 40
         batch[1].leave()
-        until(lambda: not engine._live)
+        until(lambda: not engine._running)
         until(lambda: engine._batch.prompt_cache_nbytes == 0)
         assert ask(engine, TEXTS[2]).text == expected_text(TEXTS[2])
 
 
 def test_who_waits_is_told_so(monkeypatch):
     """Only then does the handler notice that a client has gone."""
-    monkeypatch.setattr(serving, "REASSURE", 0.01)
+    monkeypatch.setattr(serving, "KEEPALIVE", 0.01)
     with running("--decode-concurrency", 1, "--prompt-concurrency", 1) as engine:
         first = Asked(engine, TEXTS[0], max_tokens=8000, logit_bias=ENDLESS).read(1)
         waiting = Asked(engine, TEXTS[1], max_tokens=1)

@@ -151,7 +151,7 @@ def test_a_token_that_cannot_be_decoded(monkeypatch, company):
         other = Asked(engine, TEXTS[0], max_tokens=24) if company else None
         with pytest.raises(RuntimeError, match="no text"):
             ask(engine, TEXTS[1], logit_bias={POISON: 100.0})
-        until(lambda: len(engine._live) <= company)
+        until(lambda: len(engine._running) <= company)
         if company:
             assert other.read().text == expected_text(TEXTS[0], 24)
         assert ask(engine, TEXTS[2]).text == expected_text(TEXTS[2])
@@ -172,7 +172,7 @@ def test_a_sequence_that_cannot_be_ended(monkeypatch):
         other = Asked(engine, TEXTS[0], max_tokens=40).read(2)
         Asked(engine, TEXTS[1], max_tokens=8000, logit_bias=ENDLESS).read(3).leave()
         assert other.read().text == expected_text(TEXTS[0], 40)
-        until(lambda: not engine._live)
+        until(lambda: not engine._running)
         assert not left
         left.append(1)
         word = expected_text(TEXTS[1])[4:8]

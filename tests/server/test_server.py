@@ -318,7 +318,7 @@ def test_spoiled_requests_break_nothing(over_http):
     assert {200, 400} <= statuses
     assert exchange(listening, "GET", "/health")[0] == 200
     assert engine.generation_available()
-    until(lambda: not engine._live)
+    until(lambda: not engine._running)
 
 
 # --- other models -------------------------------------------------------------------------------

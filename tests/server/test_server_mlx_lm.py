@@ -222,7 +222,7 @@ def test_quantized_requests_come_one_after_the_other(monkeypatch, flags, most):
     seen, step = [], serving.Engine._step
 
     def counted(engine):
-        seen.append(len(engine._live))
+        seen.append(len(engine._running))
         step(engine)
 
     monkeypatch.setattr(serving.Engine, "_step", counted)
