@@ -16,7 +16,8 @@ from mlx_lm.server import GenerationContext, Response, ResponseGenerator
 from mlx_lm.tokenizer_utils import load
 
 from mlx_qwen3next.checkpoint.loading import BUNDLED
-from mlx_qwen3next.server.handler import Handler, Server, Settings
+from mlx_qwen3next.server.handler import Handler, Settings
+from mlx_qwen3next.server.http_server import Server
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -25,8 +25,9 @@ from helpers_server import (
     until,
 )
 
-from mlx_qwen3next.server import handler
-from mlx_qwen3next.server.handler import Server, Settings
+from mlx_qwen3next.server import handler, http_server
+from mlx_qwen3next.server.handler import Settings
+from mlx_qwen3next.server.http_server import Server
 
 
 def test_what_there_is_to_get():
@@ -347,10 +348,10 @@ def test_waiting_is_for_what_is_in_progress():
 
 
 def test_connections_beyond_the_limit_are_turned_away(monkeypatch):
-    monkeypatch.setattr(handler, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 2)
     with serving() as server:
         with connected(server), connected(server):
-            until(lambda: server._exchanges == 2)
+            until(lambda: server._connections == 2)
             with connected(server) as third:
                 head, _, body = everything(third).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.0 503 ")

@@ -34,7 +34,7 @@ def flags(parser):
 
 def test_every_flag_of_mlx_lm_s_server_is_there_with_its_default():
     """Except for web pages' access, which mlx-lm's gives to all, and the cache's size in texts."""
-    stock_flags, ours = flags(server._stock_parser()), flags(server.parser())
+    stock_flags, ours = flags(mlx_lm_interface.stock_parser()), flags(server.parser())
     assert len(stock_flags) > 25
     assert stock_flags.keys() <= ours.keys()
     differ = {flag for flag, default in stock_flags.items() if ours[flag] != default}
@@ -431,11 +431,11 @@ def test_a_server_that_is_told_twice_to_stop_does_at_once(tmp_path):
 def test_a_server_that_is_told_to_stop_while_it_loads_ends_at_once():
     slow = (
         "import sys, time\n"
-        "from mlx_qwen3next.server import command\n"
+        "from mlx_qwen3next.server import command, provider\n"
         "def load(*args, **options):\n"
         "    print('loading', flush=True)\n"
         "    time.sleep(600)\n"
-        "command.load = load\n"
+        "provider.load = load\n"
         "sys.exit(command.main(['--port', '0']))\n"
     )
     with process("-c", slow) as child:
