@@ -136,7 +136,7 @@ class Handler(APIHandler):
         self._check_key(path)
         if method is None:
             known = ", ".join(_ROUTES)
-            raise RequestError(f"there is no {path[:80]} here, but {known}", status=404)
+            raise RequestError(f"there is no {path[:80]} here; the paths are {known}", status=404)
         if self.command != method and (self.command, method) != ("HEAD", "GET"):
             allow = {"Allow": f"{method}, OPTIONS"}
             message = f"{path[:80]} takes {method}, not {self.command}"
@@ -320,7 +320,7 @@ class Handler(APIHandler):
         return prompt, self._generated, cached  # mlx-lm also counts the responses _watch adds
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
-        # mlx-lm's handler answers an exception that it has just caught in a form of its own.
+        # mlx-lm's handler is about to answer an exception that it has caught, in a form of its own.
         if status_code != 200 and (error := sys.exception()) is not None:
             raise error
         super()._set_completion_headers(status_code)
