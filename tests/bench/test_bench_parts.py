@@ -1,4 +1,4 @@
-"""What the bench command is made of: bytes, limits, growth, prompts, random weights."""
+"""The parts of the bench: bytes, limits, agreement, sides, growth, prompts, random weights."""
 
 import shutil
 
@@ -69,7 +69,7 @@ def test_the_prediction_goes_by_the_longest_shorter_context():
     assert predicted({400: [{"first": 9, "further": 9}]}, 100, tokens=8) == 0
 
 
-def test_turns_end_before_the_limit():
+def test_repeats_end_before_the_limit():
     assert fits_another([], 1)
     assert fits_another([2.0, 4.0], 9.0) and not fits_another([2.0, 4.0], 8.9)
 
@@ -135,20 +135,20 @@ def test_growth_in_words():
     assert fit_quadratic(n, [x * 2e-3 + x * x * 1e-6 for x in n]) == pytest.approx((2e-3, 1e-6, 0))
 
 
-def test_more_layers_take_more_time_but_for_what_is_outside_them():
+def test_the_time_outside_the_layers_is_not_extrapolated():
     assert extrapolated(5.0, fixed=1.0, layers=4) == 1.0 + 12 * 4.0
     assert extrapolated(5.0, fixed=1.0, layers=48) == 5.0
 
 
 # --- prompts -------------------------------------------------------------------------------------
-def test_prompts_are_text_where_there_is_a_tokenizer():
+def test_prompts_are_text_if_there_is_a_tokenizer():
     ids, kind = prompts.tokens(BUNDLED, 200_000, 4096)
     assert kind == "Python library files" and len(ids) == 200_000
     assert len(set(ids)) > 1000 and max(ids) < 4096
     assert prompts.tokens(BUNDLED, 50, 4096)[0] == ids[:50]
 
 
-def test_else_they_are_random_but_the_same_ones():
+def test_prompts_without_a_tokenizer_are_random_but_always_the_same():
     ids, kind = prompts.tokens(GOLDENS / "base", 500, 96)
     assert kind == "random tokens" and set(ids) == set(range(96))
     assert prompts.tokens(GOLDENS / "base", 500, 96)[0] == ids
@@ -198,7 +198,7 @@ def test_as_many_layers_as_fit(monkeypatch):
 
 
 def test_random_weights_of_the_small_shape_are_tame(tmp_path, monkeypatch):
-    """Rounding to bfloat16 must not choose other experts throughout: sides could not agree."""
+    """Rounding to bfloat16 must not change the experts everywhere, or the sides could not agree."""
     shape = shapes.SHAPES["small"] | {"vocab_size": 512, "num_experts": 16}
     monkeypatch.setitem(shapes.SHAPES, "small", shape)
     shapes.write(tmp_path, "small", 4)
