@@ -1,4 +1,7 @@
-"""What the commands have in common. Imports no MLX, so that --help is there at once."""
+"""The parts that all commands share: their parser, number types, options and exit statuses.
+
+Importing this module imports neither MLX nor numpy, so that ``--help`` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from typing import Any, NoReturn
 
 from .decoding.draft_depth import MAX_DEPTH
 
-# MLX counts a whole expert tensor against its command buffer's size, so its defaults cut a decoding
-# step into many buffers.
+# MLX counts a whole expert tensor against the size of a command buffer, so its defaults cut a
+# decoding step into many buffers.
 COMMAND_BUFFERS = {"MLX_MAX_MB_PER_BUFFER": "1024", "MLX_MAX_OPS_PER_BUFFER": "1000"}
 
 
 def set_command_buffers() -> None:
     """Sets MLX's limits of a command buffer on a Mac, unless the user has set them.
 
-    MLX reads these environment variables once, so a command calls this before it imports MLX.
+    MLX reads these environment variables once, so a command must call this before importing MLX.
     """
     if platform.system() == "Darwin":
         for name, value in COMMAND_BUFFERS.items():
@@ -27,16 +30,20 @@ def set_command_buffers() -> None:
 
 
 class LineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser that prints an error in one line and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
 class Parser(LineParser):
-    """The parser of an mlx-lm command with flags of ours.
+    """The parser of an mlx-lm command, extended by this package's flags.
 
-    Flags added to it replace stock ones of the same name.
+    A flag that is added replaces the stock flag of the same name.
+
+    Args:
+        stock: the parser of the mlx-lm command.
+        options: those of :class:`argparse.ArgumentParser`.
     """
 
     def __init__(self, stock: argparse.ArgumentParser, **options: Any):
@@ -49,16 +56,19 @@ class Parser(LineParser):
         self._ours = 0
 
     def add_argument_group(self, *args: Any, **options: Any) -> Any:
-        """A group of flags, which ``--help`` shows before the stock ones."""
+        """Adds a group of flags, which ``--help`` lists before the stock flags."""
         group = super().add_argument_group(*args, **options)
-        if hasattr(self, "_ours"):  # not argparse's own groups, or those of the stock parser
+        if hasattr(self, "_ours"):  # neither argparse's own groups nor those of the stock parser
             self._action_groups.insert(self._ours, self._action_groups.pop())
             self._ours += 1
         return group
 
 
 def guarded(command: Callable[[], int | None]) -> int:
-    """Runs a command; returns its exit status: 2, after one line, for bad input, 130 for Ctrl-C."""
+    """Runs a command and returns its exit status: 2 for bad input, 130 for Ctrl-C.
+
+    Either is reported in one line on stderr.
+    """
     try:
         return command() or 0
     except (ValueError, OSError) as error:
@@ -72,67 +82,132 @@ def guarded(command: Callable[[], int | None]) -> int:
 def refuse(
     args: argparse.Namespace, parser: argparse.ArgumentParser, flags: Mapping[str, str]
 ) -> None:
-    """Refuses flags that would have no effect.
+    """Refuses flags that are accepted for mlx-lm's sake but would have no effect.
 
     Args:
-        parser: knows their defaults.
-        flags: name to reason.
+        args: the parsed arguments.
+        parser: the parser, which knows the defaults.
+        flags: the names of these flags, each with the reason.
 
     Raises:
-        ValueError: one is not at its default.
+        ValueError: one of them is not at its default.
     """
     for flag, reason in flags.items():
         if getattr(args, flag) != parser.get_default(flag):
             raise ValueError(f"--{flag.replace('_', '-')} is not supported: {reason}")
 
 
+# --- number types, for argparse -----------------------------------------------------------------
+def count(text: str) -> int:
+    """Parses a whole number of at least 1."""
+    return _number(text, int, lambda n: n >= 1, "a whole number of at least 1")
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Parses whole numbers of at least 1, separated by commas."""
+    return tuple(count(part) for part in text.split(","))
+
+
+def layer_counts(text: str) -> tuple[int, ...]:
+    """Parses numbers of layers, separated by commas."""
+    try:
+        return counts(text)
+    except argparse.ArgumentTypeError:
+        message = f"must be numbers of layers, such as 30,18, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def byte_count(text: str) -> int:
+    """Parses a size of at least 1 byte, such as 1000, 500MB or 8GB."""
+    from mlx_lm.utils import _parse_size
+
+    return _number(text, _parse_size, lambda n: n >= 1, "a size of at least 1 byte, such as 8GB")
+
+
+def seconds(text: str) -> float:
+    """Parses a time of at least 0 seconds."""
+    return _number(text, float, lambda s: s >= 0, "a number of seconds, at least 0")
+
+
+def positive_seconds(text: str) -> float:
+    """Parses a time of more than 0 seconds."""
+    return _number(text, float, lambda s: s > 0, "a number of seconds, more than 0")
+
+
+def draft_depth(text: str) -> str | int:
+    """Parses "auto", "off" or the number of tokens to draft."""
+    if text in ("auto", "off"):
+        return text
+    expected = f"'auto', 'off' or 1 to {MAX_DEPTH}"
+    return _number(text, int, lambda depth: 1 <= depth <= MAX_DEPTH, expected)
+
+
+def _number(
+    text: str, convert: Callable[[str], Any], fits: Callable[[Any], bool], expected: str
+) -> Any:
+    """Converts the text of an argument to a number.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no number, or the number does not fit.
+    """
+    try:
+        value = convert(text)
+    except (ValueError, KeyError, ArithmeticError):  # the last two are _parse_size's
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
+    return value
+
+
+# --- options that several commands have ---------------------------------------------------------
 def add_speed_options(group: Any) -> None:
-    """Adds ``--mtp`` and ``--kernels``."""
+    """Adds ``--mtp`` and ``--kernels`` to a group of flags."""
     group.add_argument(
         "--mtp",
-        type=_depth,
+        type=draft_depth,
         default="auto",
         metavar=f"{{auto,off,1..{MAX_DEPTH}}}",
-        help="Tokens the model's own MTP head drafts ahead: a depth, 'off', or 'auto', which "
-        "measures what pays on this machine, drafting nothing included (default: %(default)s). "
-        "Changes the speed, not the answer.",
+        help="Number of tokens that the model's own MTP head drafts ahead. 'auto' measures which "
+        "number pays on this machine, none included; 'off' drafts nothing (default: "
+        "%(default)s). This changes the speed, not the answer.",
     )
     group.add_argument(
         "--kernels",
         choices=("auto", "on", "off"),
         default="auto",
-        help="Metal kernels of this package: 'auto' uses each where it proved right and fast on "
-        "this machine, 'on' wherever there is one, 'off' nowhere (default: %(default)s).",
+        help="Use of this package's Metal kernels: 'auto' uses each kernel that has proved right "
+        "and fast on this machine, 'on' uses all of them, 'off' none (default: %(default)s).",
     )
 
 
 def add_group_options(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--pipeline`` and ``--expert-parallel``."""
+    """Adds ``--pipeline`` and ``--expert-parallel`` to a parser."""
     group = parser.add_argument_group("several machines (with mlx.launch)")
     group.add_argument(
         "--pipeline",
-        type=_counts,
+        type=layer_counts,
         nargs="?",
         const=(),
         default=False,  # as in mlx_lm.server
         metavar="N,N,…",
-        help="Give each machine whole layers: as many as fit its memory, or so many in order of "
-        "rank. Takes the least traffic, but the machines work one after the other (default: "
-        "divide every layer).",
+        help="Give each machine whole layers: N of them in the order of the ranks or, without "
+        "numbers, as many as fit its memory. This takes the least traffic, but the machines work "
+        "one after the other (default: divide every layer among the machines).",
     )
     group.add_argument(
         "--expert-parallel",
         action="store_true",
-        help="Divide the experts by number, not each of them (default: where their width does not "
-        "divide).",
+        help="Give each machine whole experts instead of a part of every expert (default: only "
+        "if the width of an expert cannot be divided).",
     )
 
 
 def division(args: argparse.Namespace, size: int) -> dict[str, Any]:
-    """What :func:`mlx_qwen3next.load` takes of these options, for a group of that size.
+    """Translates the options of :func:`add_group_options` into those of
+    :func:`mlx_qwen3next.load`, for a group of ``size`` processes.
 
     Raises:
-        ValueError: they contradict each other, or this process is alone.
+        ValueError: the options exclude each other, or there is only one process.
     """
     given = {"--pipeline": args.pipeline is not False, "--expert-parallel": args.expert_parallel}
     asked = [flag for flag, is_given in given.items() if is_given]
@@ -145,26 +220,11 @@ def division(args: argparse.Namespace, size: int) -> dict[str, Any]:
     return {"mode": "expert"} if args.expert_parallel else {}
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise argparse.ArgumentTypeError(f"must be numbers of layers, such as 30,18, got {text!r}")
-    return counts
-
-
-def _depth(text: str) -> str | int:
-    if text in ("auto", "off"):
-        return text
-    if text.isdecimal() and 1 <= int(text) <= MAX_DEPTH:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be 'auto', 'off' or 1 to {MAX_DEPTH}, got {text!r}")
-
-
 def fingerprint_of(args: argparse.Namespace) -> str:
-    """Identifies what a prompt cache is good for: the model of these arguments, as they use it.
+    """Computes the fingerprint of a prompt cache, which is the same for arguments that make the
+    same cache of a prompt.
+
+    It covers the model, the adapter, the dtype and the quantization of keys and values.
 
     Raises:
         ValueError: the model or its adapter cannot be read.

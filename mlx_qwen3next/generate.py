@@ -1,4 +1,8 @@
-"""The command ``python -m mlx_qwen3next.generate``: mlx_lm.generate, for Qwen3-Next."""
+"""The command ``python -m mlx_qwen3next.generate``: mlx_lm.generate for Qwen3-Next.
+
+This module holds the command's parser and imports neither MLX nor numpy; generation itself is in
+:mod:`mlx_qwen3next.terminal`.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ from .cli import (
 
 DEFAULT_MAX_TOKENS = 100
 DEFAULT_PROMPT = "hello"
-DEMO_PROMPT = "How do I use itertools.chain?"  # what the bundled model is asked instead
+DEMO_PROMPT = "How do I use itertools.chain?"  # the default for the bundled demo model
 
-# Flags that have no meaning here, and why.
+# Flags of mlx_lm.generate that would have no effect here, with the reasons.
 UNSUPPORTED = {
     "image": "Qwen3-Next takes no images",
     "draft_model": "the model drafts with its own MTP head: use --mtp",
@@ -29,20 +33,20 @@ UNSUPPORTED = {
 
 EPILOG = """examples:
   %(prog)s
-      the bundled demo model answers
+      ask the bundled demo model
   %(prog)s --model Qwen/Qwen3-Next-80B-A3B-Instruct-MLX-4bit -p "Why is the sky blue?" -m 500
-      a published model, downloaded at first use
+      ask a published model, which is downloaded at first use
   git diff | %(prog)s --model DIR --system-prompt "Review this change." -p -
-      the message comes from another command
+      read the message from another command
   %(prog)s --ignore-chat-template -p "def fibonacci(n):" -m 60
-      the text is continued, not answered
+      continue a text instead of answering a message
   mlx.launch -n 2 -- python -m mlx_qwen3next.generate --model DIR -p "Hello"
-      two processes share the model, with --hostfile on as many machines
+      share the model between two processes, or with --hostfile between machines
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """mlx_lm.generate's flags and ours; every stock flag keeps its default."""
+    """Makes the command's parser: all flags of mlx_lm.generate, with their defaults, and ours."""
     result = Parser(
         other_flags(),
         prog="python -m mlx_qwen3next.generate",
@@ -59,8 +63,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (2 for bad input, 130 for Ctrl-C)."""
-    # Whatever the terminal's encoding, text must not end in a traceback.
+    """Runs the command and returns its exit status: 2 for bad input, 130 for Ctrl-C."""
+    # Text that the terminal's encoding lacks must not end the command.
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure:
@@ -72,37 +76,38 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     refuse(args, parser(), UNSUPPORTED)
     set_command_buffers()
-    # Only here: MLX and transformers take a second to import, which --help and typos need not.
+    # Not at the top: importing MLX and transformers takes a second, which --help does not need.
     from .terminal import run
 
     return run(args)
 
 
 # --- mlx_lm.generate's flags --------------------------------------------------------------------
-# Declared once more, since its own parser comes with all of MLX. Names, types and defaults are
-# mlx-lm's, which a test compares one by one; the words are ours.
+# Declared again here, because importing mlx-lm's own parser imports MLX. A test compares the names,
+# types and defaults with mlx-lm's; the help texts are ours.
 def add_essential_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds those of the flags that most people need."""
+    """Adds the flags that most users need to a group."""
     group.add_argument(
         "--model",
         type=str,
         metavar="DIR_OR_REPO",
-        help="A local directory or a Hugging Face repository, as published or converted to MLX. "
-        "Without it, the small demo model that ships with this package runs.",
+        help="Local directory or Hugging Face repository of the model, as published or converted "
+        "to MLX (default: the small demo model that ships with this package).",
     )
     group.add_argument(
         "--prompt",
         "-p",
         metavar="TEXT",
-        help="The message; \\n and \\t stand for line break and tab, '-' reads it from stdin. "
-        f"Default: {DEFAULT_PROMPT!r}, or for the demo model {DEMO_PROMPT!r}.",
+        help="Message to the model. \\n and \\t stand for a line break and a tab; '-' reads the "
+        f"message from stdin (default: {DEFAULT_PROMPT!r}, or {DEMO_PROMPT!r} for the demo model).",
     )
     group.add_argument(
         "--prompt-cache-file",
         type=str,
         metavar="FILE",
-        help="Keep there what the model makes of the prompt: the next one is processed from where "
-        "it differs. What a file of mlx_lm.cache_prompt holds is continued.",
+        help="File for the cache of the prompt and the answer. The next prompt is processed only "
+        "from its first difference on. A file made by mlx_lm.cache_prompt holds the beginning of "
+        "the prompt, which is then continued.",
     )
     group.add_argument(
         "--max-tokens",
@@ -110,24 +115,24 @@ def add_essential_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=DEFAULT_MAX_TOKENS,
         metavar="N",
-        help="Tokens to generate at most; -1 for as many as the context takes (default: "
-        "%(default)s).",
+        help="Maximum number of tokens to generate; -1 generates until the model's context is "
+        "full (default: %(default)s).",
     )
 
 
 def other_flags() -> argparse.ArgumentParser:
-    """A parser of the other flags."""
+    """Makes a parser of the remaining flags."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="Let the tokenizer run Python code that comes with the model.",
+        help="Let the tokenizer run Python code from the model's files.",
     )
     parser.add_argument(
         "--adapter-path",
         type=str,
         metavar="DIR",
-        help="A fine-tune of the model made by mlx_lm.lora, to be applied to it.",
+        help="Directory of an adapter made by mlx_lm.lora, which is applied to the model.",
     )
     parser.add_argument(
         "--extra-eos-token",
@@ -135,99 +140,100 @@ def other_flags() -> argparse.ArgumentParser:
         default=(),
         nargs="+",
         metavar="TOKEN",
-        help="More tokens that end the answer, as text or by id.",
+        help="Additional tokens that end the answer, as text or as ids.",
     )
     parser.add_argument(
         "--system-prompt",
         metavar="TEXT",
-        help="What the model is told before the message, such as how to answer it.",
+        help="System prompt: instructions to the model that precede the message.",
     )
     parser.add_argument("--image", type=str, default=(), nargs="+", help=_unsupported("image"))
     parser.add_argument(
         "--prefill-response",
         metavar="TEXT",
-        help="How the answer begins; the model goes on from there.",
+        help="Beginning of the answer, which the model continues.",
     )
     parser.add_argument(
         "--temp",
         type=float,
         default=0.0,
         metavar="T",
-        help="Randomness: 0 always takes the likeliest token, 1 draws tokens as probable as the "
-        "model finds them (default: %(default)s).",
+        help="Sampling temperature: 0 always takes the most probable token, 1 samples from the "
+        "model's own probabilities (default: %(default)s).",
     )
     parser.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="Draw from the likeliest tokens only, as many as have the probability P together "
-        "(default: %(default)s, all).",
+        help="Sample only from the most probable tokens whose probabilities sum up to P (default: "
+        "%(default)s, all tokens).",
     )
     parser.add_argument(
         "--min-p",
         type=float,
         default=0.0,
         metavar="P",
-        help="Draw only tokens at least P times as probable as the likeliest one (default: "
-        "%(default)s, all).",
+        help="Sample only from tokens at least P times as probable as the most probable one "
+        "(default: %(default)s, all tokens).",
     )
     parser.add_argument(
         "--top-k",
         type=int,
         default=0,
         metavar="K",
-        help="Draw from the K likeliest tokens only (default: %(default)s, all).",
+        help="Sample only from the K most probable tokens (default: %(default)s, all tokens).",
     )
     parser.add_argument(
         "--xtc-probability",
         type=float,
         default=0.0,
         metavar="P",
-        help="How often XTC steps in, for less expected words: of the tokens that reach "
-        "--xtc-threshold it leaves the least likely one (default: %(default)s, never).",
+        help="Probability of applying XTC to a token, for less expected words. XTC removes all "
+        "tokens that reach --xtc-threshold except the least probable one (default: %(default)s, "
+        "never).",
     )
     parser.add_argument(
         "--xtc-threshold",
         type=float,
         default=0.1,
         metavar="P",
-        help="The probability from which on XTC drops tokens (default: %(default)s).",
+        help="Probability from which on XTC removes tokens (default: %(default)s).",
     )
     parser.add_argument(
         "--min-tokens-to-keep",
         type=int,
         default=1,
         metavar="N",
-        help="The likeliest N tokens stay, whatever --min-p says (default: %(default)s).",
+        help="Number of most probable tokens that --min-p never removes (default: %(default)s).",
     )
     parser.add_argument(
         "--seed",
         type=int,
         metavar="N",
-        help="Draw the same tokens again when the command is run again.",
+        help="Seed of the random numbers: the same seed gives the same answer again.",
     )
     parser.add_argument(
         "--ignore-chat-template",
         action="store_true",
-        help="Continue the prompt as raw text, instead of answering it.",
+        help="Continue the prompt as plain text instead of answering it as a message.",
     )
     parser.add_argument(
         "--use-default-chat-template",
         action="store_true",
-        help="Accepted for mlx_lm.generate's sake, where it changes nothing either.",
+        help="Accepted for compatibility with mlx_lm.generate; it has no effect, as there.",
     )
     parser.add_argument(
         "--chat-template-config",
         metavar="JSON",
-        help="Variables of the chat template, such as '{\"tools\": []}'.",
+        help="Variables for the chat template, as a JSON object such as '{\"tools\": []}'.",
     )
     parser.add_argument(
         "--verbose",
         type=_true,
         default=True,
         metavar="{T,F}",
-        help="F prints the answer alone, without rules and statistics (default: T).",
+        help="F prints only the answer, without separator lines and statistics (default: T).",
     )
     parser.add_argument("--max-kv-size", type=int, help=_unsupported("max_kv_size"))
     parser.add_argument(
@@ -235,7 +241,8 @@ def other_flags() -> argparse.ArgumentParser:
         type=int,
         default=2048,
         metavar="N",
-        help="Prompt tokens processed at a time; fewer take less memory (default: %(default)s).",
+        help="Number of prompt tokens to process at a time; fewer tokens take less memory "
+        "(default: %(default)s).",
     )
     parser.add_argument(
         "--quantize-activations",
@@ -247,22 +254,24 @@ def other_flags() -> argparse.ArgumentParser:
         "--kv-bits",
         type=int,
         metavar="BITS",
-        help="Keep the text's keys and values in 2, 3, 4, 5, 6 or 8 bits, which takes less memory "
-        "(default: unquantized).",
+        help="Quantize the keys and values of the text to 2, 3, 4, 5, 6 or 8 bits, which saves "
+        "memory (default: no quantization).",
     )
     parser.add_argument(
         "--kv-group-size",
         type=int,
         default=64,
         metavar="N",
-        help="With --kv-bits: numbers that share a scale, 32, 64 or 128 (default: %(default)s).",
+        help="With --kv-bits: how many numbers share a scale, 32, 64 or 128 (default: "
+        "%(default)s).",
     )
     parser.add_argument(
         "--quantized-kv-start",
         type=int,
         default=5000,
         metavar="N",
-        help="With --kv-bits: quantize once the text has N tokens (default: %(default)s).",
+        help="With --kv-bits: length of the text in tokens from which on keys and values are "
+        "quantized (default: %(default)s).",
     )
     parser.add_argument("--draft-model", type=str, help=_unsupported("draft_model"))
     parser.add_argument(

@@ -1,1 +1,1 @@
-"""How fast this machine runs a model, beside stock mlx-lm: ``python -m mlx_qwen3next.bench``."""
+"""The benchmark beside stock mlx-lm on this machine: ``python -m mlx_qwen3next.bench``."""

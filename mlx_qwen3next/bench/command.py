@@ -1,143 +1,138 @@
-"""The command: ``python -m mlx_qwen3next.bench``."""
+"""The command ``python -m mlx_qwen3next.bench``: its options and its exit status."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cli import LineParser, add_group_options, guarded
+from ..cli import LineParser, add_group_options, count, counts, guarded, positive_seconds
 from . import shapes
 from .agreement import Disagreement
-from .run import run
+from .run import run_bench
 
-EXAMPLES = """examples:
-  python -m mlx_qwen3next.bench                             the demo model, a few minutes
-  python -m mlx_qwen3next.bench --model DIR_OR_REPO         a model of yours
-  python -m mlx_qwen3next.bench --shape 80b                 the 80B model's shapes, no download
+EPILOG = """examples:
+  python -m mlx_qwen3next.bench
+      measure the bundled demo model, in a few minutes
+  python -m mlx_qwen3next.bench --model DIR_OR_REPO
+      measure a model
+  python -m mlx_qwen3next.bench --shape 80b
+      measure random weights in the shapes of the 80B model, without a download
   python -m mlx_qwen3next.bench --shape small --growth 32768 --plots figures
+      also measure how the cost grows with the text, and draw the figures
 
-Each side has a process of its own, and they take turns; figures are medians. Nothing else should
-run meanwhile. That logits and greedy tokens agree is checked first: if not, no figure is given,
-and the exit status is 1. "The limit" of decoding is the bandwidth at which MLX copies or reads a
-large array, over the bytes that a token has to move.
+This package and mlx-lm each run in a process of their own and take turns; the figures are medians.
+Nothing else should run on the machine meanwhile. The bench first checks that logits and greedy
+tokens agree; if they do not, it gives no figures, and its exit status is 1. The limit of decoding
+is the bandwidth at which MLX copies or reads a large array, divided by the bytes that a token has
+to move.
 """
 
 
 def parser() -> LineParser:
-    """The command's options."""
+    """Makes the command's parser."""
     result = LineParser(
         prog="python -m mlx_qwen3next.bench",
-        description="Measures this machine: how fast each path is beside stock mlx-lm in the same "
-        "run, how far from the machine's limit, and which kernels and depths were chosen and why.",
-        epilog=EXAMPLES,
+        description="Measure the speed of this package on this machine: beside stock mlx-lm in the "
+        "same run,\nas a share of the machine's limit, and by kernel and draft depth.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = result.add_argument_group("what is measured")
-    model = what.add_mutually_exclusive_group()
+    subject = result.add_argument_group("the model and the measurements")
+    model = subject.add_mutually_exclusive_group()
     model.add_argument(
-        "--model", metavar="DIR_OR_REPO", help="a model; default: the bundled demo model"
+        "--model",
+        metavar="DIR_OR_REPO",
+        help="Local directory or Hugging Face repository of the model (default: the bundled demo "
+        "model).",
     )
     model.add_argument(
         "--shape",
         choices=list(shapes.SHAPES),
-        help="random 4-bit weights instead: in the shapes of the 80B model, or of one with 64 "
-        "experts and a hidden size of 512; written to a temporary directory",
+        help="Measure random 4-bit weights instead, which are written to a temporary directory: "
+        "in the shapes of the 80B model, or in those of a small one with 64 experts and a hidden "
+        "size of 512.",
     )
-    what.add_argument(
+    subject.add_argument(
         "--layers",
-        type=_count,
+        type=count,
         metavar="N",
-        help="of --shape (default: for 80b as many as fit this machine, up to 48; for small 8)",
+        help="With --shape: number of layers (default: for 80b as many as fit this machine, up to "
+        "48; for small 8).",
     )
-    what.add_argument(
+    subject.add_argument(
         "--contexts",
-        type=_counts,
-        default=[128, 512, 2048, 8192],
+        type=counts,
+        default=(128, 512, 2048, 8192),
         metavar="N,N,…",
-        help="prompt tokens (default: 128,512,2048,8192); what is measured at one length alone is "
-        "measured at the second",
+        help="Lengths of the prompt in tokens. Measurements at a single length use the second one "
+        "(default: 128,512,2048,8192).",
     )
-    what.add_argument(
+    subject.add_argument(
         "--tokens",
-        type=_count,
+        type=count,
         default=32,
         metavar="N",
-        help="decoded after a prompt, 2 or more (default: %(default)s)",
+        help="Number of tokens to decode after a prompt, at least 2 (default: %(default)s).",
     )
-    what.add_argument(
+    subject.add_argument(
         "--dtype",
         choices=["default", "float32", "both"],
-        help="'default': each side's own, which is the files' for mlx-lm; 'float32': forced on "
-        "both (default: both on a CPU, default on a GPU)",
+        help="Data type of the model. 'default' leaves each package its own, which for mlx-lm is "
+        "that of the files; 'float32' forces float32 on both packages; 'both' measures both "
+        "choices (default: 'both' on a CPU, 'default' on a GPU).",
     )
-    what.add_argument("--without-mlx-lm", action="store_true", help="this package alone")
-    what.add_argument(
+    subject.add_argument(
+        "--without-mlx-lm", action="store_true", help="Measure this package alone."
+    )
+    subject.add_argument(
         "--growth",
-        type=_count,
+        type=count,
         metavar="N",
-        help="also how cost and memory grow while N tokens are read, 32768 say",
+        help="Also measure how time and memory grow while N tokens are read, such as 32768.",
     )
-    how = result.add_argument_group("how")
-    how.add_argument(
-        "--repeats", type=_count, default=3, metavar="N", help="turns (default: %(default)s)"
+    effort = result.add_argument_group("effort")
+    effort.add_argument(
+        "--repeats",
+        type=count,
+        default=3,
+        metavar="N",
+        help="Number of repeats of each measurement (default: %(default)s).",
     )
-    how.add_argument(
+    effort.add_argument(
         "--limit",
-        type=_seconds,
+        type=positive_seconds,
         default=120.0,
         metavar="SECONDS",
-        help="what one side may take at one length: fewer turns are made of what takes long, and "
-        "what one turn exceeds it with is left out (default: %(default)g)",
+        help="Time for one package at one length. A slow measurement is repeated less often, and "
+        "one that would exceed the limit at once is left out (default: %(default)g).",
     )
     add_group_options(result)
-    output = result.add_argument_group("output, beside the tables")
-    output.add_argument("--json", type=Path, metavar="FILE", help="all samples and medians")
-    output.add_argument("--plots", type=Path, metavar="DIR", help="PNG files (needs matplotlib)")
+    output = result.add_argument_group("output, besides the tables")
+    output.add_argument(
+        "--json", type=Path, metavar="FILE", help="Write all samples and medians to a JSON file."
+    )
+    output.add_argument(
+        "--plots",
+        type=Path,
+        metavar="DIR",
+        help="Draw the figures as PNG files in a directory (needs matplotlib).",
+    )
     return result
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return [_count(part.strip()) for part in text.split(",")]
-
-
-def _seconds(text: str) -> float:
-    return _positive(text, "seconds, more than 0")
-
-
-def _amount(text: str) -> float:
-    return _positive(text, "a number, more than 0", most=1e9)
-
-
-def _positive(text: str, what: str, most: float = math.inf) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= most:
-        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
-    return value
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status: 1 if the results disagree, 2 for bad input."""
     args = parser().parse_args(argv)
 
     def terminated(*_: object) -> None:
-        raise KeyboardInterrupt("terminated")  # large temporary files must not stay
+        raise KeyboardInterrupt("terminated")  # which removes the large temporary files
 
     def command() -> int:
         try:
-            run(args)
+            run_bench(args)
             return 0
         except Disagreement as error:
             print(f"error: {error}; no figures are given", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Counts what a step queues, in its unevaluated graph."""
+"""Counts the operations that a decoding step queues, in its unevaluated graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-# Primitives that only describe memory anew.
+# Primitives that describe memory in another way and compute nothing.
 VIEWS = {
     *("Reshape", "Flatten", "Unflatten", "Squeeze", "ExpandDims", "Transpose", "Slice", "Split"),
     *("Broadcast", "StopGradient", "Depends", "View", "AsStrided", "NumberOfElements", "Full"),
@@ -20,7 +20,7 @@ VIEWS = {
 
 
 def count(arrays: Sequence[mx.array]) -> Counter[str]:
-    """The primitives of the unevaluated graph behind ``arrays``, by name; views are left out."""
+    """Counts the primitives of the unevaluated graph of ``arrays`` by name, without views."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.dot"
         mx.export_to_dot(str(path), *arrays)
@@ -29,7 +29,7 @@ def count(arrays: Sequence[mx.array]) -> Counter[str]:
 
 
 def arrays_of(value: Any) -> list[mx.array]:
-    """All arrays that a cache refers to."""
+    """Lists all arrays that a cache refers to."""
     if isinstance(value, mx.array):
         return [value]
     if isinstance(value, (list, tuple)):

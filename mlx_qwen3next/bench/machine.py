@@ -1,4 +1,4 @@
-"""What was measured where, for the heading and the JSON file."""
+"""Describes the machine and the model, for the heading of the report and the JSON file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("mlx-qwen3next", "mlx-lm", "mlx")
 
 
 def describe() -> dict[str, Any]:
-    """Chip, memory, system and versions."""
+    """Describes the machine: chip, memory in bytes, system and versions."""
     info: Mapping[str, str | int] = mx.device_info()
     return {
         "chip": _chip(info),
@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
 
 
 def _chip(info: Mapping[str, str | int]) -> str:
-    """The GPU's name as MLX has it, or the processor's."""
+    """The name of the GPU as MLX gives it, or on a CPU that of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if mx.default_device() == mx.cpu and cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -44,16 +44,16 @@ def _chip(info: Mapping[str, str | int]) -> str:
 
 
 def digest(directory: Path) -> str:
-    """Of a model's config.json."""
+    """The digest of a model's config.json."""
     return hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()[:12]
 
 
 def heading(machine: Mapping[str, Any]) -> list[str]:
-    """The first lines of the report."""
+    """The first lines of the report, from the result of :func:`describe`."""
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
     chip = f"{machine['chip']}, {machine['cores']} cores, {machine['memory'] / GB:.0f} GB"
-    set_ones = {name: value for name, value in machine["command_buffers"].items() if value}
-    buffers = ", ".join(f"{name}={value}" for name, value in set_ones.items())
+    given = {name: value for name, value in machine["command_buffers"].items() if value}
+    buffers = ", ".join(f"{name}={value}" for name, value in given.items())
     return [
         f"{versions}, Python {machine['python']}, {machine['os']}",
         f"{chip}, MLX on {'the CPU' if 'cpu' in machine['device'] else 'the GPU'}",

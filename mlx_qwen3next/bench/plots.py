@@ -1,4 +1,4 @@
-"""The figures as pictures, with matplotlib."""
+"""Draws the figures with matplotlib."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from ..storage.replacing import replacing
 
 
 def check_available() -> None:
-    """
+    """Checks that matplotlib is installed.
+
     Raises:
-        ValueError: there is no matplotlib.
+        ValueError: it is not.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plots needs matplotlib: pip install 'mlx-qwen3next[plots]'")
 
 
 def draw(folder: Path, medians: Mapping[str, Any], growth: Sequence[Mapping[str, float]]) -> None:
-    """Writes ``prefill.png``, ``decode.png`` and, with figures of growth, ``growth.png``.
+    """Writes ``prefill.png``, ``decode.png`` and, if growth was measured, ``growth.png``.
 
     Args:
-        medians: what :func:`mlx_qwen3next.bench.summary.medians` returned.
-        growth: a row a length, empty without.
+        medians: the result of :func:`mlx_qwen3next.bench.summary.medians`.
+        growth: a row for each length; empty if growth was not measured.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, title in (("prefill", "Reading a prompt"), ("decode", "Decoding")):

@@ -1,4 +1,4 @@
-"""The prompts' tokens: text the demo model was not trained on, or random ones."""
+"""Makes the tokens of the prompts: text that the demo model was not trained on, or random ids."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ SEED = 0
 
 
 def tokens(directory: Path, count: int, vocab: int) -> tuple[list[int], str]:
-    """``count`` token ids, and in words what they are.
+    """Makes a prompt for a model.
 
-    Python's library files that ``bundled/heldout.txt`` lists, one after the other and again from
-    the first, where the model has a tokenizer; else random ids, the same ones each time.
+    The text is that of the files of Python's library that ``bundled/heldout.txt`` lists, repeated
+    if it is too short. A model without a tokenizer gets random ids, the same in every run.
+
+    Args:
+        directory: the directory of the model.
+        count: the number of tokens.
+        vocab: the size of the vocabulary.
+
+    Returns:
+        ``count`` token ids, and a description of them.
     """
     if (directory / "tokenizer.json").exists():
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))

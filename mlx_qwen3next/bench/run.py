@@ -1,4 +1,4 @@
-"""A run of the command: what is to be measured, the measurement, and what is written of it."""
+"""A run of the bench: its settings from the options, the measurements, and the output."""
 
 from __future__ import annotations
 
@@ -21,60 +21,60 @@ from ..model.config import Config
 from ..storage.replacing import write_text
 from ..storage.safetensors import Tensor
 from . import machine, plots, prompts, report, shapes
-from .measure import Plan, measure
-from .sides import Kinds, Side, rank, sides_of
+from .measure import Run, measure
+from .sides import DtypeChoice, Side, rank, sides_of
 from .summary import medians
 from .traffic import Traffic, traffic
 from .worker import follow
 
-HELD = 1.5  # times its files' size that a model may take in memory, caches included
+HELD = 1.5  # memory that a model and its caches may take, in sizes of its files
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measures and reports, as the command's options say.
+def run_bench(args: argparse.Namespace) -> None:
+    """Measures and reports for the options of the command.
 
     Raises:
-        ValueError: an option or the model is no good, or a worker failed.
+        ValueError: an option or the model is not usable, or a worker has failed.
         Disagreement: the sides do not compute the same.
     """
     _check(args)
     divided = division(args, 1 if rank() is None else 2)
-    kinds: Kinds = args.dtype or ("both" if mx.default_device() == mx.cpu else "default")
+    choice: DtypeChoice = args.dtype or ("both" if mx.default_device() == mx.cpu else "default")
     with ExitStack() as stack:
-        directory, model = stack.enter_context(_model(args, kinds))
+        directory, model = stack.enter_context(_model(args, choice))
         config = Config.from_file(directory / "config.json")
         tensors = files.read_headers(files.find_files(directory))
-        sides = sides_of(kinds, tensors, stock=not args.without_mlx_lm and rank() is None)
+        sides = sides_of(choice, tensors, stock=not args.without_mlx_lm and rank() is None)
         sides = sides if rank() is None else sides[:1]
         view = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        view = as_mlx_lm_would(directory, view)
+        view = link_common_files(directory, view)
         if rank():
             follow(view, sides[0].dtype, divided)
             return
-        plan = _plan(args, config, tensors, view, sides)
-        plan.divided = divided
-        longest = max(*plan.contexts, plan.growth)
-        plan.prompt, kind = prompts.tokens(directory, longest, config.vocab_size)
+        run = _new_run(args, config, tensors, view, sides)
+        run.divided = divided
+        longest = max(*run.contexts, run.growth)
+        run.prompt, description = prompts.tokens(directory, longest, config.vocab_size)
         moved = {side.label: traffic(tensors, config, side.itemsize) for side in sides}
-        raw = measure(plan)
+        raw = measure(run)
         ranks = raw["loads"][sides[0].label][0]["ranks"]
         if ranks > 1:
-            plan.notes.append(
-                f"{ranks} processes ran one model; the limit is that of one which reads all of it"
+            run.notes.append(
+                f"{ranks} processes ran one model; the limit is that of one reading it all"
             )
-        model |= {"config": machine.digest(directory), "prompts": kind}
-    figures = medians(raw, plan.sides, moved)
+        model |= {"config": machine.digest(directory), "prompts": description}
+    figures = medians(raw, run.sides, moved)
     where = machine.describe()
-    print("\n".join(_lines(plan, figures, moved, model, where)))
+    print("\n".join(_lines(run, figures, moved, model, where)))
     if args.json is not None:
         content = {
             "machine": where,
             "model": model,
             "options": {key: value for key, value in vars(args).items() if value is not None},
-            "contexts": plan.contexts,
-            "notes": plan.notes,
+            "contexts": run.contexts,
+            "notes": run.notes,
             "bytes_a_token": {
-                label: {n: t.plain(n) for n in plan.contexts} for label, t in moved.items()
+                label: {n: t.plain(n) for n in run.contexts} for label, t in moved.items()
             },
             "medians": figures,
             "samples": raw,
@@ -86,16 +86,20 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     if args.tokens < 2:
-        raise ValueError("--tokens must be at least 2: the first one belongs to the prompt")
+        raise ValueError(
+            "--tokens must be at least 2: the time of the first token is that of the prompt"
+        )
     if args.layers is not None and args.shape is None:
-        raise ValueError("--layers is for --shape alone; a model has the layers it has")
+        raise ValueError("--layers is for --shape alone: the layers of other models are fixed")
     if args.layers is not None and (args.layers % shapes.PERIOD or args.layers > shapes.FULL):
         raise ValueError(
             f"--layers must be a multiple of {shapes.PERIOD} (three linear layers, one of "
             f"attention), at most {shapes.FULL}, got {args.layers}"
         )
     if rank() is not None and args.shape == "80b" and args.layers is None:
-        raise ValueError("--layers is needed with mlx.launch: the machines' memories may differ")
+        raise ValueError(
+            "--layers is needed with mlx.launch, because the machines' memories may differ"
+        )
     if args.plots is not None:
         plots.check_available()
     for file in (args.json, args.plots):
@@ -104,14 +108,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _model(args: argparse.Namespace, kinds: Kinds) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The model's directory, and what it is called."""
+def _model(args: argparse.Namespace, choice: DtypeChoice) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yields the directory of the model, and its description for the JSON file."""
     if args.shape is None:
         directory = resolve(args.model)
         name = args.model or "the bundled demo model"
         yield directory, {"name": name, "revision": _revision(directory), "shape": None}
         return
-    models = 1 if args.without_mlx_lm else 2 + (kinds == "both")
+    models = 1 if args.without_mlx_lm else 2 + (choice == "both")
     layers = args.layers or shapes.layers_that_fit(args.shape, models)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         shapes.write(Path(folder), args.shape, layers)
@@ -123,14 +127,15 @@ def _model(args: argparse.Namespace, kinds: Kinds) -> Iterator[tuple[Path, dict[
 
 
 def _revision(directory: Path) -> str | None:
-    """The commit of a model in the hub's cache."""
+    """The commit of a model in the hub's cache, or None."""
     return directory.name if directory.parent.name == "snapshots" else None
 
 
-def as_mlx_lm_would(directory: Path, view: Path) -> Path:
-    """Fills ``view`` with links to a model's files, those apart that mlx-lm does not read.
+def link_common_files(directory: Path, view: Path) -> Path:
+    """Fills ``view`` with links to the files of a model that both packages read.
 
-    Both sides then have the same weights: norms.safetensors holds more exact ones, for us alone.
+    Both then have the same weights: norms.safetensors, which only this package reads, holds more
+    exact ones.
     """
     for file in directory.iterdir():
         if file.name != files.NORMS_FILE:
@@ -138,13 +143,13 @@ def as_mlx_lm_would(directory: Path, view: Path) -> Path:
     return view
 
 
-def _plan(
+def _new_run(
     args: argparse.Namespace,
     config: Config,
     tensors: Mapping[str, Tensor],
     directory: Path,
     sides: list[Side],
-) -> Plan:
+) -> Run:
     size = sum(tensor.nbytes for tensor in tensors.values())
     room = config.max_position_embeddings
     contexts, notes = clipped(args.contexts, room - args.tokens, "--contexts")
@@ -155,10 +160,10 @@ def _plan(
     together = len(sides) == 1 or len(sides) * size * HELD < capacity.spare()
     if not together:
         notes.append(
-            "the models do not fit the memory together: one was measured after the other, not in "
-            "turns"
+            "the models do not fit the memory together, so one was measured after the other "
+            "instead of in turns"
         )
-    return Plan(
+    return Run(
         directory=directory,
         sides=sides,
         prompt=[],
@@ -178,13 +183,21 @@ def _plan(
 
 
 def clipped(lengths: Sequence[int], most: int, flag: str) -> tuple[list[int], list[str]]:
-    """Lengths in ascending order, none twice and none beyond ``most``; and what is to be said.
+    """Clips lengths to ``most``.
+
+    Args:
+        lengths: lengths in tokens.
+        most: the largest length that the model's context takes.
+        flag: the option, for messages.
+
+    Returns:
+        The lengths in ascending order without duplicates, and notes on those that were clipped.
 
     Raises:
-        ValueError: the model takes no length at all.
+        ValueError: the model's context takes no length at all.
     """
     if most < 1:
-        raise ValueError(f"{flag}: the model's context takes no prompt beside what is decoded")
+        raise ValueError(f"{flag}: the model's context takes no prompt besides the decoded tokens")
     fitting = sorted({min(n, most) for n in lengths})
     longer = sorted({n for n in lengths if n > most})
     if not longer:
@@ -194,16 +207,16 @@ def clipped(lengths: Sequence[int], most: int, flag: str) -> tuple[list[int], li
 
 
 def _lines(
-    plan: Plan,
+    run: Run,
     figures: Mapping[str, Any],
     moved: Mapping[str, Traffic],
     model: Mapping[str, Any],
     where: Mapping[str, Any],
 ) -> list[str]:
-    turns = "1 turn" if plan.repeats == 1 else f"{plan.repeats} turns, fewer where they take long"
+    repeats = "1 repeat" if run.repeats == 1 else f"{run.repeats} repeats, fewer of slow ones"
     revision = f", revision {model['revision']}" if model["revision"] else ""
     about = [
         f"{model['name']}{revision}; config.json {model['config']}",
-        f"prompts: {model['prompts']}; greedy, {plan.tokens} tokens; medians of {turns}",
+        f"prompts: {model['prompts']}; greedy, {run.tokens} tokens; medians of {repeats}",
     ]
-    return [*machine.heading(where), *about, *report.lines(plan, figures, moved, model)]
+    return [*machine.heading(where), *about, *report.lines(run, figures, moved, model)]

@@ -1,6 +1,6 @@
-"""Models of random 4-bit weights, in true shapes: what speed needs, without a download.
+"""Makes models of random 4-bit weights in true shapes, to measure speed without a download.
 
-They are written as any converted model, so that loading, memory and all else are as they would be.
+The models are written as converted ones, so that loading and memory are those of a real model.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ..model.qwen3_next import Model
 from ..storage.safetensors import NAMES, Tensor
 
 GROUP, BITS, ROUTER_BITS = 64, 4, 8
-PERIOD = 4  # layers: three linear ones, one of attention
+PERIOD = 4  # layers: three linear layers and one attention layer
 FULL = 48  # layers of the 80B model
-# What a layer adds to the residual stream, relative to it: little, as in trained models, or routers
-# would turn every rounding into other experts.
+# The size of a layer's output relative to the residual stream. It is small, as in trained models;
+# otherwise routers would choose other experts after every rounding.
 ADDS = 0.1
 _ADDED = ("out_proj", "o_proj", "down_proj")
-ROOM = 0.7  # of the memory: the rest is for activations, caches, and packing while it loads
+ROOM = 0.7  # share of the memory for weights; activations, caches and packing need the rest
 
-# Qwen/Qwen3-Next-80B-A3B-Instruct, but for the number of layers.
+# The config of Qwen/Qwen3-Next-80B-A3B-Instruct, without the number of layers.
 _80B: dict[str, Any] = {
     "model_type": "qwen3_next",
     "hidden_size": 2048,
@@ -80,11 +80,16 @@ SHAPES = {"80b": _80B, "small": _SMALL}
 
 
 def layers_that_fit(shape: str, models: int) -> int:
-    """How many layers fit this machine's memory comfortably, ``models`` times over; where not even
-    the fewest do, those, for one model after the other.
+    """The number of layers with which several models fit this machine's memory comfortably.
+
+    It is at least one period, with which the models may fit only one after the other.
+
+    Args:
+        shape: a key of ``SHAPES``.
+        models: the number of models in memory at the same time.
 
     Raises:
-        ValueError: not even one such model fits.
+        ValueError: not even one model of one period fits.
     """
     few, more = (size_of(shape, n) for n in (PERIOD, 2 * PERIOD))
     room = capacity.spare() * ROOM
@@ -98,12 +103,12 @@ def layers_that_fit(shape: str, models: int) -> int:
 
 
 def size_of(shape: str, layers: int) -> int:
-    """Bytes of the model on disk."""
+    """The size of the model on disk in bytes."""
     return sum(tensor.nbytes for tensor in headers(shape, layers).values())
 
 
 def headers(shape: str, layers: int) -> dict[str, Tensor]:
-    """What :func:`write` would write, by name."""
+    """The headers of the tensors that :func:`write` writes, by name."""
     return {
         path: Tensor(Path(name), NAMES[array.dtype], tuple(array.shape))
         for name, parameters in _parts(shape, layers).items()
@@ -112,10 +117,10 @@ def headers(shape: str, layers: int) -> dict[str, Tensor]:
 
 
 def write(directory: Path, shape: str, layers: int) -> None:
-    """Writes the model: a shard a layer, one for the rest of the trunk, and the MTP head.
+    """Writes the model: a file for each layer, one for the rest of the trunk, and the MTP head.
 
     Raises:
-        ValueError: the disk has not the room.
+        ValueError: the disk has not enough space.
     """
     need, free = size_of(shape, layers), shutil.disk_usage(directory).free
     if need * 1.02 > free:
@@ -135,7 +140,7 @@ def write(directory: Path, shape: str, layers: int) -> None:
 
 
 def config(shape: str, layers: int) -> dict[str, Any]:
-    """The model's config.json."""
+    """The content of the model's config.json."""
     quantization: dict[str, Any] = {"group_size": GROUP, "bits": BITS, "mode": "affine"}
     routers = [f"model.layers.{i}.mlp" for i in range(layers)] + ["mtp.layers.0.mlp"]
     for path in routers:
@@ -151,7 +156,7 @@ def config(shape: str, layers: int) -> dict[str, Any]:
 
 
 def _parts(shape: str, layers: int) -> dict[str, dict[str, mx.array]]:
-    """File name -> parameter path -> what has its shape and dtype, never evaluated."""
+    """Maps file names and parameter paths to unevaluated arrays of the right shape and dtype."""
     model = Model(Config.from_dict(config(shape, layers)))
     mtp_head.attach(model)
     nn.quantize(model, GROUP, BITS, class_predicate=_bits)
@@ -180,7 +185,10 @@ def _bits(path: str, module: nn.Module) -> bool | dict[str, Any]:
 def _drawn(
     parameters: dict[str, mx.array], random: np.random.Generator
 ) -> Iterator[tuple[str, mx.array]]:
-    """Evaluated values: uniform codes, scaled so that activations neither grow nor vanish."""
+    """Draws the values of parameters, scaled so that activations neither grow nor vanish.
+
+    Quantized codes are uniform.
+    """
     for path, like in parameters.items():
         module, _, kind = path.rpartition(".")
         shape = like.shape

@@ -1,4 +1,4 @@
-"""Who is compared: this package and mlx-lm, by dtype, each in a process of its own."""
+"""The sides of the comparison: this package or mlx-lm in a dtype, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import mlx.core as mx
 from ..checkpoint.loading import default_dtype
 from ..storage.safetensors import DTYPES, Tensor
 
-Kinds = Literal["default", "float32", "both"]
+DtypeChoice = Literal["default", "float32", "both"]
 
-# What a side imports before it can load a model; then comes the worker, which imports more.
+# The imports of a package before it can load a model. They are timed; the worker imports more.
 _IMPORTS = {
     "ours": "mlx_qwen3next.checkpoint.loading, mlx_qwen3next.decoding.generation",
     "stock": "mlx_lm.utils, mlx_lm.generate",
@@ -30,17 +30,20 @@ _START = (
 )
 
 
-LAST_WORDS = 1.0  # seconds that an idle process takes at most to end
+CLOSING = 1.0  # seconds for an idle process to end
 
 
 def rank() -> int | None:
-    """This process's, if ``mlx.launch`` started it; the worker joins the others, not it."""
+    """The rank that ``mlx.launch`` gave this process, or None.
+
+    Only the worker of this process joins the group of ranks.
+    """
     given = os.environ.get("MLX_RANK")
     return None if given is None else int(given)
 
 
 class WorkerError(ValueError):
-    """A worker could not do what it was asked."""
+    """A worker has failed."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,22 @@ class Side:
 
     @property
     def label(self) -> str:
-        """As the tables call it."""
+        """The name of the side in the tables."""
         return f"{'here' if self.which == 'ours' else 'mlx-lm'}, {self.dtype}"
 
     @property
     def itemsize(self) -> int:
-        """Bytes per element."""
+        """The bytes per element of the dtype."""
         return getattr(mx, self.dtype).size
 
 
-def sides_of(kinds: Kinds, tensors: Mapping[str, Tensor], stock: bool) -> list[Side]:
-    """Who is compared; the first is this package in the dtype it is asked about first.
+def sides_of(choice: DtypeChoice, tensors: Mapping[str, Tensor], stock: bool) -> list[Side]:
+    """Lists the sides of the comparison; the first one is this package.
 
     Args:
-        kinds: "default" is each side's own dtype: ours by the device, mlx-lm's by the files.
-        tensors: the model's headers.
+        choice: the dtypes. "default" is the package's own: this package's depends on the device,
+            mlx-lm's on the files.
+        tensors: the headers of the model's files.
         stock: whether mlx-lm takes part.
     """
     table = "model.embed_tokens"
@@ -76,7 +80,7 @@ def sides_of(kinds: Kinds, tensors: Mapping[str, Tensor], stock: bool) -> list[S
         "default": (default_dtype(), own if mx.issubdtype(own, mx.floating) else mx.bfloat16),
         "float32": (mx.float32, mx.float32),
     }
-    wanted = pairs.values() if kinds == "both" else [pairs[kinds]]
+    wanted = pairs.values() if choice == "both" else [pairs[choice]]
     sides = [
         Side(which, str(dtype).rpartition(".")[2])  # type: ignore[arg-type]
         for pair in wanted
@@ -87,24 +91,29 @@ def sides_of(kinds: Kinds, tensors: Mapping[str, Tensor], stock: bool) -> list[S
 
 
 def partner(side: Side, sides: list[Side]) -> Side:
-    """Ours that a side of mlx-lm is compared with: of its dtype, or the first."""
+    """The side of this package that one of mlx-lm is compared with.
+
+    It has the same dtype, or is the first one.
+    """
     ours = [other for other in sides if other.which == "ours"]
     return next((other for other in ours if other.dtype == side.dtype), ours[0])
 
 
 class Worker:
-    """A side's process, from its start to :meth:`close`.
+    """The process of a side, from its start to :meth:`close`.
 
     Args:
-        divided: among ranks, how: see :func:`mlx_qwen3next.cli.division`.
+        side: the side.
+        directory: the directory of the model.
+        divided: how several ranks divide the model, from :func:`mlx_qwen3next.cli.division`.
 
     Raises:
-        WorkerError: the model cannot be loaded there.
+        WorkerError: the model cannot be loaded.
     """
 
     def __init__(self, side: Side, directory: Path, divided: Mapping[str, Any]):
         self._name = side.label
-        # A session of its own, so that Ctrl-C reaches this process alone, which ends the others.
+        # In a session of its own the worker gets no Ctrl-C; the bench gets it and ends the worker.
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-c", _START.format(_IMPORTS[side.which])),
@@ -122,10 +131,10 @@ class Worker:
             raise
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """The result of a method of the worker's side.
+        """Calls a method of the worker's backend and returns its result.
 
         Raises:
-            WorkerError: it failed, or the process has died.
+            WorkerError: the method failed, or the process has died.
         """
         assert self._process.stdin is not None
         try:
@@ -147,15 +156,15 @@ class Worker:
     def _died(self) -> WorkerError:
         status = self._process.wait()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        return WorkerError(f"{self._name}: its process ended unasked ({how})")
+        return WorkerError(f"{self._name}: its process ended unexpectedly ({how})")
 
     def close(self) -> None:
-        """Ends the process, at once if it is doing something."""
+        """Ends the process, even if it is busy."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # of what was not sent
+        with suppress(BrokenPipeError):  # from flushing an unsent request
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(LAST_WORDS)
+            self._process.wait(CLOSING)
         self._process.kill()
         self._process.wait()
         if self._process.stdout is not None:

@@ -1,4 +1,4 @@
-"""From samples to medians."""
+"""Computes medians from the samples."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from .traffic import Traffic
 Sample = Mapping[str, Any]
 
 
-def of(samples: Sequence[Sample], what: str) -> float:
-    """The median of one figure."""
-    return median(sample[what] for sample in samples)
+def median_of(samples: Sequence[Sample], key: str) -> float:
+    """The median of one figure of the samples."""
+    return median(sample[key] for sample in samples)
 
 
 def medians(
     raw: Mapping[str, Any], sides: Sequence[Side], traffic: Mapping[str, Traffic]
 ) -> dict[str, Any]:
-    """What the tables show, by side and context.
+    """Computes the figures of the tables, by side and context.
 
     Args:
-        raw: what :func:`mlx_qwen3next.bench.measure.measure` returned.
-        traffic: bytes of a step, by the side's label.
+        raw: the result of :func:`mlx_qwen3next.bench.measure.measure`.
+        sides: the sides that were measured.
+        traffic: the bytes of a step, by the label of the side.
 
     Returns:
         ``prefill``, ``decode``, ``limit``: tokens a second; ``turns``: seconds; ``speculation``:
-        a row a depth.
+        a row for each depth.
     """
     result: dict[str, Any] = {"prefill": {}, "decode": {}, "limit": {}}
     for side in sides:
         speed = raw["speed"][side.label]
-        result["prefill"][side.label] = {n: n / of(s, "first") for n, s in speed.items()}
-        result["decode"][side.label] = {n: 1 / of(s, "further") for n, s in speed.items()}
+        result["prefill"][side.label] = {n: n / median_of(s, "first") for n, s in speed.items()}
+        result["decode"][side.label] = {n: 1 / median_of(s, "further") for n, s in speed.items()}
         moved = traffic[side.label]
         result["limit"][side.label] = {n: raw["bandwidth"] / moved.plain(n) for n in speed}
     result["turns"] = {
-        name: {what: of(samples, what) for what in ("first", "second")}
+        name: {key: median_of(samples, key) for key in ("first", "second")}
         for name, samples in raw["turns"].items()
     }
     if "speculation" in raw:
@@ -49,10 +50,10 @@ def medians(
 
 
 def _speculation(samples: Mapping[str, Sequence[Sample]]) -> dict[str, dict[str, Any]]:
-    plain = of(samples["off"], "further")
+    plain = median_of(samples["off"], "further")
     rows = {}
     for mode, some in samples.items():
-        seconds, length = of(some, "further"), of(some, "per_round")
+        seconds, length = median_of(some, "further"), median_of(some, "per_round")
         drafted = Counter[str]()
         for sample in some:
             drafted.update(sample["drafted"])
@@ -61,12 +62,18 @@ def _speculation(samples: Mapping[str, Sequence[Sample]]) -> dict[str, dict[str,
             "round": seconds * length,
             "per_round": length,
             "speed": plain / seconds,
-            "needs": seconds * length / plain,  # tokens a round to be as fast as plain decoding
+            "needs": seconds * length / plain,  # tokens a round to break even with plain decoding
             "drafted": dict(drafted),
         }
     return rows
 
 
-def deepened(seconds: float, fixed: float, layers: int) -> float:
-    """Seconds of the 80B model's 48 layers, from those of a few and of what is outside them."""
+def extrapolated(seconds: float, fixed: float, layers: int) -> float:
+    """Extrapolates the time of a model with fewer layers to the 48 layers of the 80B model.
+
+    Args:
+        seconds: the time with ``layers`` layers.
+        fixed: the part of it that is spent outside the layers.
+        layers: the number of layers.
+    """
     return fixed + FULL / layers * max(seconds - fixed, 0.0)

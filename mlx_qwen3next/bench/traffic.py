@@ -1,8 +1,9 @@
-"""What a decoded token has to move through memory, from the files' headers.
+"""Computes the bytes that a decoded token moves through memory, from the headers of the files.
 
-No decoder that reads its weights once a token can be faster than these bytes over the machine's
-bandwidth. Of the experts only those that are used count; quantized codes count as stored, all
-other weights in the dtype they are held in. Activations, which stay in caches, do not count.
+These bytes over the machine's bandwidth are the limit of every decoder that reads its weights once
+for each token. Only the experts in use count. Quantized codes count as stored, all other weights in
+the dtype in which they are held. Activations do not count, because they stay in the caches of the
+processor.
 """
 
 from __future__ import annotations
@@ -18,33 +19,34 @@ from ..storage.safetensors import Tensor
 
 _EXPERTS = re.compile(r"\.mlp\.(switch_mlp|experts)\.")
 _EMBEDDING = "model.embed_tokens."
-_STEP = 256  # tokens of which memory.cache_bytes counts whole multiples
+_STEP = 256  # tokens; capacity.cache_bytes rounds up to multiples of it
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a step of one token reads and writes."""
+    """The bytes that a step of one token reads and writes."""
 
     trunk: int  # weights of the layers, the final norm and one row of the embedding
     output: int  # weights of the output matrix
-    head: int  # weights of the MTP head, 0 without one
+    head: int  # weights of the MTP head; 0 without one
     states: int  # states and convolution rows, read and written
-    kv: int  # keys and values read, a token of context
+    kv: int  # keys and values for each token of context, read
 
     def plain(self, context: int) -> int:
-        """Of a plain step after ``context`` tokens."""
+        """The bytes of a plain step after ``context`` tokens."""
         return self.trunk + self.output + self.states + self.kv * context
 
     def round(self, context: int, depth: int) -> int:
-        """Of a round of ``depth`` drafts, if all its rows used the same experts."""
+        """The bytes of a round of ``depth`` drafts whose rows all use the same experts."""
         return self.plain(context) + depth * (self.head + self.output)
 
 
 def traffic(tensors: Mapping[str, Tensor], config: Config, itemsize: int) -> Traffic:
-    """What a step moves.
+    """Computes the bytes that a step of a model moves.
 
     Args:
-        tensors: the model's files' headers, of any layout.
+        tensors: the headers of the model's files, in any layout.
+        config: the model's config.
         itemsize: bytes per element of the model's dtype.
     """
     used = config.num_experts_per_tok / max(config.num_experts, 1)
@@ -70,7 +72,7 @@ def traffic(tensors: Mapping[str, Tensor], config: Config, itemsize: int) -> Tra
 
 
 def _held(name: str, tensor: Tensor, itemsize: int) -> float:
-    """Bytes of a tensor in memory."""
+    """The bytes of a tensor in memory."""
     if tensor.dtype in ("U32", "U8"):
         return tensor.nbytes
     return math.prod(tensor.shape) * (4 if layouts.is_float32(name) else itemsize)

@@ -1,10 +1,11 @@
-"""The process that holds one side's model and measures it: requests and replies are JSON lines.
+"""The process that loads the model of one side and measures it.
 
-A request is ``{"do": name, …}`` with the arguments of the method of that name; the reply is
-``{"result": …}`` or ``{"error": …}``. The first reply, without a request, is that of loading.
+Requests and replies are JSON lines. A request is ``{"do": name, …}`` with the name of a method of
+:class:`Backend` and its arguments; the reply is ``{"result": …}`` or ``{"error": …}``. The first
+reply has no request and tells the result of loading.
 
-Of several processes that run one model (``mlx.launch``) rank 0 has such a process, which joins
-them; the others' benches do what it is asked for (:func:`follow`).
+If several processes run one model (``mlx.launch``), rank 0 starts such a worker, which joins the
+group. On the other ranks the bench itself joins, and follows the worker (:func:`follow`).
 """
 
 from __future__ import annotations
@@ -49,24 +50,24 @@ from ..model.cache import Undo, settle
 from ..prompt_cache.store import PromptCache
 from .graph import arrays_of, count
 
-TIMED = 7  # times that a part of a step is timed; the first one does not count
-COPIES = 5
-MOST_COPIED = 1 << 28  # bytes of the array that is copied
+TIMED = 7  # repeats of timing a part of a step, after one that does not count
+COPIES = 5  # repeats of measuring the bandwidth
+MOST_COPIED = 1 << 28  # bytes of the copied array, at most
 MATRICES = nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, ColumnLinear
 
 
-class Side(ABC):
-    """What both sides answer, on a loaded ``model``."""
+class Backend(ABC):
+    """The measurements of a loaded ``model`` that both packages have."""
 
     model: Any
     rank = 0
 
     @abstractmethod
     def steps(self, prompt: list[int], tokens: int, mtp: str | int) -> Iterable[Any]:
-        """The side's own loop: greedy, a step a token."""
+        """Decodes greedily with the package's own loop, one step for each token."""
 
     def held(self) -> dict[str, Any]:
-        """What the loaded model is held as."""
+        """Describes the loaded model: dtypes, bytes, matrices and device."""
         leaves: Any = tree_flatten(self.model.parameters())
         floating = [a for _, a in leaves if mx.issubdtype(a.dtype, mx.floating)]
         matrices = [m for m in self.model.modules() if isinstance(m, MATRICES)]
@@ -82,12 +83,14 @@ class Side(ABC):
         """Generates greedily.
 
         Returns:
-            ``first``: seconds to the first token; ``further``: seconds a token after it;
-            ``tokens``; ``drafted``: depth -> rounds; ``peak``, ``resident``: bytes.
+            ``first``: seconds to the first token; ``further``: seconds for each token after it;
+            ``tokens``: the token ids; ``per_round``: mean tokens of a round; ``accepted``: the
+            share of right drafts by depth; ``drafted``: the number of rounds by depth; ``peak``,
+            ``resident``: bytes.
         """
         mx.clear_cache()
         mx.reset_peak_memory()
-        steps, told, rounds = Acceptance(), [], Counter[int]()
+        steps, generated, rounds = Acceptance(), [], Counter[int]()
         times = [time.perf_counter()]
         for step in self.steps(prompt, tokens, mtp):
             times.append(time.perf_counter())
@@ -95,11 +98,11 @@ class Side(ABC):
                 step = Token(int(step[0]), step[1], False)
             steps.add(step)
             rounds[step.drafted] += not step.from_draft
-            told.append(step.token)
+            generated.append(step.token)
         return {
             "first": times[1] - times[0],
-            "further": (times[-1] - times[1]) / max(len(told) - 1, 1),
-            "tokens": told,
+            "further": (times[-1] - times[1]) / max(len(generated) - 1, 1),
+            "tokens": generated,
             "per_round": steps.mean_length,
             "accepted": list(steps.by_depth),
             "drafted": dict(rounds),
@@ -108,7 +111,13 @@ class Side(ABC):
         }
 
     def logits(self, prompt: list[int], tail: int, file: str) -> str:
-        """Saves the logits ``[vocab]`` after a prompt whose last ``tail`` tokens go together."""
+        """Saves the logits ``[vocab]`` after a prompt and returns the name of the file.
+
+        Args:
+            prompt: token ids.
+            tail: the number of tokens in the last forward.
+            file: the name of the file, in numpy's format.
+        """
         cache = self.model.make_cache()
         tokens = mx.array(prompt)[None]
         if len(prompt) > tail:
@@ -120,7 +129,7 @@ class Side(ABC):
         return file
 
     def queued(self) -> int:
-        """How many operations a step of one token queues; views are left out."""
+        """Counts the operations that a step of one token queues, without views."""
         cache = self.model.make_cache()
         mx.eval(self.model(mx.array([[1, 2, 3]]), cache=cache), arrays_of(cache))
         token = mx.array([[1]])
@@ -128,7 +137,7 @@ class Side(ABC):
         return count([self.model(token, cache=cache), *arrays_of(cache)]).total()
 
     def fixed(self) -> float:
-        """Seconds of what a step does outside the layers: embedding, norm, output, choice."""
+        """Seconds of a step outside the layers: embedding, norm, output and choice."""
         trunk = self.model.model
         head = getattr(self.model, "lm_head", None) or trunk.embed_tokens.as_linear
         token = mx.array([[1]])
@@ -136,14 +145,17 @@ class Side(ABC):
 
     @abstractmethod
     def turns(self, first: list[int], more: list[int], tokens: int, keep: bool) -> dict[str, Any]:
-        """Seconds to the first token of a prompt and, ``tokens`` and ``more`` later, of the next.
+        """Measures the seconds to the first token of two turns of a chat.
 
         Args:
-            keep: whether what the first turn left is used.
+            first: the prompt of the first turn.
+            more: the tokens that the second turn adds after the first turn and its answer.
+            tokens: the number of tokens of the first answer.
+            keep: whether the second turn uses the cache of the first one.
         """
 
 
-class Ours(Side):
+class Ours(Backend):
     """This package."""
 
     def __init__(self, directory: str, dtype: str, group: Group, divided: dict[str, Any]):
@@ -163,20 +175,22 @@ class Ours(Side):
         def steps(prompt: list[int], n: int) -> Iterable[Any]:
             return generate_step(prompt, self.model, max_tokens=n, mtp="off", prompt_cache=cache)
 
-        one, told = _to_first(steps(first, tokens))
-        two, _ = _to_first(steps([*first, *(t.token for t in told), *more], 1))
+        one, generated = _to_first(steps(first, tokens))
+        two, _ = _to_first(steps([*first, *(t.token for t in generated), *more], 1))
         return {"first": one, "second": two}
 
     def chosen(self) -> list[list[float]]:
-        """What the depth "auto" goes by: for each, (seconds and tokens of a round, timed)."""
+        """The measurements behind "auto": for each depth, a round's seconds and tokens, and whether
+        the round was measured.
+        """
         return [list(promise) for promise in Speculation.of(self.model).measured.explain()]
 
     def findings(self) -> dict[str, dict[str, Any]]:
-        """What was found of the kernels on this machine."""
+        """The findings about the kernels on this machine, by kind of call."""
         return {kind: asdict(finding) for kind, finding in proof.findings().items()}
 
     def bandwidth(self) -> float:
-        """Bytes a second that MLX moves at best when it copies or adds up a large array."""
+        """The bandwidth: the most bytes per second at which MLX copies or sums a large array."""
         size = min(MOST_COPIED, capacity.spare() // 8)
         x = mx.zeros((size // 4,))
         mx.eval(x)
@@ -189,9 +203,9 @@ class Ours(Side):
         return best
 
     def grow(self, tokens: list[int]) -> float:
-        """Seconds to read ``tokens`` after all those before."""
+        """Reads ``tokens`` after all tokens read so far, and returns the seconds."""
         if not self._grown:
-            gc.collect()  # what the prompt caches before it still hold
+            gc.collect()  # frees the prompt caches of earlier measurements
             mx.clear_cache()
             self._before = mx.get_active_memory()
             self._grown = self.model.make_cache()
@@ -200,11 +214,12 @@ class Ours(Side):
         return time.perf_counter() - start
 
     def grown(self) -> dict[str, float]:
-        """What a step costs after the tokens so far.
+        """Measures a step after the tokens read so far.
 
         Returns:
-            ``linear``, ``attention``: seconds of one layer of the kind; ``step``: of all;
-            ``cache``: bytes in use beyond the model; ``formula``: those that were predicted.
+            ``linear``, ``attention``: seconds of one layer of the kind; ``step``: seconds of the
+            whole step; ``cache``: bytes in use besides the model; ``formula``: these bytes as
+            predicted.
         """
         cache, model = self._grown, self.model
         settle(cache)
@@ -219,12 +234,12 @@ class Ours(Side):
                 seconds[name] = _timed(partial(layer, x, None, entry), [entry])
         mx.clear_cache()
         in_use = mx.get_active_memory() - self._before
-        held = held_by(model, cache) + 1  # for which the steps, taken back, made room
+        held = held_by(model, cache) + 1  # the steps, though undone, have made room for one token
         formula = capacity.cache_bytes(model.args, held, mtp=False, itemsize=x.dtype.size)
         return {**seconds, "cache": in_use, "formula": formula}
 
 
-class Stock(Side):
+class Stock(Backend):
     """Stock mlx-lm."""
 
     def __init__(self, directory: str, dtype: str, group: Group, divided: dict[str, Any]):
@@ -253,7 +268,7 @@ class Stock(Side):
 
 
 def _widen_embedding(model: Any) -> None:
-    """Where scales are bytes, an embedding's rows are bfloat16, whatever the model's dtype."""
+    """Replaces an embedding whose scales are bytes, because its rows are bfloat16 in any dtype."""
     embedding = model.model.embed_tokens
     if getattr(embedding, "mode", "affine") != "affine":
         table = nn.Embedding(embedding.num_embeddings, embedding.dims)
@@ -262,17 +277,17 @@ def _widen_embedding(model: Any) -> None:
 
 
 def _to_first(steps: Any) -> tuple[float, list[Any]]:
-    """Seconds to the first step, and all of them."""
+    """Runs all steps, and returns the seconds to the first one and the list of them."""
     start = time.perf_counter()
     with closing(steps):
-        told = [next(steps)]
+        taken = [next(steps)]
         seconds = time.perf_counter() - start
-        told += steps
-    return seconds, told
+        taken += steps
+    return seconds, taken
 
 
 def _timed(part: Callable[[], mx.array], cache: list[Any] | None = None) -> float:
-    """Median seconds of a part of a step, taken back each time."""
+    """The median seconds of a part of a step, which is undone each time."""
     seconds = []
     for _ in range(TIMED + 1):
         with Undo(cache or []) as undo:
@@ -284,52 +299,55 @@ def _timed(part: Callable[[], mx.array], cache: list[Any] | None = None) -> floa
 
 
 def _resident() -> int:
-    """The most memory that this process ever had, in bytes."""
+    """The peak memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main(import_seconds: float) -> None:
-    """Loads the model and answers until the requests end.
+    """Loads the model and replies until the requests end.
 
-    Arguments of the process: ``ours`` or ``stock``, the model directory, its dtype, and how it is
-    divided, in JSON.
+    The arguments of the process are ``ours`` or ``stock``, the directory of the model, the dtype,
+    and how several ranks divide the model, in JSON.
+
+    Args:
+        import_seconds: the time of the imports, for the first reply.
     """
     which, directory, dtype, divided = sys.argv[1:]
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever prints must not print among the replies
+    os.dup2(2, 1)  # keeps other output of the process out of the replies
 
     def reply(action: Callable[[], Any]) -> Any:
         try:
             result = {"result": action()}
-        except Exception as error:  # of any kind: the parent says what it was
+        except Exception as error:  # of any kind; the parent reports it
             result = {"error": f"{type(error).__name__}: {first_line(error)}"}
         print(json.dumps(result), file=replies, flush=True)
         return result.get("result")
 
     with join() if which == "ours" else ALONE as group:
-        side: Any = None
+        backend: Any = None
 
         def load() -> dict[str, Any]:
-            nonlocal side
+            nonlocal backend
             start = time.perf_counter()
             kind: Any = {"ours": Ours, "stock": Stock}[which]
-            side = kind(directory, dtype, group, json.loads(divided))
+            backend = kind(directory, dtype, group, json.loads(divided))
             seconds = time.perf_counter() - start
             about = {"import": import_seconds, "load": seconds, "ranks": group.size}
-            return {**about, "resident": _resident(), **side.held()}
+            return {**about, "resident": _resident(), **backend.held()}
 
         reply(load)
         for line in sys.stdin:
             request = group.decide("request", json.loads(line))
-            reply(partial(getattr(side, request.pop("do")), **request))
+            reply(partial(getattr(backend, request.pop("do")), **request))
         group.decide("request", None)
 
 
 def follow(directory: Path, dtype: str, divided: dict[str, Any]) -> None:
-    """Does as a rank other than 0 what rank 0's process is asked for."""
+    """Runs on a rank other than 0, and follows the requests to the worker of rank 0."""
     with join() as group:
-        side = Ours(str(directory), dtype, group, divided)
+        backend = Ours(str(directory), dtype, group, divided)
         while (request := group.decide("request", None)) is not None:
-            with suppress(ValueError):  # rank 0 has the same error, and says so
-                getattr(side, request.pop("do"))(**request)
+            with suppress(ValueError):  # rank 0 has the same error and reports it
+                getattr(backend, request.pop("do"))(**request)

@@ -313,7 +313,7 @@ class PromptCache:
             node = node.parent
 
     def _undamaged(self, action: Callable[[], T]) -> T:
-        """Returns the action's result; damaged nodes that it meets are dropped, with their children."""
+        """Returns the result of an action that drops damaged nodes, with their children."""
         while True:
             try:
                 return action()

@@ -1,1 +1,1 @@
-"""HTTP to answers: the command ``python -m mlx_qwen3next.server``."""
+"""The server, from HTTP requests to answers: ``python -m mlx_qwen3next.server``."""

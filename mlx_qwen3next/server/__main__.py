@@ -7,9 +7,9 @@ from ..cli import set_command_buffers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     set_command_buffers()
-    from .command import main  # which imports MLX
+    from .command import main  # imports MLX
 
     return main(argv)
 

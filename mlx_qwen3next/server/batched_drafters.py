@@ -73,7 +73,7 @@ class Drafters:
 
     @property
     def state(self) -> list[mx.array]:
-        """The arrays to evaluate: the waiting ones of drafters must not refer to keys and values."""
+        """The arrays to evaluate: those of drafters must not refer to keys and values."""
         arrays = [x for row in self.rows for c in row.cache for x in c.state]
         return [x for x in (*arrays, self._hidden) if isinstance(x, mx.array)]
 

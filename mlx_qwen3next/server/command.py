@@ -1,7 +1,7 @@
-"""The command ``python -m mlx_qwen3next.server``: mlx_lm.server, for Qwen3-Next.
+"""The command ``python -m mlx_qwen3next.server``: mlx_lm.server for Qwen3-Next.
 
-mlx-lm's own parser, handler and batch do the work that is not ours; nothing in mlx-lm is changed.
-A model of another type is refused: mlx_lm.server serves it.
+The server builds on the parser, the handler and the batch of mlx_lm.server, without changing
+anything in mlx-lm. It refuses models of other types, which mlx_lm.server serves.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 from mlx_lm import server as stock
-from mlx_lm.utils import _parse_size
 
 from ..checkpoint.hub import read_config
-from ..checkpoint.loading import load
 from ..cli import (
     Parser,
     add_group_options,
     add_speed_options,
+    byte_count,
+    count,
     division,
     fingerprint_of,
     guarded,
     refuse,
+    seconds,
 )
 from ..compute.proof import set_kernels
 from ..decoding.sampling import Sampling, check_integer
@@ -42,31 +42,38 @@ from ..model import capacity
 from ..prompt_cache.store import PromptCache
 from . import mlx_lm_interface
 from .engine import Engine
-from .handler import MAX_CONNECTIONS, Handler, Server, Settings
+from .handler import Handler, Settings
+from .http_server import MAX_CONNECTIONS, Server
+from .provider import Provider
 
-DEMO = "qwen3-next-demo"  # what the bundled model is called
-LEAST_CACHE = 256 * 2**20  # bytes of the prompt cache, however full the memory is
-# Flags that would have no effect, and why.
+DEMO = "qwen3-next-demo"  # the name of the bundled model
+LEAST_CACHE = 256 * 2**20  # bytes of the prompt cache at least, however full the memory is
+# Flags of mlx_lm.server that would have no effect here, with the reasons.
 _UNSUPPORTED = {
     "draft_model": "the model drafts with its own MTP head: use --mtp",
     "num_draft_tokens": "use --mtp",
 }
-_LAST_WORDS = 5.0  # seconds that clients have to read the end of their answers
+_FINAL_WAIT = 5.0  # seconds for clients to read the end of their answers
 
 EPILOG = """examples:
   %(prog)s
-      the bundled demo model, at http://127.0.0.1:8080/v1
+      serve the bundled demo model at http://127.0.0.1:8080/v1
   %(prog)s --model DIR_OR_REPO --port 1234 --prompt-cache-dir ~/.cache/prompts
-      a real one, where LM Studio would be, with a prompt cache that survives restarts
+      serve a model on LM Studio's port, with a prompt cache that survives restarts
   curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"messages": [{"role": "user", "content": "What does math.sqrt do?"}]}'
+      ask the served model a question
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """mlx_lm.server's parser with our additions; every stock flag works."""
+    """Makes the command's parser: all flags of mlx_lm.server and ours."""
+    flags = mlx_lm_interface.stock_parser()
+    for action in flags._actions:
+        if action.dest in _UNSUPPORTED:
+            action.help = f"Not supported: {_UNSUPPORTED[action.dest]}."
     result = Parser(
-        _stock_parser(),
+        flags,
         prog="python -m mlx_qwen3next.server",
         usage="%(prog)s [--model DIR_OR_REPO] [--mtp DEPTH] [--prompt-cache-dir DIR] "
         "[other options]",
@@ -77,72 +84,72 @@ def parser() -> argparse.ArgumentParser:
     essential.add_argument(
         "--model",
         metavar="DIR_OR_REPO",
-        help="A local directory or a Hugging Face repository. The only model that is served. "
-        "Without it, the small demo model that ships with this package.",
+        help="Local directory or Hugging Face repository of the model; the server runs only this "
+        "one (default: the small demo model that ships with this package).",
     )
     essential.add_argument(
         "--model-name",
         metavar="NAME",
-        help="What the model is called in /v1/models and answers, and may be in requests (default: "
-        "the repository, or the directory's name).",
+        help="Name of the model in /v1/models and in answers; requests may use it as well "
+        "(default: the repository, or the name of the directory).",
     )
     add_speed_options(essential)
     add_group_options(result)
     cache = result.add_argument_group("prompt cache")
     cache.add_argument(
         "--prompt-cache-bytes",
-        type=_bytes,
+        type=byte_count,
         metavar="SIZE",
-        help="What the prompt cache and the requests being answered may take together, such as "
-        "8GB (default: half of the memory the model leaves).",
+        help="Memory for the prompt cache and the requests being answered together, such as 8GB "
+        "(default: half of the memory that the model leaves free).",
     )
     cache.add_argument(
         "--prompt-cache-size",
-        type=_positive,
+        type=count,
         metavar="N",
-        help="Different texts in the prompt cache at most (default: as many as fit).",
+        help="Maximum number of different texts in the prompt cache (default: as many as fit).",
     )
     cache.add_argument(
         "--prompt-cache-dir",
         type=Path,
         metavar="DIR",
-        help="Keep the prompt cache on disk as well, so that it survives restarts. It takes as "
-        "much room there as in memory.",
+        help="Directory in which the prompt cache is saved, so that it survives restarts. It "
+        "takes as much space there as in memory.",
     )
     access = result.add_argument_group("access")
     access.add_argument(
         "--api-key",
         metavar="KEY",
-        help="Answer only requests that carry this key; @FILE reads it from a file.",
+        help="Answer only requests that carry this key; @FILE reads the key from a file.",
     )
     access.add_argument(
         "--allowed-origins",
         type=lambda text: [origin.strip() for origin in text.split(",") if origin.strip()],
         default=[],
         metavar="ORIGINS",
-        help="Web pages that may use the server, separated by commas, or * for all (default: "
-        "none).",
+        help="Origins of web pages that may use the server, separated by commas; * allows all "
+        "(default: none).",
     )
     access.add_argument(
         "--max-body-bytes",
-        type=_bytes,
+        type=byte_count,
         default=Settings.max_body_bytes,
         metavar="SIZE",
-        help="The largest request that is read (default: %(default)s).",
+        help="Size of the largest request that is accepted (default: %(default)s).",
     )
     access.add_argument(
         "--drain-seconds",
-        type=_seconds,
+        type=seconds,
         default=30.0,
         metavar="SECONDS",
-        help="After SIGTERM or Ctrl-C, how long requests are still answered (default: "
-        "%(default)s).",
+        help="After SIGTERM or Ctrl-C, time to finish the requests being answered; a second "
+        "signal ends them at once (default: %(default)s).",
     )
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until it is told to stop; returns the exit status (2 for bad input)."""
+    """Serves until SIGTERM or Ctrl-C and returns the exit status: 2 for bad input."""
     args = parser().parse_args(argv)
     logging.basicConfig(
         level=getattr(logging, args.log_level),
@@ -152,11 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Loads and serves; returns the exit status.
+    """Loads the model, serves it and returns the exit status.
 
     Raises:
         ValueError: an argument or the model is not usable.
-        OSError: the port cannot be had.
+        OSError: the host is unknown, or the port is taken.
     """
     _check(args)
     mlx_lm_interface.check()
@@ -176,7 +183,7 @@ def _run(args: argparse.Namespace, group: Group) -> int:
         max_body_bytes=args.max_body_bytes,
     )
     refuse(args, parser(), _UNSUPPORTED)
-    config = read_config(args.model)  # before 45 GB are fetched or read
+    config = read_config(args.model)  # checks the model before 45 GB are fetched or read
     kv_quantization = args.kv_bits, args.kv_group_size, args.quantized_kv_start
     check_kv_quantization(config.head_dim, *kv_quantization)
     if group.size > 1 and args.prompt_cache_dir is not None:
@@ -198,15 +205,15 @@ def _run(args: argparse.Namespace, group: Group) -> int:
         cache = partial(_prompt_cache, args, group=group)
         return Engine(Provider(args, group, divided), cache, args.mtp, failed)
 
-    if group.rank > 0:  # does what rank 0 does, without clients
+    if group.rank > 0:  # follows rank 0, without clients of its own
         logging.disable()
         _wait(engine().ended)
         return _outcome(errors)
 
-    # Ctrl-C as well, where there are others: they are told to end after the last answer.
+    # With several ranks Ctrl-C as well: rank 0 then tells the others to end after the last answer.
     for number in (signal.SIGTERM, *([signal.SIGINT] if group.size > 1 else [])):
         signal.signal(number, signal.default_int_handler)
-    with Server(args.host, args.port, handler) as server:  # the port first: loading takes long
+    with Server(args.host, args.port, handler) as server:  # before the loading, which takes long
         try:
             generator = engine()
             threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -214,94 +221,39 @@ def _run(args: argparse.Namespace, group: Group) -> int:
             _wait(stopping)
         except KeyboardInterrupt:
             if generator is None or generator.health == "loading":
-                os._exit(130)  # nothing is begun, and nothing else stops a loading
+                os._exit(130)  # nothing else stops the loading, and no answer has begun
         try:
             generator.drain(args.drain_seconds)
             _wait(generator.ended)
-        except KeyboardInterrupt:  # told twice
+        except KeyboardInterrupt:  # the second signal
             generator.drain(0)
             _wait(generator.ended)
         server.shutdown()
-        server.wait(_LAST_WORDS)
+        server.wait(_FINAL_WAIT)
     return _outcome(errors)
 
 
 def _outcome(errors: list[Exception]) -> int:
+    """Returns the exit status, or raises the first error."""
     if errors:
         raise ValueError(first_line(errors[0])) from errors[0]
     return 0
 
 
 def _wait(event: threading.Event) -> None:
-    """Waits for an event or Ctrl-C, which the system may give to another thread than this one."""
+    """Waits for an event, in short intervals.
+
+    The system may deliver Ctrl-C to another thread, which does not interrupt a long wait here.
+    """
     while not event.wait(0.2):
         pass
 
 
-class Provider(stock.ModelProvider):
-    """Loads the one model there is, in place of mlx-lm's provider.
-
-    Args:
-        group, divided: who serves it together, and how: see :func:`mlx_qwen3next.load`.
-    """
-
-    def __init__(self, args: argparse.Namespace, group: Group, divided: dict[str, Any]):
-        self._group, self._divided = group, divided
-        super().__init__(args)
-
-    def load_default(self) -> None:
-        """Loads the model; see ``_load``."""
-        self._load(self.cli_args.model, self.cli_args.adapter_path)
-
-    def _load(
-        self,
-        model_path: str | None,
-        adapter_path: str | None = None,
-        draft_model_path: str | None = None,
-    ) -> None:
-        """Loads a model.
-
-        Raises:
-            ValueError: it cannot be loaded, or not serve as asked for.
-        """
-        args = self.cli_args
-        model, tokenizer = load(
-            model_path,
-            tokenizer_config=self._tokenizer_config,
-            adapter_path=adapter_path,
-            group=self._group,
-            **self._divided,
-        )
-        if args.use_default_chat_template and tokenizer.chat_template is None:
-            tokenizer.chat_template = tokenizer.default_chat_template
-        key = model_path, adapter_path, draft_model_path
-        vars(self).update(model_key=key, model=model, tokenizer=tokenizer, is_batchable=True)
-
-
-class _Parsed(Exception):
-    """Carries mlx_lm.server's parser out of its main()."""
-
-
-class _StockParser(argparse.ArgumentParser):
-    def parse_args(self, *_: Any) -> NoReturn:  # type: ignore[override]
-        raise _Parsed(self)
-
-
-def _stock_parser() -> argparse.ArgumentParser:
-    """mlx_lm.server's parser, which only its main() makes: that runs as far as the parsing."""
-    names = {**vars(stock), "argparse": SimpleNamespace(ArgumentParser=_StockParser)}
-    try:
-        FunctionType(stock.main.__code__, names)()
-    except _Parsed as parsed:
-        return parsed.args[0]
-    raise ValueError("mlx_lm.server's main() parses no arguments")
-
-
 def _check(args: argparse.Namespace) -> None:
-    """Checks mlx-lm's own flags, which are used without further checks.
+    """Checks the values of mlx-lm's flags, which its parser does not check.
 
     Raises:
-        ValueError: one is out of its range.
+        ValueError: a value is out of its range.
     """
     least = {
         "max_tokens": 1,
@@ -323,7 +275,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _names(args: argparse.Namespace) -> tuple[str, ...]:
-    """What the model may be called in a request, its own name first."""
+    """The names of the model that a request may use; the first is the server's own."""
     names = [] if args.model_name is None else [args.model_name]
     if args.model is None:
         names.append(DEMO)
@@ -335,7 +287,7 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _prompt_cache(args: argparse.Namespace, tokenizer: Any, group: Group = ALONE) -> PromptCache:
-    """The prompt cache that the arguments ask for, once the model is loaded."""
+    """Makes the prompt cache for the arguments, after the model is loaded."""
     size = args.prompt_cache_bytes
     if size is None:
         size = max(capacity.spare() // 2, LEAST_CACHE)
@@ -350,10 +302,10 @@ def _prompt_cache(args: argparse.Namespace, tokenizer: Any, group: Group = ALONE
 
 
 def _api_key(text: str | None) -> str | None:
-    """The key, from its file if that is what was given.
+    """The key itself, for ``@FILE`` read from the file.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the key is empty.
     """
     if text is None:
         return None
@@ -364,7 +316,7 @@ def _api_key(text: str | None) -> str | None:
 
 
 def _allow_files() -> None:
-    """A connection takes one, and macOS allows a shell's programs 256."""
+    """Raises the limit of open files: every connection takes one, and macOS allows only 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = 4 * MAX_CONNECTIONS
     if soft != resource.RLIM_INFINITY and soft < enough:
@@ -373,6 +325,7 @@ def _allow_files() -> None:
 
 
 def _announce(host: str, port: int, settings: Settings) -> None:
+    """Logs the server's address, with a warning if others can reach it without a key."""
     place = f"[{host}]" if ":" in host else host
     logging.info(f"{settings.names[0]} at http://{place}:{port}/v1")
     try:
@@ -381,25 +334,3 @@ def _announce(host: str, port: int, settings: Settings) -> None:
         inside = host == "localhost"
     if not inside and settings.api_key is None:
         logging.warning(f"{host} can be reached by others: --api-key keeps them out")
-
-
-def _number(text: str, least: float, convert: Callable[[str], Any]) -> Any:
-    try:
-        value = convert(text)
-    except (ValueError, KeyError, ArithmeticError):  # what mlx-lm's _parse_size raises
-        value = None
-    if value is None or not value >= least:
-        raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text!r}")
-    return value
-
-
-def _bytes(text: str) -> int:
-    return _number(text, 1, _parse_size)
-
-
-def _positive(text: str) -> int:
-    return _number(text, 1, int)
-
-
-def _seconds(text: str) -> float:
-    return _number(text, 0, float)

@@ -1,8 +1,8 @@
-"""The HTTP side of the server: OpenAI's completions and chat completions.
+"""The handler of HTTP requests: OpenAI's completions and chat completions.
 
-:class:`Handler` checks a request, then leaves it to mlx-lm's handler, which it derives from and
-which turns tokens into text, reasoning and tool calls. Around that it answers errors in OpenAI's
-form, gives log-probabilities in OpenAI's form, and stops generating when the client is gone.
+:class:`Handler` checks a request and passes it on to its base class, mlx-lm's handler, which turns
+tokens into text, reasoning and tool calls. It also answers errors and log-probabilities in OpenAI's
+form, and stops the generation once the client has gone.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from email.message import Message
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socketserver import TCPServer
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
@@ -37,14 +35,12 @@ from mlx_lm.server import (
 
 from ..errors import ContextLengthError, first_line
 from . import logprobs
+from .http_server import RETRY, Incoming
 from .schema import RequestError, normalise, parse, unknown_model
 
-MAX_CONNECTIONS = 512  # at a time; each has a thread
-
-_RETRY = {"Retry-After": "5"}  # seconds
-_LARGE = 2**20  # bytes of a body; parsed, they may take 30 times as many
-_large_bodies = threading.Semaphore(2)  # that are parsed at a time
-_LINGER = 2.0  # seconds that a refused client has to send the rest, so that it reads the answer
+_LARGE = 2**20  # bytes of a large body; the parsed body may take 30 times as many
+_large_bodies = threading.Semaphore(2)  # how many large bodies are parsed at a time
+_LINGER = 2.0  # seconds for a refused client to send the rest of its body and read the answer
 
 _MODELS = "/v1/models"
 _ROUTES = {
@@ -58,14 +54,14 @@ _ROUTES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server says and allows.
+    """The settings of the HTTP side.
 
     Args:
-        names: the model names a request may use; the first is what the server calls the model.
-        adapter: the name a request may use for the adapter.
-        allowed_origins: the origins whose web pages may use the server; ``*`` is all of them.
-        api_key: what requests must bring, if given.
-        max_body_bytes: the largest body of a request.
+        names: the names of the model that a request may use; the server itself uses the first.
+        adapter: the name of the adapter that a request may use.
+        allowed_origins: the origins of web pages that may use the server; ``*`` allows all.
+        api_key: the key that requests must carry; None requires none.
+        max_body_bytes: the size of the largest body that is read.
     """
 
     names: tuple[str, ...]
@@ -76,23 +72,23 @@ class Settings:
 
 
 class ClientGone(ConnectionError):
-    """Nobody is there any more to read the answer."""
+    """The client has closed the connection before the end of the answer."""
 
 
 class Handler(APIHandler):
     """Answers the request of one connection.
 
     Args:
-        generator: like mlx-lm's ResponseGenerator. Its ``generate`` raises ValueError for what the
-            client did wrong; its ``health`` is "ok", "loading", "draining" or "unavailable".
-        settings: what the server says and allows.
-        connection: what ``socketserver`` gives: request, client_address, server.
-        system_fingerprint: what mlx-lm's handler would otherwise compute for every request.
+        generator: has the methods of mlx-lm's ResponseGenerator. ``generate`` raises ValueError
+            for a fault of the client; ``health`` is "ok", "loading", "draining" or "unavailable".
+        settings: the settings of the HTTP side.
+        connection: the arguments of ``socketserver``: request, client_address, server.
+        system_fingerprint: computed by mlx-lm's handler for every request if missing.
     """
 
-    timeout = 60  # seconds: to receive a request, and of silence while sending
+    timeout = 60  # seconds to receive a request, and for each write of the answer
     disable_nagle_algorithm = True
-    headers = Message()  # until a request's are read
+    headers = Message()  # until the headers of a request are read
 
     def __init__(
         self,
@@ -102,27 +98,28 @@ class Handler(APIHandler):
         system_fingerprint: str | None = None,
     ):
         self.generator, self.settings = generator, settings
-        self._streams = False  # the headers of an event stream are sent
-        self._unread = True  # the body, if the request has one
-        self._sampled: list[Response] = []  # tokens whose log-probabilities are still to be given
+        self._is_streaming = False  # whether the headers of an event stream are sent
+        self._is_unread = True  # whether the body, if there is one, is still to be read
+        self._sampled: list[Response] = []  # tokens whose log-probabilities are still to be sent
         self._wants_logprobs = False
         self._context: GenerationContext | None = None
-        self._told = self._text_offset = 0  # tokens, characters
+        self._generated = 0  # tokens
+        self._text_offset = 0  # characters
         super().__init__(generator, *connection, system_fingerprint=system_fingerprint)
 
     def setup(self) -> None:
         super().setup()
         self.rfile.close()
-        self._incoming = _Incoming(self.connection, self.timeout)
+        self._incoming = Incoming(self.connection, self.timeout)
         self.rfile = io.BufferedReader(self._incoming)
 
     def do_GET(self) -> None:
-        """Answers any request, by its path."""
+        """Answers a request of any method."""
         try:
             self._answer(self.path.partition("?")[0])
         except RequestError as error:
             self._refuse(error)
-        except OSError:  # of the connection: the generator's are RequestErrors by now
+        except OSError:  # of the connection; those of the generator have become RequestErrors
             raise
         except Exception as error:
             self._refuse(_server_error(error))
@@ -139,7 +136,7 @@ class Handler(APIHandler):
         self._check_key(path)
         if method is None:
             known = ", ".join(_ROUTES)
-            raise RequestError(f"there is no {path[:80]} here, but {known}", status=404)
+            raise RequestError(f"there is no {path[:80]} here; the paths are {known}", status=404)
         if self.command != method and (self.command, method) != ("HEAD", "GET"):
             allow = {"Allow": f"{method}, OPTIONS"}
             message = f"{path[:80]} takes {method}, not {self.command}"
@@ -183,7 +180,7 @@ class Handler(APIHandler):
         return {"id": name, "object": "model", "created": self.created, "owned_by": "local"}
 
     def _complete(self, path: str) -> None:
-        """Checks the body, and gives mlx-lm's handler one that needs no further checks."""
+        """Checks the body, and passes the checked one to mlx-lm's handler."""
         names, adapter = self.settings.names, self.settings.adapter
         raw = self._read_body()
         with _large_bodies if len(raw) > _LARGE else nullcontext():
@@ -205,21 +202,21 @@ class Handler(APIHandler):
         if len(length) > 15 or int(length) > limit:
             message = f"the body must be of at most {limit} bytes, got {length[:40]}"
             raise RequestError(message, status=413)
-        self._unread = False
+        self._is_unread = False
         raw = self.rfile.read(int(length))
         if len(raw) < int(length):
             raise ClientGone(f"the body ended after {len(raw)} of {length} bytes")
         return raw
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
-        """mlx-lm's, watching what its generator does."""
-        stand_in: Any = SimpleNamespace(generate=self._generate)
-        self.response_generator = stand_in
+        """Completes a text or a chat with mlx-lm's handler, whose generator is ``_generate``."""
+        generator: Any = SimpleNamespace(generate=self._generate)
+        self.response_generator = generator
         try:
             super().handle_completion(request, stop_words)
         finally:
             if self._context is not None:
-                # mlx-lm's does so too, but not if the headers cannot be sent.
+                # mlx-lm's handler does this too, except if the headers cannot be sent.
                 self._context.stop()
 
     def _generate(
@@ -229,7 +226,7 @@ class Handler(APIHandler):
         progress_callback: Callable[[int, int], None],
     ) -> tuple[GenerationContext, Iterator[Response]]:
         self._wants_logprobs = args.logprobs
-        self.requested_model = self.settings.names[0]  # from here on only the answer's
+        self.requested_model = self.settings.names[0]  # from here on used in the answer only
 
         def progress(processed: int, total: int) -> None:
             self._check_client()
@@ -247,7 +244,9 @@ class Handler(APIHandler):
         except Exception as error:
             raise self._failure(error) from error
         self._context = ctx
-        self._tokenizer = self.generator.model_provider.tokenizer  # which forgets it when draining
+        self._tokenizer = (
+            self.generator.model_provider.tokenizer
+        )  # the provider drops it when the server drains
         ctx.tool_parser = _strict(ctx.tool_parser)
         return ctx, self._watch(responses)
 
@@ -256,7 +255,7 @@ class Handler(APIHandler):
         try:
             for response in responses:
                 self._check_client()
-                self._told += 1
+                self._generated += 1
                 if self._wants_logprobs:
                     self._sampled.append(response)
                 reason = response.finish_reason
@@ -268,8 +267,8 @@ class Handler(APIHandler):
         except Exception as error:
             raise self._failure(error) from error
         if reason is None:
-            # mlx-lm's handler drops the text's end if it may begin a marker, save after "length".
-            # Only its own generator's stop words, cut at tokens, may leave what is to be dropped.
+            # mlx-lm's handler drops an end of the text that may begin a marker, because its own
+            # generator may leave a part of a stop word there; after "length" it does not.
             yield Response("", 0, 0.0, "length", ({},))
             yield Response("", 0, 0.0, "stop", ({},))
 
@@ -277,13 +276,17 @@ class Handler(APIHandler):
         health = self.generator.health
         if isinstance(error, RuntimeError) and health != "ok":
             message = f"the server is not ready ({health}): {first_line(error)}"
-            return RequestError(message, status=503, headers=_RETRY)
+            return RequestError(message, status=503, headers=RETRY)
         return _server_error(error)
 
     def _check_client(self) -> None:
-        """Raises ClientGone if the client has closed the connection."""
-        # One that has only ended its own side (SHUT_WR) looks the same; HTTP clients do not do it.
-        # Not select, which refuses the numbers of descriptors that a busy process has.
+        """Checks that the client has not closed the connection.
+
+        Raises:
+            ClientGone: the client has closed it.
+        """
+        # A client that has only stopped sending (SHUT_WR) looks the same; HTTP clients do not do
+        # that. select() is no alternative: it refuses file descriptors above 1023.
         self.connection.settimeout(0)
         try:
             if not self.connection.recv(1, socket.MSG_PEEK):
@@ -296,7 +299,7 @@ class Handler(APIHandler):
             self.connection.settimeout(self.timeout)
 
     def generate_response(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """mlx-lm's, with log-probabilities in OpenAI's form, and when streaming too."""
+        """Makes mlx-lm's response, with log-probabilities in OpenAI's form, streamed or not."""
         response = super().generate_response(*args[:2], *self._counts(*args[2:]), **options)
         if self._wants_logprobs:
             sampled, self._sampled = self._sampled, []
@@ -309,22 +312,22 @@ class Handler(APIHandler):
         return response
 
     def completion_usage_response(self, *counts: Any) -> dict[str, Any]:
-        """mlx-lm's, whose kind is always a chat's."""
+        """Makes mlx-lm's response with the right kind of object, which is always a chat's there."""
         response = super().completion_usage_response(*self._counts(*counts))
         return response | {"object": self.object_type}
 
     def _counts(self, prompt: Any = None, _: Any = None, cached: Any = None) -> tuple[Any, ...]:
-        return prompt, self._told, cached  # mlx-lm counts what _watch adds
+        return prompt, self._generated, cached  # mlx-lm also counts the responses _watch adds
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
-        # Whatever mlx-lm's handler answers in its own form, it has just caught.
+        # mlx-lm's handler is about to answer an exception that it has caught, in a form of its own.
         if status_code != 200 and (error := sys.exception()) is not None:
             raise error
         super()._set_completion_headers(status_code)
 
     def _set_stream_headers(self, status_code: int = 200) -> None:
         super()._set_stream_headers(status_code)
-        self._streams = True
+        self._is_streaming = True
 
     def _set_cors_headers(self) -> None:
         origin, allowed = self.headers.get("Origin"), self.settings.allowed_origins
@@ -333,29 +336,29 @@ class Handler(APIHandler):
         self.send_header("Access-Control-Allow-Origin", "*" if "*" in allowed else origin)
         self.send_header("Vary", "Origin")
         self.send_header("Access-Control-Allow-Methods", "GET, POST, OPTIONS")
-        # The star does not stand for this one.
+        # The star does not include Authorization.
         self.send_header("Access-Control-Allow-Headers", "*, Authorization")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """``http.server``'s own refusals of what it cannot read, in OpenAI's form."""
+        """Sends an error of ``http.server``, such as an unreadable request, in OpenAI's form."""
         self._refuse(RequestError(message or HTTPStatus(code).phrase, status=code))
 
     def _refuse(self, error: RequestError) -> None:
         if error.status >= 500:
             logging.error("%s: %s", error.status, error, exc_info=error.__cause__)
-        elif error.status in (401, 403):  # which applications seldom show
+        elif error.status in (401, 403):  # applications seldom show these
             logging.warning("%s: %s", error.status, ascii(str(error)))
-        if self._streams:
+        if self._is_streaming:
             self.wfile.write(f"data: {json.dumps(error.body)}\n\n".encode())
             return
         self._send(error.status, error.body, *error.headers.items())
-        if self._unread and ("Content-Length" in self.headers or self.command == "POST"):
+        if self._is_unread and ("Content-Length" in self.headers or self.command == "POST"):
             self._discard()
 
     def _send(
         self, status: int, content: dict[str, Any] | None = None, *headers: tuple[str, str]
     ) -> None:
-        self._headers_buffer: list[bytes] = []  # what mlx-lm's handler had begun
+        self._headers_buffer: list[bytes] = []  # drops those of mlx-lm's handler
         self.send_response(status)
         self._set_cors_headers()
         for name, value in headers:
@@ -370,7 +373,7 @@ class Handler(APIHandler):
             self.wfile.write(raw)
 
     def _discard(self) -> None:
-        """Reads what the client still sends: closing before would take the answer from it."""
+        """Reads the rest of the body, without which the client might not get the answer."""
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self._incoming.deadline = time.monotonic() + _LINGER
@@ -381,97 +384,6 @@ class Handler(APIHandler):
         logging.info("%s %s", self.address_string(), ascii(format % args))
 
 
-class Server(ThreadingHTTPServer):
-    """Listens, and has a thread for every connection.
-
-    Args:
-        host, port: where; port 0 takes a free one, see ``server_address``.
-        handler: makes a handler from request, client_address and server.
-
-    Raises:
-        OSError: there is no such host, or the port is taken.
-    """
-
-    request_queue_size = 128
-
-    def __init__(self, host: str, port: int, handler: Callable[..., BaseHTTPRequestHandler]):
-        self._exchanges, self._change = 0, threading.Condition()
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self.address_family, _, _, _, address = found[0]
-        super().__init__(address, handler)  # type: ignore[arg-type]
-
-    def server_bind(self) -> None:
-        """Binds without the look-up of the host's name, which may take seconds."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
-
-    def wait(self, seconds: float) -> bool:
-        """Waits until no connection is open. Gives whether that came true in time."""
-        with self._change:
-            return self._change.wait_for(lambda: not self._exchanges, seconds)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._change:
-            full = self._exchanges >= MAX_CONNECTIONS
-            self._exchanges += not full
-        if full:
-            self._turn_away(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except BaseException:
-            self._end_exchange()
-            raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._end_exchange()
-
-    def _end_exchange(self) -> None:
-        with self._change:
-            self._exchanges -= 1
-            self._change.notify_all()
-
-    def _turn_away(self, request: socket.socket) -> None:
-        """Answers without a thread, and without waiting for anything."""
-        message = f"the server has {MAX_CONNECTIONS} connections already; try again"
-        body = json.dumps(RequestError(message, status=503).body)
-        lines = ["HTTP/1.0 503 Service Unavailable", "Content-Type: application/json"]
-        lines += [f"{name}: {value}" for name, value in _RETRY.items()]
-        lines += [f"Content-Length: {len(body)}", "", body]
-        request.setblocking(False)
-        try:
-            request.send("\r\n".join(lines).encode())
-        except OSError as error:
-            logging.info("turned away: %s", first_line(error))
-        self.shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Logs the error that ended a connection: a client that went is none of the server's."""
-        error = sys.exception()
-        if isinstance(error, OSError):
-            logging.info("%s is gone: %s", client_address[0], error)
-        else:
-            logging.error("%s: the connection failed", client_address[0], exc_info=error)
-
-
-class _Incoming(io.RawIOBase):
-    """What a client sends, until a deadline, in however many pieces it comes."""
-
-    def __init__(self, connection: socket.socket, seconds: float):
-        self._connection = connection
-        self.deadline = time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._connection.settimeout(max(self.deadline - time.monotonic(), 1e-3))
-        return self._connection.recv_into(buffer)
-
-
 def _server_error(error: Exception) -> RequestError:
     refusal = RequestError(f"the server failed: {first_line(error)}", status=500)
     refusal.__cause__ = error
@@ -479,7 +391,7 @@ def _server_error(error: Exception) -> RequestError:
 
 
 def _strict(parser: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """A parser of tool calls whose errors are all of the kind that mlx-lm's handler expects."""
+    """Wraps a parser of tool calls so that it raises ValueError, as mlx-lm's handler expects."""
     if parser is None:
         return None
 

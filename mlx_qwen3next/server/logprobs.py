@@ -8,29 +8,36 @@ from typing import Any
 from mlx_lm.server import Response
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-_LEAST = -9999.0  # for minus infinity, which JSON does not have; OpenAI's number
+_LEAST = -9999.0  # OpenAI's number for minus infinity, which JSON lacks
 
 
 def chat_form(tokenizer: TokenizerWrapper, sampled: Sequence[Response]) -> dict[str, Any]:
-    """The form of a chat completion. Every token has mlx-lm's ``id`` as well."""
+    """Log-probabilities in the form of a chat completion.
+
+    Every token also has its ``id``, as in mlx-lm.
+    """
     content = []
     for response in sampled:
         entry = _entry(tokenizer, response.token, response.logprob)
-        content.append(entry | {"top_logprobs": _likeliest(tokenizer, response)})
+        content.append(entry | {"top_logprobs": _most_probable(tokenizer, response)})
     return {"content": content}
 
 
 def text_form(
     tokenizer: TokenizerWrapper, sampled: Sequence[Response], offset: int
 ) -> dict[str, Any]:
-    """The form of a completion, for tokens before which the text had ``offset`` characters."""
+    """Log-probabilities in the form of a completion.
+
+    Args:
+        offset: the number of characters of the text before these tokens.
+    """
     entries = [_entry(tokenizer, response.token, response.logprob) for response in sampled]
     offsets, tops = [], []
     for response in sampled:
         offsets.append(offset)
         offset += len(response.text)
-        # The likeliest last: of tokens whose texts are equal it is the one that stays.
-        entries_at = reversed(_likeliest(tokenizer, response))
+        # The most probable token comes last, so that it wins among tokens of the same text.
+        entries_at = reversed(_most_probable(tokenizer, response))
         tops.append({entry["token"]: entry["logprob"] for entry in entries_at} or None)
     return {
         "tokens": [entry["token"] for entry in entries],
@@ -40,7 +47,8 @@ def text_form(
     }
 
 
-def _likeliest(tokenizer: TokenizerWrapper, response: Response) -> list[dict[str, Any]]:
+def _most_probable(tokenizer: TokenizerWrapper, response: Response) -> list[dict[str, Any]]:
+    """The entries of the most probable tokens at a position, in descending order."""
     entries = [_entry(tokenizer, top["id"], top["logprob"]) for top in response.top_tokens]
     return sorted(entries, key=lambda entry: -entry["logprob"])
 
@@ -50,7 +58,7 @@ def _entry(tokenizer: TokenizerWrapper, token: int, logprob: float) -> dict[str,
     return {
         "id": token,
         "token": text,
-        "logprob": max(_LEAST, logprob),  # in this order NaN is replaced too
-        # A part of a character has no text, so none of its bytes.
+        "logprob": max(_LEAST, logprob),  # in this order it replaces NaN as well
+        # A token that is a part of a character has no text, so its bytes are unknown.
         "bytes": None if "\ufffd" in text else list(text.encode()),
     }

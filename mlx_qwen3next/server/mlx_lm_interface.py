@@ -1,18 +1,22 @@
-"""What the server relies on inside mlx-lm: names, parameters and attributes, checked at its start.
+"""The parts of mlx-lm's inside that the server relies on: names, parameters and attributes.
 
-mlx_lm.server has no interface for plugins, so a version that renames something must be noticed
-before the first request, not by it.
+mlx_lm.server has no interface for plugins. :func:`check` runs at the start of the server, so that
+a version of mlx-lm that has renamed something is noticed before the first request.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from importlib import import_module
 from importlib.metadata import version
 from operator import attrgetter
-from typing import Any
+from types import FunctionType, SimpleNamespace
+from typing import Any, NoReturn
 
-# module -> name -> the parameters that are passed or overridden, in this order.
+from mlx_lm import server as stock
+
+# Module -> name -> the parameters that the server passes or overrides, in mlx-lm's order.
 _CALLS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "generate": {
         "BatchGenerator": (
@@ -82,10 +86,10 @@ _ATTRIBUTES = {
 
 
 def check() -> None:
-    """Checks the mlx-lm that is installed.
+    """Checks the installed version of mlx-lm.
 
     Raises:
-        ValueError: it is not one that the server can work with; says what differs.
+        ValueError: the server does not work with this version; the message names the difference.
     """
     for module, calls in _CALLS.items():
         for name, wanted in calls.items():
@@ -122,3 +126,30 @@ def _mismatch(what: str) -> ValueError:
         f"mlx-lm {version('mlx-lm')} is not the version this server was made for ({what}); "
         "install one that this package's requirements allow"
     )
+
+
+class _Parsed(Exception):
+    """Carries mlx_lm.server's parser out of its main()."""
+
+
+class _StockParser(argparse.ArgumentParser):
+    """A parser that raises itself when it is asked to parse."""
+
+    def parse_args(self, *_: Any) -> NoReturn:  # type: ignore[override]
+        raise _Parsed(self)
+
+
+def stock_parser() -> argparse.ArgumentParser:
+    """Returns mlx_lm.server's parser.
+
+    Only mlx_lm.server's main() makes it, so a copy of that function runs up to the parsing.
+
+    Raises:
+        ValueError: main() does not parse arguments.
+    """
+    names = {**vars(stock), "argparse": SimpleNamespace(ArgumentParser=_StockParser)}
+    try:
+        FunctionType(stock.main.__code__, names)()
+    except _Parsed as parsed:
+        return parsed.args[0]
+    raise ValueError("mlx_lm.server's main() parses no arguments")

@@ -1,8 +1,8 @@
-"""Checks the body of a request for a completion, and brings it into the form mlx-lm's server reads.
+"""Checks the body of a request and brings it into the form that mlx-lm's handler reads.
 
-What OpenAI's API allows but this server cannot do is refused where it would change the answer's
-form or content; hints, and fields that are nobody's, are ignored. ``_COMMON``, ``_CHAT`` and
-``_TEXT`` are the fields there are.
+A field of OpenAI's API that this server does not support is refused if it would change the form or
+the content of the answer. Hints and unknown fields are ignored. ``_COMMON``, ``_CHAT`` and
+``_TEXT`` list the supported fields.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from transformers import PreTrainedTokenizerBase
 from ..decoding.sampling import Sampling
 from ..errors import first_line
 
-# The path of a field ("messages[0].role") and its value to the value as mlx-lm takes it.
+# Maps the path of a field ("messages[0].role") and its value to the value for mlx-lm.
 Check = Callable[[str, Any], Any]
 
-DEFAULT_MODEL = "default_model"  # mlx-lm's name of the model that the server was started with
+DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of the server
 
-_MAX_DEPTH = 100  # of lists and objects in each other; templates recurse into them
-_MAX_INTEGER = 2**31 - 1  # MLX's indices
+_MAX_DEPTH = 100  # of nested lists and objects; chat templates recurse into them
+_MAX_INTEGER = 2**31 - 1  # the largest index in MLX
 _MAX_TOP_LOGPROBS = 11  # mlx-lm's limit
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 1000
 
-# What transformers gives a template itself, or takes for its own.
+# Names that transformers passes to a template itself, or takes as options of its own.
 _NOT_FOR_TEMPLATES = {"messages", "conversations"} | set(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 )
 
 
 class RequestError(Exception):
-    """A request that is answered with an error.
+    """An error that answers a request.
 
     Args:
-        message: names what is wrong, what came, and what to do.
-        param: the field at fault.
-        status: HTTP's.
-        code: OpenAI's word for the error, where there is one.
-        headers: to send with the answer.
+        message: names the fault, the value that came and the remedy.
+        param: the path of the field at fault.
+        status: the HTTP status.
+        code: OpenAI's code of the error, if there is one.
+        headers: headers of the answer.
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class RequestError(Exception):
 
 
 def parse(raw: bytes) -> dict[str, Any]:
-    """The JSON object that a body is.
+    """Parses a body, which must be a JSON object.
 
     Raises:
-        RequestError: it is none; what Python's parser takes beyond JSON's definition included.
+        RequestError: the body is no JSON object, or is one only to Python's parser, which accepts
+            more than JSON's definition.
     """
     try:
         body = _load(raw.decode())
@@ -83,17 +84,19 @@ def parse(raw: bytes) -> dict[str, Any]:
 def normalise(
     body: dict[str, Any], *, chat: bool, names: Sequence[str], adapter: str | None = None
 ) -> dict[str, Any]:
-    """Checks a request and gives what mlx-lm's handler is to read of it, which is about the default
-    model.
+    """Checks a request and returns the fields for mlx-lm's handler.
 
     Args:
-        body: what :func:`parse` gave.
-        chat: a chat's messages are to be completed, not a prompt.
-        names: the names a request may use for the model, besides ``default_model``.
-        adapter: the name it may use for the adapter.
+        body: the result of :func:`parse`.
+        chat: whether the request completes the messages of a chat, or else a prompt.
+        names: the names of the model that a request may use, besides ``default_model``.
+        adapter: the name of the adapter that a request may use.
+
+    Returns:
+        The supported fields. The model is left out, so that mlx-lm's handler uses the default.
 
     Raises:
-        RequestError: a field is missing, not of its type or range, or asks for what is not served.
+        RequestError: a field is missing, has a wrong type or value, or is not supported.
     """
     body = _object("the body", body)
     model = body.get("model", DEFAULT_MODEL)
@@ -113,7 +116,7 @@ def normalise(
 
     if fields.get("tool_choice") == "none":
         fields.pop("tools", None)
-    # OpenAI's completions give the number as `logprobs` itself.
+    # In OpenAI's completions `logprobs` itself is the number.
     if type(count := fields.get("logprobs")) is int:
         fields |= {"logprobs": True, "top_logprobs": count}
     elif fields.get("top_logprobs"):
@@ -122,13 +125,17 @@ def normalise(
 
 
 def unknown_model(model: str, names: Sequence[str]) -> RequestError:
-    """The error that answers a request for another model than those ``names``."""
+    """Makes the error that answers a request for a model other than ``names``."""
     message = f"the model {_show(model)} is not served here; use {' or '.join(names)}"
     return RequestError(message, "model", status=404, code="model_not_found")
 
 
 def _load(text: str) -> Any:
-    """Raises ValueError: the text is no JSON, not UTF-8's, or nested too deeply."""
+    """Parses JSON.
+
+    Raises:
+        ValueError: the text is no JSON, cannot be encoded in UTF-8, or is nested too deeply.
+    """
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
@@ -139,12 +146,12 @@ def _load(text: str) -> Any:
         level = [y for x in inside for y in x if isinstance(y, (dict, list))]
     if level:
         raise ValueError(f"it is nested too deeply, beyond {_MAX_DEPTH} levels")
-    json.dumps(value, ensure_ascii=False).encode()  # refuses halves of surrogate pairs
+    json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half a surrogate pair
     return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON's")
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _unfit(path: str, value: Any, expected: str) -> RequestError:
@@ -178,7 +185,7 @@ def _seed(path: str, value: Any) -> int:
 
 
 def _one_of(*allowed: Any, hint: str = "") -> Check:
-    """One of these values, and of their types: ``True`` is no 1."""
+    """Makes a check for one of these values; a value of another type, as True for 1, fails."""
 
     def check(path: str, value: Any) -> Any:
         if not any(type(value) is type(x) and value == x for x in allowed):
@@ -207,7 +214,7 @@ def _name(path: str, value: Any) -> str:
 
 
 def _object(path: str, value: Any) -> dict[str, Any]:
-    """The object without its nulls, which mean the same as leaving the field out."""
+    """Checks an object and drops its nulls, which mean the same as missing fields."""
     if not isinstance(value, dict):
         raise _unfit(path, value, "an object")
     return {key: entry for key, entry in value.items() if entry is not None}
@@ -230,12 +237,12 @@ def _sampling(path: str, value: Any) -> float:
         Sampling(**{name: value})
     except ValueError as error:
         raise RequestError(str(error).replace(name, path, 1), path) from None
-    # mlx-lm takes no integer for a float.
+    # mlx-lm accepts no integer in place of a float.
     return _integer(0)(path, value) if type(getattr(Sampling, name)) is int else float(value)
 
 
 def _top_k(path: str, value: Any) -> float:
-    off = type(value) is int and value == -1  # for other servers
+    off = type(value) is int and value == -1  # as other servers write it
     return 0 if off else _sampling(path, value)
 
 
@@ -302,7 +309,7 @@ def _content(path: str, value: Any) -> str:
 
 def _part(path: str, value: Any) -> str:
     part = _object(path, value)
-    kinds = _one_of("text", "input_text", "refusal", hint="; nothing else is read")
+    kinds = _one_of("text", "input_text", "refusal", hint="; other types are not supported")
     kind = kinds(f"{path}.type", part.get("type"))
     name = "refusal" if kind == "refusal" else "text"
     return _text(f"{path}.{name}", part.get(name))
@@ -343,14 +350,14 @@ def _tool(path: str, value: Any) -> dict[str, Any]:
 
 
 def _described(path: str, value: Any) -> dict[str, Any]:
-    """An object whose description, if there, is a string: templates join it to others."""
+    """Checks an object, whose description must be a string because templates concatenate it."""
     described = _object(path, value)
     _text(f"{path}.description", described.get("description", ""))
     return described
 
 
-def _not_served(path: str, value: Any) -> NoReturn:
-    raise RequestError(f"{path} is not served here; leave it out", path)
+def _unsupported(path: str, value: Any) -> NoReturn:
+    raise RequestError(f"{path} is not supported; leave it out", path)
 
 
 def _role_mapping(path: str, value: Any) -> dict[str, str]:
@@ -360,12 +367,14 @@ def _role_mapping(path: str, value: Any) -> dict[str, str]:
 def _template_options(path: str, value: Any) -> dict[str, Any]:
     options = _object(path, value)
     if taken := sorted(options.keys() & _NOT_FOR_TEMPLATES):
-        raise RequestError(f"{path} must not hold {taken[0]}: it is not the template's", path)
+        raise RequestError(
+            f"{path} must not hold {taken[0]}: it is no variable of the template", path
+        )
     return options
 
 
-_ONE_CHOICE = _one_of(1, hint=": one choice is generated a request")
-_NO_TOOL_FORCED = _one_of("auto", "none", hint=": a call cannot be forced")
+_ONE_CHOICE = _one_of(1, hint=": a request has one choice")
+_NO_TOOL_FORCED = _one_of("auto", "none", hint=": the server cannot force a call")
 
 _COMMON: dict[str, Check] = {
     "stream": _boolean,
@@ -399,17 +408,17 @@ _CHAT = _COMMON | {
     "tool_choice": _NO_TOOL_FORCED,
     "functions": _one_of([], hint="; use tools"),
     "function_call": _NO_TOOL_FORCED,
-    "modalities": _one_of(["text"], hint=": nothing else is generated"),
-    "audio": _not_served,
-    "prediction": _not_served,
-    "web_search_options": _not_served,
-    "response_format": _one_of({"type": "text"}, hint=": other formats cannot be enforced"),
+    "modalities": _one_of(["text"], hint=": the model generates only text"),
+    "audio": _unsupported,
+    "prediction": _unsupported,
+    "web_search_options": _unsupported,
+    "response_format": _one_of({"type": "text"}, hint=": the server cannot enforce other formats"),
     "chat_template_kwargs": _template_options,
     "role_mapping": _role_mapping,
 }
 _TEXT = _COMMON | {
     "prompt": _prompt,
     "logprobs": _text_logprobs,
-    "echo": _one_of(False, hint=": the prompt is not given back"),
-    "suffix": _one_of("", hint=": text is not filled in between"),
+    "echo": _one_of(False, hint=": the server does not return the prompt"),
+    "suffix": _one_of("", hint=": the server does not insert text"),
 }

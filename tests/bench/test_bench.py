@@ -1,4 +1,4 @@
-"""The bench command through main(), its workers replaced by ones that answer as they are told."""
+"""The bench command through main(), with fake workers."""
 
 import json
 from functools import partial
@@ -22,8 +22,8 @@ class Fake:
     shift = 0.0  # of stock's logits, relative
     tokens: ClassVar = {}  # (which, mtp) -> what is generated, if not TOKENS
     logits = np.eye(96)[5] + np.eye(96)[7] * 0.2
-    seconds = 0.01  # of the first token, for each prompt token
-    noise = ()  # factors of the first tokens, turn after turn
+    seconds = 0.01  # to the first token, for each token of the prompt
+    noise = ()  # factors of that time, for one repeat after the other
     asked: ClassVar[list] = []
 
     def __init__(self, side, directory, divided):
@@ -70,7 +70,7 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """The class of the workers, for a test to change."""
+    """The class of the fake workers, which a test may change."""
 
     class Changed(Fake):
         asked: ClassVar[list] = []
@@ -93,15 +93,15 @@ def bench(call, base, tmp_path):
 
 
 def row(out, name):
-    """The figures of the lines that begin so."""
+    """The figures of the lines that begin with a name."""
     return [line[len(name) :].split() for line in out.splitlines() if line.startswith(name)]
 
 
 @pytest.mark.parametrize(
     ("contexts", "n"), [("10,262000", 262000), ("10,262080", 10), ("262080,262090", None)]
 )
-def test_a_second_turn_where_the_context_takes_it(fake, bench, contexts, n):
-    """Of 262,144 tokens the turns take 4 and 64."""
+def test_a_second_turn_needs_room_in_the_context(fake, bench, contexts, n):
+    """The context has 262,144 tokens; the answer takes 4 and the second turn 64."""
     options = "--without-mlx-lm", "--limit", 1e6
     status, out, err, _ = bench("--contexts", contexts, *options)
     assert (status, err) == (0, "")
@@ -135,8 +135,8 @@ def test_the_share_of_the_limit(fake, bench):
     assert row(out, "  of the limit: here, float32") == [[f"{share:.1%}"]]
 
 
-def test_what_would_take_too_long_is_left_out(fake, bench):
-    """Stock at 10 s for 100 tokens: 20 s for 200 are predicted."""
+def test_a_measurement_beyond_the_limit_is_left_out(fake, bench):
+    """mlx-lm takes 10 s for 100 tokens, so 20 s are predicted for 200."""
     _, out, _, figures = bench("--contexts", "100,200", "--limit", 15, "--repeats", 1)
     stock = row(out, "mlx-lm, float32 ")
     assert ["10.0", "-,", "about", "20", "s"] in stock
@@ -144,7 +144,7 @@ def test_what_would_take_too_long_is_left_out(fake, bench):
     assert list(figures["samples"]["speed"]["here, float32"]) == ["100", "200"]
 
 
-def test_what_takes_long_has_fewer_turns(fake, bench):
+def test_slow_measurements_have_fewer_repeats(fake, bench):
     _, _, _, figures = bench("--contexts", "100", "--limit", 25, "--repeats", 5)
     speed = figures["samples"]["speed"]
     assert len(speed["mlx-lm, float32"]["100"]) == 2  # 10.16 s each
@@ -185,7 +185,7 @@ def test_a_tie_may_go_either_way(fake, bench):
     assert "at ties, up to number 1" in out
 
 
-def test_without_mlx_lm_where_it_cannot_load(fake, bench):
+def test_mlx_lm_is_left_out_if_it_cannot_load(fake, bench):
     fake.unloadable = ["mlx-lm, float32"]
     status, out, err, figures = bench("--contexts", "10", "--repeats", 2)
     assert (status, err) == (0, "")
@@ -209,7 +209,7 @@ def test_speculation_beside_plain_decoding(fake, bench):
     assert "0: 4.00 ms for 1.00 tokens, 1: 10.00 ms for 1.50 tokens" in out
 
 
-def test_the_json_says_what_was_measured(fake, bench, base):
+def test_the_json_describes_the_run(fake, bench, base):
     _, _, _, figures = bench("--contexts", "10,10,300000")
     assert figures["contexts"] == [10, 262144 - 4]
     assert any("300000" in note for note in figures["notes"])
@@ -220,7 +220,7 @@ def test_the_json_says_what_was_measured(fake, bench, base):
     assert len(figures["samples"]["loads"]["here, float32"]) == 3
 
 
-def test_models_that_do_not_fit_together_come_one_by_one(fake, bench, monkeypatch):
+def test_models_that_do_not_fit_together_are_measured_one_by_one(fake, bench, monkeypatch):
     monkeypatch.setattr(run.capacity, "spare", lambda: 1)
     status, out, _, _ = bench("--contexts", "10", "--repeats", 2)
     assert status == 0 and "one was measured after the other" in out
@@ -228,7 +228,7 @@ def test_models_that_do_not_fit_together_come_one_by_one(fake, bench, monkeypatc
     assert generated == ["mlx-lm, float32"] * 2 + ["here, float32"] * 2
 
 
-def test_without_a_chance_there_is_no_ratio(fake, bench):
+def test_without_mlx_lm_there_is_no_ratio(fake, bench):
     _, out, _, _ = bench("--contexts", "10", "--without-mlx-lm")
     assert "mlx-lm, float32" not in out
 

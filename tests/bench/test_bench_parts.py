@@ -1,4 +1,4 @@
-"""What the bench command is made of: bytes, limits, growth, prompts, random weights."""
+"""The parts of the bench: bytes, limits, agreement, sides, growth, prompts, random weights."""
 
 import shutil
 
@@ -10,12 +10,12 @@ from mlx_lm.utils import load_model as load_stock
 
 from mlx_qwen3next import load_model
 from mlx_qwen3next.bench import prompts, shapes
-from mlx_qwen3next.bench.agreement import Disagreement, check_tie, common
-from mlx_qwen3next.bench.growth import exponent, in_words, shares
-from mlx_qwen3next.bench.limits import another, predicted
-from mlx_qwen3next.bench.run import as_mlx_lm_would, clipped
+from mlx_qwen3next.bench.agreement import Disagreement, check_tie, common_prefix
+from mlx_qwen3next.bench.growth import exponent, fit_quadratic, in_words
+from mlx_qwen3next.bench.limits import fits_another, predicted
+from mlx_qwen3next.bench.run import clipped, link_common_files
 from mlx_qwen3next.bench.sides import Side, partner, sides_of
-from mlx_qwen3next.bench.summary import deepened
+from mlx_qwen3next.bench.summary import extrapolated
 from mlx_qwen3next.bench.traffic import traffic
 from mlx_qwen3next.checkpoint.files import NORMS_FILE, find_files, read_headers
 from mlx_qwen3next.checkpoint.hub import BUNDLED
@@ -70,9 +70,9 @@ def test_the_prediction_goes_by_the_longest_shorter_context():
     assert predicted({400: [{"first": 9, "further": 9}]}, 100, tokens=8) == 0
 
 
-def test_turns_end_before_the_limit():
-    assert another([], 1)
-    assert another([2.0, 4.0], 9.0) and not another([2.0, 4.0], 8.9)
+def test_repeats_end_before_the_limit():
+    assert fits_another([], 1)
+    assert fits_another([2.0, 4.0], 9.0) and not fits_another([2.0, 4.0], 8.9)
 
 
 def test_contexts_are_clipped():
@@ -85,8 +85,8 @@ def test_contexts_are_clipped():
 
 # --- agreement -----------------------------------------------------------------------------------
 def test_tokens_are_common_up_to_the_first_difference():
-    assert common([1, 2, 3], [1, 2, 4]) == 2
-    assert common([1, 2], [1, 2, 4]) == 2
+    assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
+    assert common_prefix([1, 2], [1, 2, 4]) == 2
 
 
 def test_a_tie_is_within_a_few_times_the_noise():
@@ -114,7 +114,7 @@ def test_each_dtype_is_compared_once(monkeypatch):
 
 
 def test_both_sides_get_the_same_files(tmp_path):
-    names = {file.name for file in as_mlx_lm_would(BUNDLED, tmp_path).iterdir()}
+    names = {file.name for file in link_common_files(BUNDLED, tmp_path).iterdir()}
     assert names == {file.name for file in BUNDLED.iterdir()} - {NORMS_FILE}
     assert (tmp_path / "model.safetensors").samefile(BUNDLED / "model.safetensors")
 
@@ -133,23 +133,23 @@ def test_growth_in_words():
     assert "an attention layer takes 1.03 times" in attention and "+10.0 µs" in attention
     assert "within 1.0%" in memory
     n = [1000, 2000, 4000]
-    assert shares(n, [x * 2e-3 + x * x * 1e-6 for x in n]) == pytest.approx((2e-3, 1e-6, 0))
+    assert fit_quadratic(n, [x * 2e-3 + x * x * 1e-6 for x in n]) == pytest.approx((2e-3, 1e-6, 0))
 
 
-def test_more_layers_take_more_time_but_for_what_is_outside_them():
-    assert deepened(5.0, fixed=1.0, layers=4) == 1.0 + 12 * 4.0
-    assert deepened(5.0, fixed=1.0, layers=48) == 5.0
+def test_the_time_outside_the_layers_is_not_extrapolated():
+    assert extrapolated(5.0, fixed=1.0, layers=4) == 1.0 + 12 * 4.0
+    assert extrapolated(5.0, fixed=1.0, layers=48) == 5.0
 
 
 # --- prompts -------------------------------------------------------------------------------------
-def test_prompts_are_text_where_there_is_a_tokenizer():
+def test_prompts_are_text_if_there_is_a_tokenizer():
     ids, kind = prompts.tokens(BUNDLED, 200_000, 4096)
     assert kind == "Python library files" and len(ids) == 200_000
     assert len(set(ids)) > 1000 and max(ids) < 4096
     assert prompts.tokens(BUNDLED, 50, 4096)[0] == ids[:50]
 
 
-def test_else_they_are_random_but_the_same_ones():
+def test_prompts_without_a_tokenizer_are_random_but_always_the_same():
     ids, kind = prompts.tokens(GOLDENS / "base", 500, 96)
     assert kind == "random tokens" and set(ids) == set(range(96))
     assert prompts.tokens(GOLDENS / "base", 500, 96)[0] == ids
@@ -199,7 +199,7 @@ def test_as_many_layers_as_fit(monkeypatch):
 
 
 def test_random_weights_of_the_small_shape_are_tame(tmp_path, monkeypatch):
-    """Rounding to bfloat16 must not choose other experts throughout: sides could not agree."""
+    """Rounding to bfloat16 must not change the experts everywhere, or the sides could not agree."""
     shape = shapes.SHAPES["small"] | {"vocab_size": 512, "num_experts": 16}
     monkeypatch.setitem(shapes.SHAPES, "small", shape)
     shapes.write(tmp_path, "small", 4)

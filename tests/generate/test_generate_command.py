@@ -43,7 +43,7 @@ def run(call):
 
 @pytest.fixture
 def answer(run):
-    """Runs main() with --verbose F; returns the response, having checked that nothing else came."""
+    """Runs main() with --verbose F, checks that it prints only the answer, and returns that."""
 
     def answer(*args):
         status, out, err = run(*args, "--verbose", "F")
@@ -73,7 +73,7 @@ def request_of(run, monkeypatch):
 
 
 def library_answer(directory, prompt, n, **options):
-    """What the library says, for a prompt as text (of the raw format, not a message)."""
+    """The library's answer to a prompt as plain text, without a chat template."""
     model, tokenizer = load(directory)
     tokens = tokenizer.encode(prompt, add_special_tokens=False)
     return "".join(r.text for r in stream_generate(model, tokenizer, tokens, n, **options))
@@ -159,13 +159,13 @@ def test_bad_input(run, model_dir, args, said):
     assert err.count("\n") == 1 and err.endswith("\n")
 
 
-def test_bad_input_without_a_model_is_one_line_too(run):
+def test_bad_input_for_the_demo_model_is_one_line_too(run):
     status, out, err = run("--prompt", "word " * 9000)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "max_position_embeddings" in err
 
 
-def test_what_can_be_is_refused_before_the_model_is_loaded(run, monkeypatch):
+def test_bad_input_is_refused_before_the_model_is_loaded(run, monkeypatch):
     def load(*args, **options):
         raise AssertionError("loaded")
 
@@ -359,14 +359,14 @@ def test_prompt_cache_made_by_mlx_lm(run, answer, model_dir, tmp_path, monkeypat
     made = ("--model", model_dir, "--prompt", "import os, sys", "--prompt-cache-file", str(file))
     monkeypatch.setattr("sys.argv", ["cache_prompt", *made])
     cache_prompt.main()
-    # What follows the cached text; the template's opening is in the cache.
+    # The prompt follows the cached text, which holds the opening of the template.
     _, tokenizer = bundled()
     template = tokenizer.apply_chat_template(
         [message("QUERY")], tokenize=False, add_generation_prompt=True
     )
     rest = "\nimport re" + template.partition("QUERY")[2]
     expected = library_answer(model_dir, rest, 20, prompt_cache=load_prompt_cache(str(file)))
-    # The model is the one that the file names.
+    # The file names the model.
     args = ("--prompt-cache-file", file, "-p", "\\nimport re", "-m", 20)
     assert answer(*args) == expected
     assert f"Prompt: {len(tokenizer.encode(rest))} tokens" in run(*args)[1]
@@ -387,7 +387,7 @@ def test_prompt_cache_of_ours(answer, model_dir, tmp_path):
 
 
 def test_a_prompt_cache_file_of_ours(run, model_dir, tmp_path):
-    """It is made, found again by a prompt that begins alike, and belongs to its model."""
+    """The file is made, used by a prompt with the same beginning, and tied to its model."""
     file = tmp_path / "chat.safetensors"
     flags = ("--model", model_dir, "-m", 5, "--ignore-chat-template", "--verbose", "T")
     _, fresh, _ = run(*flags, "-p", "import os, sys\nimport re")

@@ -1,4 +1,4 @@
-"""The flags of ``python -m mlx_qwen3next.generate``, beside those of mlx_lm.generate."""
+"""The flags of ``python -m mlx_qwen3next.generate``, compared with those of mlx_lm.generate."""
 
 import re
 from typing import get_args
@@ -20,7 +20,7 @@ def test_the_flags_are_mlx_lms_and_four_of_ours():
 
 
 def meaning(convert):
-    """What tells a flag's type from another one."""
+    """The meaning of a flag's type: the type itself, or its results."""
     if convert in (None, str, int, float):
         return convert
     return [convert(text) for text in ("True", "T", "1", "", "False", "false", "F", "f", "no")]
@@ -33,13 +33,13 @@ def test_a_flag_is_declared_as_by_mlx_lm(dest):
     assert meaning(ours.type) == meaning(stock.type)
     for name in ("option_strings", "nargs", "const", "choices", "required"):
         assert getattr(ours, name) == getattr(stock, name), name
-    if dest == "prompt":  # left open: the demo model has another one
+    if dest == "prompt":  # None here: the demo model has a default of its own
         assert (ours.default, DEFAULT_PROMPT) == (None, stock.default)
     else:
         assert ours.default == stock.default
 
 
-def test_flags_of_ours_take_what_the_library_takes():
+def test_flags_of_ours_take_the_values_of_the_library():
     assert OURS["kernels"].choices == get_args(Mode)
     for text in ("auto", "off", "1", str(MAX_DEPTH)):
         depth = parser().parse_args(["--mtp", text]).mtp

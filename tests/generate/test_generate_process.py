@@ -31,7 +31,7 @@ def test_bad_input_is_one_line_and_status_2():
     ("args", "status"),
     [("--help", 0), ("--no-such-flag", 2), ("--mtp 9", 2), ("--image cat.png", 2)],
 )
-def test_what_needs_no_model_is_answered_without_mlx(args, status):
+def test_help_and_typos_are_answered_without_mlx(args, status):
     with process("-X", "importtime", *COMMAND, *args.split()) as child:
         err = child.communicate()[1].decode()
     assert child.returncode == status
@@ -55,7 +55,7 @@ def test_a_closed_pipe_ends_it_quietly(endless_dir):
 
 def test_interrupting_an_answer_prints_its_statistics(endless_dir):
     with process(*COMMAND, "--model", endless_dir, "--max-tokens", "-1") as child:
-        assert child.stdout.read(12)  # the rule, then some of the answer
+        assert child.stdout.read(12)  # the separator line and some of the answer
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=60)
     assert child.returncode == 130

@@ -1,4 +1,4 @@
-"""What the server's tests share: a generator without a model, requests, and spoiled requests."""
+"""Helpers for the server's tests: a generator without a model, requests, and spoiled requests."""
 
 import contextlib
 import copy
@@ -16,7 +16,8 @@ from mlx_lm.server import GenerationContext, Response, ResponseGenerator
 from mlx_lm.tokenizer_utils import load
 
 from mlx_qwen3next.checkpoint.hub import BUNDLED
-from mlx_qwen3next.server.handler import Handler, Server, Settings
+from mlx_qwen3next.server.handler import Handler, Settings
+from mlx_qwen3next.server.http_server import Server
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -32,20 +33,21 @@ Paris
 
 @functools.cache
 def tokenizer():
-    """The bundled model's."""
+    """The tokenizer of the bundled model."""
     return load(BUNDLED)
 
 
 class Fake:
-    """A generator that says one text, token by token, whatever it is asked. mlx-lm's own code and
-    the model's template make the prompt.
+    """A generator that answers every request with one text, token by token.
+
+    mlx-lm's own code and the model's template make the prompt.
 
     Args:
-        text: what it says.
+        text: the answer.
         before, fail: an exception to raise instead of starting, and instead of token number `at`.
         hold: an event to wait for before each token from number `at` on.
-        end: the last response's reason: "stop", which has a token of its own, or None for no more
-            than the text, which is how the engine ends at a stop word.
+        end: the finish reason of the last response: "stop", which has a token of its own, or None,
+            with which the engine ends at a stop word.
         progress: how many times to report progress before the first token.
         logprobs: of the sampled token and of the other one that `top_tokens` has before it.
         options: the server's flags.
@@ -112,7 +114,7 @@ class Fake:
 
 @contextlib.contextmanager
 def serving(generator=None, settings=None):
-    """A server with that generator; ends only if no thread of it hangs."""
+    """A server with a generator; checks at the end that none of its threads hangs."""
     settings = settings or Settings(names=NAMES)
     handler = functools.partial(Handler, generator or Fake(), settings, system_fingerprint="test")
     with Server("127.0.0.1", 0, handler) as server:
@@ -127,7 +129,7 @@ def serving(generator=None, settings=None):
 
 
 def until(condition, seconds=10):
-    """Waits for something to become true."""
+    """Waits until a condition is true."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came true"
@@ -136,14 +138,14 @@ def until(condition, seconds=10):
 
 @contextlib.contextmanager
 def connected(server, raw=b""):
-    """A socket that has sent these bytes."""
+    """A socket connected to a server, which has sent some bytes."""
     with socket.create_connection(server.server_address[:2], timeout=10) as connection:
         connection.sendall(raw)
         yield connection
 
 
 def everything(connection):
-    """What the server sends until it closes the connection."""
+    """The bytes that the server sends until it closes the connection."""
     return b"".join(iter(lambda: connection.recv(2**16), b""))
 
 
@@ -154,7 +156,7 @@ def post(path=CHAT, **fields):
 
 
 def exchange(server, method, path, body=None, headers=None):
-    """One request; gives status, headers and the body's bytes. `body`: bytes, or JSON's content."""
+    """Sends a request with a body of bytes or JSON; returns status, headers and answer in bytes."""
     if body is not None and not isinstance(body, bytes):
         body = json.dumps(body).encode()
     connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
@@ -165,7 +167,7 @@ def exchange(server, method, path, body=None, headers=None):
 
 
 def ask(server, body=None, path=CHAT, **fields):
-    """A POST, of a valid body with these fields by default; gives status and parsed answer."""
+    """Sends a POST, by default of a valid body with these fields; returns status and answer."""
     required = {"messages": MESSAGES} if path == CHAT else {"prompt": "Hi"}
     status, headers, raw = exchange(server, "POST", path, body or required | fields)
     assert headers["Content-Type"] == "application/json"
@@ -174,7 +176,7 @@ def ask(server, body=None, path=CHAT, **fields):
 
 
 def events(server, path=CHAT, **fields):
-    """The data of a streamed answer's events, and its comments."""
+    """The data of the events of a streamed answer, and its comments."""
     required = {"messages": MESSAGES} if path == CHAT else {"prompt": "Hi"}
     status, headers, raw = exchange(server, "POST", path, required | fields | {"stream": True})
     assert (status, headers["Content-Type"]) == (200, "text/event-stream")
@@ -187,7 +189,7 @@ def events(server, path=CHAT, **fields):
 
 
 def strict_json(raw):
-    """JSON by its definition: no NaN, no Infinity."""
+    """Parses JSON, without NaN and Infinity."""
 
     def refuse(name):
         raise AssertionError(f"{name} in {raw!r}")
@@ -262,8 +264,8 @@ _ODD = (
 
 
 def bodies(seed, count):
-    """Yields `count` pairs of path and bytes: valid requests, spoiled in up to four places, and
-    some of them again as bytes."""
+    """Yields `count` pairs of path and body: valid requests, spoiled in up to four places, and
+    some of them in their bytes."""
     rng = random.Random(seed)
     for _ in range(count):
         path = rng.choice((CHAT, TEXT))
@@ -277,7 +279,7 @@ def bodies(seed, count):
 
 
 def _places(value):
-    """Every (container, key) in a value."""
+    """Yields every (container, key) in a value."""
     if isinstance(value, (dict, list)):
         keys = list(value) if isinstance(value, dict) else range(len(value))
         for key in keys:
@@ -299,7 +301,7 @@ def _spoil(rng, body):
             container[key] = {"type": "text", "text": container[key]}
         case 3:
             other, name = rng.choice(places)
-            with contextlib.suppress(LookupError):  # it may lie in what was taken out
+            with contextlib.suppress(LookupError):  # it may be in a part that was deleted
                 container[key] = copy.deepcopy(other[name])
         case 4:
             for _ in range(rng.choice((3, 90, 150))):

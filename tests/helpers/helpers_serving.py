@@ -1,5 +1,5 @@
-"""What the tests of batches and of the server's thread share: sequences in a batch, an engine over
-HTTP, and what a cache must hold."""
+"""Helpers for the tests of batches and of the server's thread: sequences in a batch, an engine over
+HTTP, and the check of a cache."""
 
 import contextlib
 import copy
@@ -29,7 +29,7 @@ from mlx_qwen3next.server.engine import Engine
 
 TEXTS = ("import os\n", "class Queue:\n    def put(self", "def merge(left, right):\n", "x = [")
 ENDLESS = {4086: -100.0, 4088: -100.0}  # a bias against both stop tokens
-NOISE = 1e-4  # relative, between two right ways to compute the same in float32
+NOISE = 1e-4  # relative difference between two right float32 computations
 
 
 def difference(x, y):
@@ -38,9 +38,10 @@ def difference(x, y):
 
 
 def assert_holds(model, cache, tokens, head=None):
-    """A cache holds exactly these tokens: the trunk's entries, and the MTP head's where `head`.
+    """Checks that a cache holds exactly these tokens.
 
-    `head` None takes the number of entries for an answer.
+    Args:
+        head: whether the cache has an entry of the MTP head; None reads that from its length.
     """
     layers = len(model.layers)
     assert len(cache) == layers + (head if head is not None else len(cache) > layers)
@@ -59,7 +60,7 @@ def assert_holds(model, cache, tokens, head=None):
 
 
 class Sequences:
-    """A batch generator, and what it has told of each sequence."""
+    """A batch generator, and the tokens it has generated for each sequence."""
 
     def __init__(self, model, depth, step_size=4, **options):
         self.generator = SpeculativeBatchGenerator(
@@ -71,7 +72,7 @@ class Sequences:
         self.prompted = []
 
     def insert(self, prompt, n, *, cuts=(), sampler=greedy_sampler, processors=(), **cached):
-        """`cached`: a `cache`, and the tokens that it has `held`."""
+        """Inserts a sequence; `cached` may have a `cache` and the tokens `held` in it."""
         held = len(cached.get("held", ()))
         ends = [held, *cuts, len(prompt)]
         (uid,) = self.generator.insert_segments(
@@ -87,7 +88,7 @@ class Sequences:
         return uid
 
     def step(self):
-        """Gives the responses, of prompts and of tokens."""
+        """Runs a step; returns the responses for prompts and for tokens."""
         prompted, generated = self.generator.next()
         self.prompted += prompted
         for response in generated:
@@ -98,7 +99,7 @@ class Sequences:
         return prompted, generated
 
     def text(self, uid):
-        """The prompt and all that was told after it."""
+        """The prompt and all tokens generated after it."""
         return self.prompts[uid] + self.told[uid]
 
     def live(self):
@@ -110,7 +111,7 @@ class Sequences:
         return caches
 
     def run(self):
-        """Until all have ended."""
+        """Runs all sequences to their ends."""
         while self.live():
             prompted, generated = self.step()
             assert prompted or generated
@@ -130,10 +131,10 @@ TOOLS = [
 
 
 class Loaded(ModelProvider):
-    """mlx-lm's provider with a model that is there already.
+    """mlx-lm's provider of a model that is loaded already.
 
     Args:
-        load: gives model and tokenizer.
+        load: returns model and tokenizer.
     """
 
     def __init__(self, args, load=bundled):
@@ -147,11 +148,13 @@ class Loaded(ModelProvider):
 
 @contextlib.contextmanager
 def running(*flags, load=bundled, cache=None, mtp="off", failed=lambda _: None, dies=False):
-    """An engine; ends only if its thread has not died, unless it `dies`.
+    """An engine; checks at the end that its thread has not died.
 
     Args:
-        flags: the command's.
-        cache: its prompt cache, or what makes one for a tokenizer; by default the command's.
+        flags: flags of the command.
+        cache: the prompt cache, or a function that makes one for a tokenizer; by default the
+            command's.
+        dies: expects the thread to have died.
     """
     make = cache if callable(cache) else lambda _: cache
     if cache is None:
@@ -167,12 +170,12 @@ def running(*flags, load=bundled, cache=None, mtp="off", failed=lambda _: None, 
 
 
 def served(engine):
-    """The engine over HTTP."""
+    """An engine, served over HTTP."""
     return serving(engine, handler.Settings(names=("demo",)))
 
 
 def arguments(**fields):
-    """mlx_lm.server's arguments of a request, as its handler makes them."""
+    """The arguments of a request, as mlx_lm.server's handler makes them."""
     return GenerationArguments(
         ModelDescription("default_model", "default_model", None),
         SamplingArguments(
@@ -214,7 +217,7 @@ class Asked:
         self.seen = []
 
     def read(self, n=None):
-        """Reads all responses, or n."""
+        """Reads all responses, or n of them."""
         for response in itertools.islice(self._responses, n):
             self.seen.append(response)
         return self
@@ -241,7 +244,7 @@ class Asked:
 
 
 def ask(engine, prompt, **fields):
-    """An answer, whole."""
+    """A complete answer."""
     return Asked(engine, prompt, **fields).read()
 
 
@@ -270,7 +273,7 @@ def _expected(prompt, n, options, seed):
 
 
 def expected(prompt, n=16, seed=None, **options):
-    """What the command generates: the responses."""
+    """The responses that the command generates."""
     prompt = tuple(prompt) if isinstance(prompt, list) else prompt
     return _expected(prompt, n, tuple(options.items()), seed)
 

@@ -1,5 +1,4 @@
-"""The server's thread gives everyone the command's answers, keeps what it has read, and survives
-whatever goes wrong."""
+"""The server's thread gives the answers of the command, and keeps checkpoints of all texts."""
 
 import random
 
@@ -32,7 +31,7 @@ OPENING = 3  # tokens a chat's prompt ends with, "<|im_start|>assistant\n"
 # --- answers ------------------------------------------------------------------------------------
 @pytest.fixture(scope="module", params=["off", 3, "quantized"])
 def engine(request):
-    """Plain, with drafts, and one request at a time with quantized keys and values."""
+    """An engine that decodes plainly, with drafts, or with quantized keys and values."""
     quantized = request.param == "quantized"
     flags = ("--kv-bits", 8, "--quantized-kv-start", 0) if quantized else ()
     with running(*flags, mtp=3 if quantized else request.param) as engine:
@@ -79,14 +78,14 @@ def test_a_seed_gives_the_command_s_answer_alone_and_among_others(engine):
     assert len(unseeded) > 1
 
 
-def test_many_at_a_time_have_the_answers_they_have_alone(engine):
+def test_concurrent_requests_have_the_same_answers_as_alone(engine):
     asked = [Asked(engine, TEXTS[i % 4], max_tokens=4 + 3 * i) for i in range(5)]
     for i, answer in enumerate(asked):
         assert answer.read().text == expected_text(TEXTS[i % 4], 4 + 3 * i, **engine.options)
 
 
 def test_a_stop_word_ends_an_answer(engine):
-    """Wherever its tokens begin and end; the client that waits for it is free at once."""
+    """The word may begin and end within tokens; the client gets the end at once."""
     text = expected_text(TEXTS[0], 30)
     for start, length in ((3, 1), (9, 4), (12, 9)):
         word = text[start : start + length]
@@ -115,7 +114,7 @@ def test_log_probabilities(engine):
         ([{"role": "nobody", "content": "x"}], {}, "unknown role"),
     ],
 )
-def test_what_cannot_be_answered_is_a_value_error(engine, prompt, fields, message):
+def test_a_request_that_cannot_be_answered_is_a_value_error(engine, prompt, fields, message):
     with pytest.raises(ValueError, match=message):
         Asked(engine, prompt, **fields)
     assert engine.health == "ok"
@@ -143,8 +142,8 @@ def test_the_next_turn_reads_only_what_is_new(engine):
     assert again.text == answer.text
 
 
-def test_a_prompt_that_is_a_whole_text_of_before(engine):
-    """mlx-lm's own server then has nothing to process, which ends its thread."""
+def test_a_prompt_that_equals_an_earlier_text(engine):
+    """Here mlx-lm's own server has nothing to process, which ends its thread."""
     prompt = encode("from math import sqrt\n")
     first = ask(engine, prompt, max_tokens=5)
     whole = prompt + first.tokens
@@ -155,7 +154,7 @@ def test_a_prompt_that_is_a_whole_text_of_before(engine):
 
 
 def test_an_edited_turn_goes_on_from_the_turn_before(engine, monkeypatch):
-    """A checkpoint is kept at turns, when they come one by one and when they come at once."""
+    """Checkpoints are kept at the turns of a chat, also of a chat that comes as a whole."""
     monkeypatch.setattr(store, "SPACING", 16)
     filler = " ".join(f"word{i}" for i in range(8))
     messages = [user(f"First: {filler}"), assistant(f"Second {filler}"), user("Third")]
@@ -175,7 +174,7 @@ def test_an_edited_turn_goes_on_from_the_turn_before(engine, monkeypatch):
 
 
 def test_the_checkpoint_of_a_prompt_lies_before_the_reasoning_it_opens(monkeypatch):
-    """The next turn comes without the reasoning, so nothing beyond is of use to it."""
+    """The next turn comes without the reasoning, so it could not use a later checkpoint."""
     tokenizer = bundled()[1]
     before, after = tokenizer.chat_template.rsplit("assistant\\n", 1)
     thinking = before + "assistant\\n<think>\\n" + after
@@ -204,7 +203,7 @@ def test_answers_are_the_same_without_a_cache(mtp):
     assert answers[0] == answers[1] == [tokens_of(expected(p, 6)) for p in prompts]
 
 
-def test_the_cache_and_the_live_requests_keep_to_the_budget(monkeypatch):
+def test_the_cache_and_the_running_requests_keep_to_the_budget(monkeypatch):
     monkeypatch.setattr(store, "EVERY", 100)
     budget, sums = 4 * 2**20, []
     cache = PromptCache(max_bytes=budget)
@@ -227,7 +226,7 @@ def test_the_cache_and_the_live_requests_keep_to_the_budget(monkeypatch):
 
 
 def test_a_request_waits_until_there_is_memory_for_it():
-    """In a batch all are as long as the longest."""
+    """A batch pads all sequences to the longest one."""
     cache = PromptCache(max_bytes=3 * 2**20)
     with running(cache=cache) as engine:
         first = Asked(engine, [9] * 300, max_tokens=8000, logit_bias=ENDLESS).read(1)
@@ -236,35 +235,36 @@ def test_a_request_waits_until_there_is_memory_for_it():
         first.read(20)
         assert waits(engine) == 1
         first.leave()
-        assert len(long.read().tokens) == 1  # alone it is let in, whatever it takes
+        assert len(long.read().tokens) == 1  # alone it is admitted with any length
 
 
-# --- places -------------------------------------------------------------------------------------
+# --- slots --------------------------------------------------------------------------------------
 def waits(engine):
+    """The number of waiting requests."""
     return len(engine._waiting)
 
 
-def test_more_requests_than_places_wait_for_one():
+def test_requests_wait_for_a_slot():
     with running("--decode-concurrency", 2, "--prompt-concurrency", 1) as engine:
         asked = [Asked(engine, TEXTS[i % 4], max_tokens=8 + i) for i in range(7)]
         until(lambda: waits(engine) > 0)
-        most = len(engine._live)
+        most = len(engine._running)
         for i, answer in enumerate(asked):
             assert answer.read().text == expected_text(TEXTS[i % 4], 8 + i)
-            most = max(most, len(engine._live))
+            most = max(most, len(engine._running))
         assert most <= 2
 
 
 @pytest.mark.parametrize("mtp", ["off", 3])
-def test_whoever_has_gone_frees_the_place(mtp):
-    """In the queue, in the prompt, in decoding, alone and in a batch; others are not disturbed."""
+def test_a_client_that_has_gone_frees_its_slot(mtp):
+    """It may leave in the queue, in the prompt or in decoding; other requests are not disturbed."""
     endless = {"max_tokens": 8000, "logit_bias": ENDLESS}
     flags = ("--decode-concurrency", 2, "--prefill-step-size", 4)
     with running(*flags, mtp=mtp) as engine:
         Asked(engine, TEXTS[0], **endless).read(3).leave()  # alone
-        until(lambda: not engine._live)
+        until(lambda: not engine._running)
         Asked(engine, [5] * 4000, max_tokens=2).leave()  # in the prompt
-        until(lambda: not engine._live)
+        until(lambda: not engine._running)
         batch = [Asked(engine, text, **endless) for text in TEXTS[:2]]
         queued, last = Asked(engine, TEXTS[2], **endless), Asked(engine, TEXTS[3])
         batch[0].read(2)
@@ -276,14 +276,14 @@ def test_whoever_has_gone_frees_the_place(mtp):
         assert batch[1].text.startswith(expected_text(TEXTS[1], 12))
         assert ahead == 40
         batch[1].leave()
-        until(lambda: not engine._live)
+        until(lambda: not engine._running)
         until(lambda: engine._batch.prompt_cache_nbytes == 0)
         assert ask(engine, TEXTS[2]).text == expected_text(TEXTS[2])
 
 
-def test_who_waits_is_told_so(monkeypatch):
-    """Only then does the handler notice that a client has gone."""
-    monkeypatch.setattr(serving, "REASSURE", 0.01)
+def test_waiting_requests_get_progress(monkeypatch):
+    """Without it the handler would not notice that a client has gone."""
+    monkeypatch.setattr(serving, "KEEPALIVE", 0.01)
     with running("--decode-concurrency", 1, "--prompt-concurrency", 1) as engine:
         first = Asked(engine, TEXTS[0], max_tokens=8000, logit_bias=ENDLESS).read(1)
         waiting = Asked(engine, TEXTS[1], max_tokens=1)

@@ -1,4 +1,4 @@
-"""Whatever goes wrong in a request, the others get their answers, and the server goes on."""
+"""A request that fails harms neither the other requests nor the server."""
 
 import threading
 
@@ -17,7 +17,7 @@ from mlx_qwen3next.server.engine import ATTEMPTS
 
 # --- errors -------------------------------------------------------------------------------------
 class Faults:
-    """Raises in forwards for which `when` gives true, of the tokens of the forward."""
+    """Raises an error in forwards whose tokens fulfil the condition `when`."""
 
     def __init__(self, monkeypatch):
         self.when, self.count = lambda tokens: False, 0
@@ -32,7 +32,7 @@ class Faults:
         monkeypatch.setattr(Trunk, "__call__", forward)
 
     def once(self):
-        """In the next forward of several sequences."""
+        """Lets the next forward of several sequences fail."""
         left = [1]
         self.when = lambda tokens: len(tokens) > 1 and bool(left) and bool(left.pop())
 
@@ -48,7 +48,7 @@ POISON = 777
 @pytest.mark.parametrize("mtp", ["off", 3])
 @pytest.mark.parametrize("place", [2, 20])
 def test_a_request_that_always_fails_ends_alone(faults, mtp, place):
-    """At the beginning of a prompt or later in it; those in its batch have their answers."""
+    """It fails at the beginning of its prompt or later; the others in its batch are answered."""
     prompt = encode(TEXTS[0] * 8)
     poisoned = [*prompt[:place], POISON, *prompt[place:]]
     want = [expected_text(text, 16) for text in TEXTS]
@@ -67,8 +67,8 @@ def test_a_request_that_always_fails_ends_alone(faults, mtp, place):
         assert ask(engine, poisoned, max_tokens=5).tokens == tokens_of(expected(poisoned, 5))
 
 
-def test_a_bad_request_that_comes_again_and_again_ends_nobody_else(faults):
-    """As from a client that tries again."""
+def test_a_failing_request_that_is_repeated_ends_no_other(faults):
+    """Clients may retry."""
     faults.when = lambda tokens: (tokens == POISON).any().item()
     with running(mtp="off") as engine:
         asked = [Asked(engine, text, max_tokens=60) for text in TEXTS[:2]]
@@ -82,8 +82,8 @@ def test_a_bad_request_that_comes_again_and_again_ends_nobody_else(faults):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("mtp", ["off", 3])
-def test_a_failure_that_does_not_come_again_harms_nobody_in_a_batch(faults, mtp, temperature):
-    """Each goes on where it was, with the random numbers that come next."""
+def test_a_single_failure_harms_no_request_of_a_batch(faults, mtp, temperature):
+    """Each request is resumed where it was, with the random numbers that come next."""
     sampling = {"seed": 5, "temp": temperature}
     want = [expected_text(text, 20, **sampling) for text in TEXTS]
     with running(mtp=mtp) as engine:
@@ -97,7 +97,7 @@ def test_a_failure_that_does_not_come_again_harms_nobody_in_a_batch(faults, mtp,
 
 
 def test_the_third_failure_ends_a_request(faults):
-    """Also if it is never alone with it: a server does not try forever."""
+    """The server does not retry forever, even if the request never fails alone."""
     with running() as engine:
         faults.when = lambda tokens: tokens.shape[0] > 1 or tokens.shape[1] > 1
         asked = [Asked(engine, text) for text in TEXTS[:2]]
@@ -112,7 +112,7 @@ def test_the_third_failure_ends_a_request(faults):
 @pytest.mark.parametrize("what", ["sampler", "logits_processors"])
 @pytest.mark.parametrize("mtp", ["off", 3])
 def test_a_sampler_or_processor_that_fails(monkeypatch, mtp, what):
-    """It fails within the batch's step, where mlx-lm's own server ends."""
+    """It fails within a step of the batch, which ends the thread of mlx-lm's own server."""
     make = getattr(Sampling, what)
 
     def spoiled(sampling):
@@ -151,14 +151,14 @@ def test_a_token_that_cannot_be_decoded(monkeypatch, company):
         other = Asked(engine, TEXTS[0], max_tokens=24) if company else None
         with pytest.raises(RuntimeError, match="no text"):
             ask(engine, TEXTS[1], logit_bias={POISON: 100.0})
-        until(lambda: len(engine._live) <= company)
+        until(lambda: len(engine._running) <= company)
         if company:
             assert other.read().text == expected_text(TEXTS[0], 24)
         assert ask(engine, TEXTS[2]).text == expected_text(TEXTS[2])
 
 
 def test_a_sequence_that_cannot_be_ended(monkeypatch):
-    """That may take a forward, whose failure is nobody's who goes on."""
+    """Ending it may take a forward, whose failure must not harm the other requests."""
     remove = serving.SpeculativeBatchGenerator.remove
     left = [1]
 
@@ -172,7 +172,7 @@ def test_a_sequence_that_cannot_be_ended(monkeypatch):
         other = Asked(engine, TEXTS[0], max_tokens=40).read(2)
         Asked(engine, TEXTS[1], max_tokens=8000, logit_bias=ENDLESS).read(3).leave()
         assert other.read().text == expected_text(TEXTS[0], 40)
-        until(lambda: not engine._live)
+        until(lambda: not engine._running)
         assert not left
         left.append(1)
         word = expected_text(TEXTS[1])[4:8]
@@ -182,8 +182,8 @@ def test_a_sequence_that_cannot_be_ended(monkeypatch):
 
 
 def test_a_stop_word_and_the_last_token_at_once(monkeypatch, caplog):
-    """A sequence that is handed to a batch may tell several tokens in one step: those after the
-    stop word are nobody's, also if one of them ends it."""
+    """A sequence that moves into a batch may have several tokens in one step. Those after a stop
+    word are dropped, even if one of them ends the sequence."""
 
     class Lumps(serving.SpeculativeBatchGenerator):
         def next(self):
@@ -215,7 +215,7 @@ def test_a_checkpoint_that_cannot_be_kept_is_only_logged(monkeypatch, caplog):
 
 
 # --- the beginning and the end ------------------------------------------------------------------
-def test_health_while_loading_and_what_is_asked_then():
+def test_health_and_requests_while_loading():
     go, answers = threading.Event(), []
 
     def slow():
@@ -259,8 +259,8 @@ def test_a_depth_the_model_cannot_draft_to_is_an_error_of_loading():
     assert "no MTP head" in str(errors[0])
 
 
-def test_draining_answers_what_was_asked(tmp_path):
-    """And refuses what comes later; the next engine finds the checkpoints."""
+def test_draining_answers_earlier_requests(tmp_path):
+    """It refuses later requests, and the next engine finds the checkpoints."""
 
     def cache(_):
         return PromptCache(max_bytes=2**30, directory=tmp_path, fingerprint="model")
@@ -283,7 +283,7 @@ def test_draining_answers_what_was_asked(tmp_path):
         assert answer.text == want
 
 
-def test_a_deadline_ends_what_is_left():
+def test_the_deadline_ends_the_requests_left():
     with running("--decode-concurrency", 1) as engine:
         asked = [Asked(engine, text, max_tokens=8000, logit_bias=ENDLESS) for text in TEXTS[:2]]
         asked[0].read(2)
@@ -295,7 +295,7 @@ def test_a_deadline_ends_what_is_left():
 
 
 def test_an_idle_engine_saves_its_checkpoints(tmp_path):
-    """Not only at its end, which may come as a crash."""
+    """It does not wait for its end, which may be a crash."""
     cache = PromptCache(max_bytes=2**30, directory=tmp_path, fingerprint="model")
     with running(cache=cache) as engine:
         ask(engine, TEXTS[0])

@@ -1,4 +1,4 @@
-"""The server over real sockets: routes, who may ask, bad HTTP, clients that go, and the limits."""
+"""The server over real sockets: routes, access, bad HTTP, lost clients, and limits."""
 
 import contextlib
 import json
@@ -25,17 +25,18 @@ from helpers_server import (
     until,
 )
 
-from mlx_qwen3next.server import handler
-from mlx_qwen3next.server.handler import Server, Settings
+from mlx_qwen3next.server import handler, http_server
+from mlx_qwen3next.server.handler import Settings
+from mlx_qwen3next.server.http_server import Server
 
 
-def test_what_there_is_to_get():
+def test_the_routes_of_get():
     with serving() as server:
         assert exchange(server, "GET", "/health")[::2] == (200, b'{"status": "ok"}')
         status, headers, raw = exchange(server, "GET", "/v1/models?x=1")
         models = json.loads(raw)
         assert (status, headers["Content-Length"]) == (200, str(len(raw)))
-        assert [model["id"] for model in models["data"]] == ["demo"]  # no choice of one's aliases
+        assert [model["id"] for model in models["data"]] == ["demo"]  # without its other names
         assert models["object"] == "list"
         assert {"object": "model", "owned_by": "local"}.items() <= models["data"][0].items()
         for path in ("/v1/models/org/demo", "/v1/models/org%2Fdemo?x"):
@@ -79,7 +80,7 @@ def test_a_chat_is_completed_under_each_of_its_paths(path):
 
 
 @pytest.mark.parametrize("health", ["loading", "draining", "unavailable"])
-def test_health_says_what_is_the_matter(health):
+def test_health_tells_the_state(health):
     with serving(Fake(health=health)) as server:
         status, _, raw = exchange(server, "GET", "/health")
         assert (status, json.loads(raw)) == (503, {"status": health})
@@ -147,7 +148,7 @@ def test_a_refused_client_need_not_wait_for_the_end(monkeypatch):
         assert everything(connection).startswith(b"HTTP/1.0 404 ")
 
 
-def test_a_body_that_ends_early_is_nothing_to_complete(caplog):
+def test_a_body_that_ends_early_is_not_completed(caplog):
     generator = Fake()
     caplog.set_level(logging.INFO)
     with serving(generator) as server, connected(server, post()[:-1]) as connection:
@@ -162,7 +163,7 @@ def test_a_request_that_never_comes_ends(monkeypatch):
     monkeypatch.setattr(handler.Handler, "timeout", 0.2)
     with serving() as server, connected(server, post()[:-1]) as connection:
         assert everything(connection) == b""
-        # Nor does a byte now and then put the end off.
+        # Single bytes do not postpone the end.
         with connected(server) as slow, contextlib.suppress(ConnectionError):
             until(lambda: not server.wait(0))
             for _ in range(40):
@@ -206,7 +207,7 @@ def test_web_pages_are_refused_by_default(method, caplog):
         (("http://a",), "null", None),
     ],
 )
-def test_origins_that_are_allowed(allowed, origin, said):
+def test_allowed_origins(allowed, origin, said):
     with serving(settings=Settings(names=NAMES, allowed_origins=allowed)) as server:
         for method, path in (("GET", "/v1/models"), ("OPTIONS", CHAT), ("POST", CHAT)):
             body = {"messages": MESSAGES} if method == "POST" else None
@@ -229,7 +230,7 @@ def test_streams_and_errors_of_completions_are_for_allowed_pages_too():
 
 
 @pytest.mark.parametrize("given", [None, "Bearer", "Bearer wrong", "Basic käse", "käse", "\xff"])
-def test_without_the_key_nothing_but_health_is_answered(given, caplog):
+def test_without_the_key_only_health_is_answered(given, caplog):
     headers = {} if given is None else {"Authorization": given.encode()}
     with serving(settings=Settings(names=NAMES, api_key="käse")) as server:
         for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("GET", "/nowhere")):
@@ -253,7 +254,7 @@ def test_the_key_opens(scheme):
     [
         ("Hello there, how are you?", {"stream": True}),
         ("Hello there, how are you?", {"stream": False}),
-        (CALL, {"stream": True}),  # nothing is written while a call goes on
+        (CALL, {"stream": True}),  # nothing is written during a tool call
     ],
 )
 def test_nothing_is_generated_for_a_client_that_is_gone(text, fields, caplog):
@@ -268,7 +269,7 @@ def test_nothing_is_generated_for_a_client_that_is_gone(text, fields, caplog):
             until(lambda: len(tokens) == 2)
             connection.shutdown(socket.SHUT_WR)
         hold.set()
-    assert len(tokens) <= 3  # two if the second was still on its way
+    assert len(tokens) <= 3  # two if the second was sent already
     assert generator.contexts[0]._should_stop
     assert [r for r in caplog.records if "is gone" in r.message]
     assert not [r for r in caplog.records if r.levelno > logging.INFO or r.exc_info]
@@ -333,7 +334,7 @@ def test_a_client_that_stops_reading_does_not_hold_its_thread(progress, monkeypa
     assert not [r for r in caplog.records if r.levelno > logging.INFO]
 
 
-def test_waiting_is_for_what_is_in_progress():
+def test_wait_waits_for_open_connections():
     hold = threading.Event()
     generator = Fake(hold=hold)
     with serving(generator) as server:
@@ -347,10 +348,10 @@ def test_waiting_is_for_what_is_in_progress():
 
 
 def test_connections_beyond_the_limit_are_turned_away(monkeypatch):
-    monkeypatch.setattr(handler, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 2)
     with serving() as server:
         with connected(server), connected(server):
-            until(lambda: server._exchanges == 2)
+            until(lambda: server._connections == 2)
             with connected(server) as third:
                 head, _, body = everything(third).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.0 503 ")

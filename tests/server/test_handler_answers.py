@@ -1,5 +1,5 @@
-"""What the server asks the generator and answers: text, log-probabilities, calls and errors, also
-as OpenAI's client sees them."""
+"""The server's requests to the generator and its answers: text, log-probabilities, tool calls and
+errors, also through OpenAI's client."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ TOOLS = [
 
 
 def client(server, **options):
-    """OpenAI's client of that server."""
+    """An OpenAI client of a server."""
     url = "http://{}:{}/v1".format(*server.server_address[:2])
     return openai.OpenAI(base_url=url, **{"api_key": "any", "max_retries": 0} | options)
 
@@ -67,7 +67,7 @@ def test_the_generator_gets_the_request_without_the_models_names():
     assert ctx._should_stop  # so that the generator forgets the request
 
 
-def test_the_commands_defaults_hold_where_a_request_says_nothing():
+def test_the_commands_defaults_fill_missing_fields():
     generator = Fake(max_tokens=2, temp=0.5)
     with serving(generator) as server:
         _, answer = ask(server)
@@ -116,7 +116,7 @@ def test_a_request_that_waits_is_kept_alive_too():
         assert events(server)[1] == [": keepalive 0/9"] * 3
 
 
-def test_what_stock_says_of_a_bad_default_is_the_servers_fault(caplog):
+def test_a_bad_default_is_the_servers_fault(caplog):
     with serving(Fake(temp=-1.0)) as server:
         status, answer = ask(server)
     assert (status, answer["error"]["type"]) == (500, "server_error")
@@ -129,7 +129,7 @@ WORDS = "Hé 🙂 well"
 
 
 def sampled(text=WORDS):
-    """Ids and texts of the tokens that the fake samples."""
+    """The ids and texts of the tokens that the fake samples."""
     ids = [*tokenizer().encode(text, add_special_tokens=False), tokenizer().eos_token_id]
     return ids, [tokenizer().decode([token]) for token in ids]
 
@@ -199,7 +199,7 @@ def test_no_log_probability_is_beyond_json():
 
 
 def whole(server, streamed, **fields):
-    """An answer's text, reasoning and calls, why it ended, its log-probabilities and usage."""
+    """The text, reasoning, calls, finish reason, log-probabilities and usage of an answer."""
     if streamed:
         data, _ = events(server, stream_options={"include_usage": True}, **fields)
         *chunks, last, _ = data

@@ -1,4 +1,4 @@
-"""What a request may ask for, field by field, and what mlx-lm's handler then reads."""
+"""The fields of a request: their checks, and the form in which mlx-lm's handler reads them."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_bodies_that_are_no_json_object_are_refused(raw, reason):
     assert len(str(error)) < 300
 
 
-def test_what_json_allows_is_parsed():
+def test_valid_json_is_parsed():
     raw = b'{"a": 1, "a": 2, "b": "\\ud83d\\ude42", "c": 1e400, "d": %s}' % nested(99).encode()
     assert parse(raw) == {"a": 2, "b": "🙂", "c": float("inf"), "d": json.loads(nested(99))}
 
@@ -183,7 +183,7 @@ def test_wrong_values_of_a_completion_are_refused_by_name(field, values):
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, "tool_calls[0].function.name"),
     ],
 )
-def test_the_place_of_what_is_wrong_in_a_message_is_named(fields, param):
+def test_the_path_of_a_fault_in_a_message_is_named(fields, param):
     error = refused(message, **fields)
     assert error.param == f"messages[0].{param}"
     assert str(error).startswith(f"{error.param} must be ")
@@ -235,7 +235,7 @@ def test_messages_get_the_form_that_templates_want():
         ("parameters.properties.x.description", 5),
     ],
 )
-def test_what_templates_read_of_a_tool_is_checked(place, value):
+def test_the_parts_of_a_tool_that_templates_read_are_checked(place, value):
     function = json.loads(json.dumps(FUNCTION))
     *outer, last = place.split(".")
     inside = function
@@ -266,13 +266,13 @@ def test_hints_and_unknown_fields_are_ignored(check):
     assert check(user="me", metadata={}, store=True, **hints) == check()
 
 
-def test_what_is_done_anyway_may_be_asked_for():
+def test_options_may_have_the_value_of_the_default():
     for call in ("auto", "none"):
         chat(function_call=call, modalities=["text"], audio=None, web_search_options=None)
 
 
 @pytest.mark.parametrize(("check", "field"), [(chat, "messages"), (text, "prompt")])
-def test_what_is_to_be_completed_is_required(check, field):
+def test_a_prompt_or_messages_are_required(check, field):
     error = refused(check, **{field: None})
     assert (error.param, str(error)) == (field, f"{field} is missing: a request must have it")
 
@@ -326,7 +326,7 @@ def test_numbers_get_the_types_that_mlx_lm_wants():
         ("stop", [*["x"] * 16, ""], ["x"] * 16),
     ],
 )
-def test_what_other_servers_take_is_taken_too(field, given, taken):
+def test_forms_of_other_servers_are_accepted(field, given, taken):
     for check in (chat, text):
         assert check(**{field: given})[field] == taken
 
@@ -357,7 +357,7 @@ def test_other_models_are_not_found():
 
 
 @pytest.mark.parametrize("check", [chat, text])
-def test_names_of_what_is_served_are_not_handed_on(check):
+def test_the_names_of_model_and_adapter_are_not_handed_on(check):
     named = {"model": "org/demo", "draft_model": "default_model", "adapters": "default_model"}
     assert check(**named) == check(model="default_model") == check()
 

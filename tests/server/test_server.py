@@ -1,4 +1,4 @@
-"""The server's command: its flags, what it refuses before it loads, and its processes."""
+"""The server's command: its flags, its checks before loading, and its processes."""
 
 import contextlib
 import functools
@@ -33,8 +33,8 @@ def flags(parser):
 
 
 def test_every_flag_of_mlx_lm_s_server_is_there_with_its_default():
-    """Except for web pages' access, which mlx-lm's gives to all, and the cache's size in texts."""
-    stock_flags, ours = flags(server._stock_parser()), flags(server.parser())
+    """Two defaults differ: mlx-lm's server is open to all web pages and limits its cached texts."""
+    stock_flags, ours = flags(mlx_lm_interface.stock_parser()), flags(server.parser())
     assert len(stock_flags) > 25
     assert stock_flags.keys() <= ours.keys()
     differ = {flag for flag, default in stock_flags.items() if ours[flag] != default}
@@ -87,7 +87,7 @@ def test_sizes_and_lists_are_read():
         ("--host", "no.such.host.invalid", "error"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_status_2(call, flag, value, message):
+def test_bad_input_is_one_line_and_status_2(call, flag, value, message):
     extra = ["--kv-bits", "8"] if flag == "--kv-group-size" else []
     port = [] if flag == "--port" else ["--port", "0"]
     status, _, err = call(server.main, *port, flag, value, *extra)
@@ -140,7 +140,7 @@ def test_the_api_key_may_be_in_a_file(tmp_path):
         ("0.0.0.0", "key", False),
     ],
 )
-def test_who_can_be_reached_without_a_key_is_warned(caplog, host, key, warns):
+def test_a_server_that_others_can_reach_warns_about_the_key(caplog, host, key, warns):
     server._announce(host, 80, handler.Settings(names=("x",), api_key=key))
     assert ("--api-key" in caplog.text) == warns
 
@@ -151,7 +151,7 @@ def test_the_mlx_lm_that_is_installed_fits():
 
 
 def named(**names):
-    """A function of these parameters."""
+    """A function with these parameters."""
 
     def function(*args, **options):
         return None
@@ -216,7 +216,7 @@ QUESTION = [user("What does os.path.join do?")]
 
 @functools.cache
 def expected(n=40):
-    """What the command says to the question."""
+    """The command's answer to the question."""
     model, tokenizer = bundled()
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
     return list(stream_generate(model, tokenizer, prompt, n, mtp="off"))
@@ -248,7 +248,7 @@ def test_the_second_turn_is_cached(over_http):
     answer = first.choices[0].message.content
     second = create(messages=[*messages, {"role": "assistant", "content": answer}, user("Why?")])
     read = first.usage.prompt_tokens + first.usage.completion_tokens
-    # All but the new turn; the stop token is no part of the answer's text, but of the prompt.
+    # Everything before the new turn is cached; the stop token is in the prompt, not in the answer.
     assert second.usage.prompt_tokens_details.cached_tokens >= read - 1
     assert second.usage.prompt_tokens_details.cached_tokens > first.usage.prompt_tokens
 
@@ -280,7 +280,7 @@ def test_log_probabilities(over_http):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_tool_call(over_http, monkeypatch, streamed):
-    """The same with drafts, which are right here most of the time, and without."""
+    """With drafts, most of which are right here, and without."""
     _, _, client = over_http
     tokenizer = bundled()[1]
     prompt = tokenizer.apply_chat_template(QUESTION, tools=TOOLS, add_generation_prompt=True)
@@ -306,7 +306,7 @@ def test_a_tool_call(over_http, monkeypatch, streamed):
 
 
 def test_spoiled_requests_break_nothing(over_http):
-    """Whatever comes: no answer is the server's fault, and the thread goes on."""
+    """No answer is a fault of the server, and its thread goes on."""
     engine, listening, _ = over_http
     statuses = set()
     for path, raw in bodies(seed=11, count=100):
@@ -318,7 +318,7 @@ def test_spoiled_requests_break_nothing(over_http):
     assert {200, 400} <= statuses
     assert exchange(listening, "GET", "/health")[0] == 200
     assert engine.generation_available()
-    until(lambda: not engine._live)
+    until(lambda: not engine._running)
 
 
 # --- other models -------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_a_model_of_another_type_is_refused_by_name(tmp_path, call):
     assert "model_type is 'qwen3'" in err and "mlx_lm.server" in err
 
 
-def test_of_another_repository_the_config_alone_is_fetched(hub, tmp_path, call):
+def test_only_the_config_of_another_model_is_fetched(hub, tmp_path, call):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     hub.add("Qwen/Other", tmp_path)
@@ -340,14 +340,14 @@ def test_of_another_repository_the_config_alone_is_fetched(hub, tmp_path, call):
 
 @contextlib.contextmanager
 def command(*flags):
-    """A process of the command, and where it listens, once it is ready."""
+    """A process of the command, and its address."""
     port = free_port()
     with process("-m", "mlx_qwen3next.server", "--port", str(port), *map(str, flags)) as child:
         yield child, SimpleNamespace(server_address=("127.0.0.1", port))
 
 
 def get_ready(child, at):
-    """Waits until the process says that it is well."""
+    """Waits until the process reports that it is ready."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         assert child.poll() is None, child.stderr.read()
@@ -355,11 +355,11 @@ def get_ready(child, at):
             if exchange(at, "GET", "/health")[0] == 200:
                 return
         time.sleep(0.02)
-    raise AssertionError("it is not well after a minute")
+    raise AssertionError("it is not ready after a minute")
 
 
 def test_the_fingerprint_of_a_prompt_cache(tmp_path):
-    """What changes the values in a cache changes it, and nothing else does."""
+    """It depends on all options that change the values in a cache, and on no others."""
 
     def of(*flags):
         return fingerprint_of(server.parser().parse_args(list(map(str, flags))))
@@ -379,7 +379,7 @@ def test_the_fingerprint_of_a_prompt_cache(tmp_path):
 
 @contextlib.contextmanager
 def streaming(at, path, **fields):
-    """What comes of a request, from after the first piece of it."""
+    """The stream of an answer after its first event."""
     body = json.dumps(fields | {"stream": True}).encode()
     with socket.create_connection(at.server_address) as connection:
         head = f"POST {path} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -392,8 +392,8 @@ def streaming(at, path, **fields):
 
 # --- processes ----------------------------------------------------------------------------------
 def test_a_server_that_is_told_to_stop_answers_first_and_keeps_what_it_has_read(tmp_path):
-    """SIGTERM while an answer streams: it comes to its end, the status is 0, and the next server
-    has the prompt in its cache."""
+    """After SIGTERM a streamed answer is completed, the status is 0, and the next server has the
+    prompt in its cache."""
     model, cached = endless(tmp_path / "model"), tmp_path / "cached"
     flags = ("--model", model, "--prompt-cache-dir", cached, "--temp", "0.5")
     messages = [user("What is a list?")]
@@ -431,11 +431,11 @@ def test_a_server_that_is_told_twice_to_stop_does_at_once(tmp_path):
 def test_a_server_that_is_told_to_stop_while_it_loads_ends_at_once():
     slow = (
         "import sys, time\n"
-        "from mlx_qwen3next.server import command\n"
+        "from mlx_qwen3next.server import command, provider\n"
         "def load(*args, **options):\n"
         "    print('loading', flush=True)\n"
         "    time.sleep(600)\n"
-        "command.load = load\n"
+        "provider.load = load\n"
         "sys.exit(command.main(['--port', '0']))\n"
     )
     with process("-c", slow) as child:

@@ -1,4 +1,4 @@
-"""What mlx-lm tests of its own server holds for this one (after tests/test_server.py of mlx-lm
+"""mlx-lm's tests of its own server, applied to this one (after tests/test_server.py of mlx-lm
 0.32.2), with the bundled model in place of a downloaded one."""
 
 import functools
@@ -110,7 +110,7 @@ def test_the_end_of_the_thread_releases_the_model():
         assert ask_text(engine) and provider.model is not None
         engine.stop_and_join()
         assert (provider.model, provider.tokenizer, provider.is_batchable) == (None, None, False)
-        # What threads of the handler still read.
+        # The threads of the handler still read this.
         assert engine.cli_args.allowed_origins == []
 
 
@@ -119,7 +119,7 @@ def ask_text(engine):
 
 
 def test_a_tool_call_that_nothing_ends(engine):
-    """Of models whose calls have a beginning alone; the stop token ends the answer."""
+    """Some models mark only the beginning of a call; the stop token ends it."""
     tokenizer = SimpleNamespace(
         has_thinking=False,
         has_tool_calling=True,
@@ -218,11 +218,11 @@ def test_keys_and_values_are_kept_as_asked_for(flags, kind):
 
 @pytest.mark.parametrize(("flags", "most"), [((), 4), (("--kv-bits", 4), 1)])
 def test_quantized_requests_come_one_after_the_other(monkeypatch, flags, most):
-    """mlx-lm's quantized caches have no batched form; all others are batched, seeds or not."""
+    """mlx-lm's quantized caches have no batched form; all others are batched, also with seeds."""
     seen, step = [], serving.Engine._step
 
     def counted(engine):
-        seen.append(len(engine._live))
+        seen.append(len(engine._running))
         step(engine)
 
     monkeypatch.setattr(serving.Engine, "_step", counted)
@@ -234,7 +234,7 @@ def test_quantized_requests_come_one_after_the_other(monkeypatch, flags, most):
 
 # --- TestKeepalive ------------------------------------------------------------------------------
 def test_a_long_prompt_keeps_a_stream_alive():
-    """By comments that say how far it is; an answer that comes whole has none."""
+    """Comments tell the progress; an answer without streaming has none."""
     with running("--prefill-step-size", 8) as engine, served(engine) as listening:
         data, comments = events(listening, TEXT, prompt=[5] * 30, max_tokens=2)
         assert comments == [f": keepalive {n}/30" for n in (8, 16, 24, 29, 30)]
@@ -244,7 +244,7 @@ def test_a_long_prompt_keeps_a_stream_alive():
 
 
 # --- TestGenerationThreadDeath ------------------------------------------------------------------
-def test_a_thread_that_could_not_load_lets_nobody_wait():
+def test_no_request_waits_for_a_thread_that_could_not_load():
     def fails():
         raise RuntimeError("no memory")
 
@@ -258,7 +258,7 @@ def test_a_thread_that_could_not_load_lets_nobody_wait():
 
 
 def test_a_request_in_flight_when_the_thread_dies_does_not_wait_for_ever(monkeypatch):
-    """Nothing the tests could think of ends the thread; should anything, it is noticed."""
+    """No known fault ends the thread; an unknown one must not go unnoticed."""
 
     def dies(engine):
         raise MemoryError("beyond recovery")

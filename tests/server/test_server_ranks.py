@@ -20,7 +20,7 @@ def is_ready(at):
 
 @pytest.mark.parametrize("divided", [[], ["--pipeline", "3,1"]], ids=["tensor", "pipeline"])
 def test_answers_are_those_of_one_process(tmp_path, divided):
-    """Several at once and one alone, known texts and dropped ones, and clients that leave."""
+    """Requests come together and alone, with known texts and dropped ones, and clients leave."""
     port = free_port()
     at = SimpleNamespace(server_address=("127.0.0.1", port))
     flags = ["--port", port, "--mtp", "2", "--prompt-cache-bytes", "1MB", "--log-level", "ERROR"]
