@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
     # Not at the top: importing MLX and transformers takes a second, which --help does not need.
     from .terminal import run
 
-    return run(args)
+    return run(args, demo_prompt=DEMO_PROMPT, default_prompt=DEFAULT_PROMPT)
 
 
 # --- mlx_lm.generate's flags --------------------------------------------------------------------

@@ -22,7 +22,6 @@ from .compute.proof import set_kernels
 from .decoding.generation import GenerationResponse, statistics, stream_generate
 from .decoding.sampling import Sampling
 from .decoding.validation import check_max_tokens
-from .generate import DEFAULT_PROMPT, DEMO_PROMPT
 from .group.processes import Group, join
 from .model import capacity
 from .model.cache import Cache
@@ -41,17 +40,20 @@ SAMPLING = (
 )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Loads, generates, prints; with others, if ``mlx.launch`` started several.
+def run(args: argparse.Namespace, *, demo_prompt: str, default_prompt: str) -> int:
+    """Loads, generates, prints; with other processes, if ``mlx.launch`` started several.
+
+    Args:
+        demo_prompt, default_prompt: the message where none is given, for the demo model and others.
 
     Raises:
         ValueError: an argument, the model or the prompt is not usable.
     """
     with join() as group:
-        return _run(args, group)
+        return _run(args, group, demo_prompt, default_prompt)
 
 
-def _run(args: argparse.Namespace, group: Group) -> int:
+def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_prompt: str) -> int:
     # A large model takes a while to load: what can be refused before it, is.
     check_max_tokens(args.max_tokens)
     set_kernels(args.kernels)
@@ -76,7 +78,7 @@ def _run(args: argparse.Namespace, group: Group) -> int:
         tokenizer_config = json.loads(metadata.get("tokenizer_config", "{}"))
     if args.trust_remote_code:
         tokenizer_config["trust_remote_code"] = True
-    message = _message(args)
+    message = _message(args.prompt, demo_prompt if args.model is None else default_prompt)
 
     model, tokenizer = load(
         args.model,
@@ -179,14 +181,15 @@ class _PromptProgress:
             self._bar.close()
 
 
-def _message(args: argparse.Namespace) -> str:
-    """The user's message, as given."""
-    if args.prompt is None:
-        return DEMO_PROMPT if args.model is None else DEFAULT_PROMPT
-    if args.prompt == "-":
-        text = sys.stdin.read()
-    else:
-        text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+def _message(prompt: str | None, default: str) -> str:
+    """The user's message, as given.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if prompt is None:
+        return default
+    text = prompt.replace("\\n", "\n").replace("\\t", "\t") if prompt != "-" else sys.stdin.read()
     if not text.strip():
         raise ValueError("the prompt is empty")
     return text
