@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens before")
+    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of context")
     context = parser.parse_args().context
 
     config = Config.from_dict(shapes.config("80b", shapes.FULL))
