@@ -1,9 +1,9 @@
-"""A chat in the terminal; each turn costs only what is new in it.
+"""A chat in the terminal. Each turn processes only its new tokens.
 
     python examples/chat.py [--model DIR_OR_REPO] [--system TEXT] [--mtp auto] [-m 500]
 
-An empty line, Ctrl-D or Ctrl-C at the prompt ends it; Ctrl-C in an answer ends the answer.
-``/undo`` takes the last question back.
+An empty line, Ctrl-D or Ctrl-C at the prompt ends the chat. Ctrl-C during an answer ends the
+answer. ``/undo`` removes the last question and its answer.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 
 from mlx_qwen3next import load, stream_generate
-from mlx_qwen3next.prompt_cache.store import PromptCache
+from mlx_qwen3next.prompt_cache import PromptCache
 
 GB = 10**9
 
 
 def answer(model, tokenizer, messages: list[dict], cache: PromptCache, **options) -> str:
-    """Streams the answer to the last message; returns it."""
+    """Prints the answer to the last message as it comes, and returns it."""
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     text, last = "", None
     responses = stream_generate(model, tokenizer, prompt, prompt_cache=cache, **options)
@@ -38,9 +38,9 @@ def answer(model, tokenizer, messages: list[dict], cache: PromptCache, **options
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a directory or a repository; default: the demo model")
+    parser.add_argument("--model", help="a directory or a repository (default: the demo model)")
     parser.add_argument("--system", help="the system prompt")
-    parser.add_argument("--mtp", default="auto", help="auto, off or 1 to 8")
+    parser.add_argument("--mtp", default="auto", help="draft depth: auto, off or 1 to 8")
     parser.add_argument("-m", "--max-tokens", type=int, default=500)
     parser.add_argument("--temp", type=float, default=0.0)
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""A chat of ten turns, beside stock mlx_lm.server: what each turn costs.
+"""The cost of each turn of a chat, beside stock mlx_lm.server.
 
     python examples/conversation.py [--model DIR] [--system-tokens 2000] [--turns 10]
 
-Two servers on the same float32 files take turns with the same conversation: a long system prompt,
-then questions. Prints, for each turn, how many of the prompt's tokens were processed and the time
-to the first piece of text. Then an earlier turn is edited, and the servers are started anew. All
-answers are compared with those of a server of ours without a prompt cache (mlx_lm.server drops a
-space at the beginning of an answer).
+Both servers have the same float32 files and take turns in the same conversation: a long system
+prompt, then questions. The program prints, for each turn, how many of the prompt's tokens were
+processed and the time to the first piece of text. Then it edits an earlier turn, and after that it
+restarts the servers. It compares all answers with those of this package's server without a prompt
+cache (mlx_lm.server drops a space at the beginning of an answer).
 """
 
 import argparse
@@ -37,13 +37,13 @@ OPTIONS = {"temperature": 0, "max_tokens": 96}
 
 
 def system_prompt(tokenizer, tokens: int) -> str:
-    """So many tokens of Python."""
+    """The given number of tokens of Python source."""
     ids = tokenizer.encode(inspect.getsource(textwrap) + inspect.getsource(statistics))
     return tokenizer.decode(ids[:tokens])
 
 
 def turns(servers: dict[str, Served], messages: list[dict], questions: list[str]) -> dict:
-    """Each server's answers to the questions of one conversation, all of them in turns."""
+    """The answers of each server to the questions of one conversation; the servers take turns."""
     answers = {name: [] for name in servers}
     for question in questions:
         messages.append({"role": "user", "content": question})
@@ -60,7 +60,7 @@ def turns(servers: dict[str, Served], messages: list[dict], questions: list[str]
         if row["ours"].text != row["no cache"].text:
             print("     ANSWERS DIFFER: " + repr({n: a.text for n, a in row.items()}))
         if row["ours"].text.lstrip() != row["mlx_lm.server"].text.lstrip():
-            print("     mlx_lm.server says otherwise: " + repr({n: a.text for n, a in row.items()}))
+            print("     mlx_lm.server differs: " + repr({n: a.text for n, a in row.items()}))
     return answers
 
 

@@ -2,11 +2,12 @@
 
     python examples/conversion.py [--folder DIR] [--repeats 3]
 
-Makes a checkpoint in the hub's layout with the published shapes: the whole vocabulary, one layer of
-each kind and the MTP layer (512 experts each; 5.6 billion random weights, 11 GB). Both convert it,
-in turns, each in a process of its own. mlx-lm drops the MTP head, so this project's converter runs
-without it for the comparison, and once more with it. Prints medians, and whether the trunks' files
-hold the same tensors bit for bit. Needs 18 GB in DIR (default: a temporary folder).
+The program makes a checkpoint in the hub's layout with the published shapes: the whole vocabulary,
+one layer of each kind and the MTP layer (512 experts each; 5.6 billion random weights, 11 GB). Both
+converters take turns on it, each in its own process. mlx-lm drops the MTP head, so this project's
+converter runs without the head for the comparison, and a second time with it. The program prints
+medians, and whether the trunks' files hold the same tensors bit for bit. It needs 18 GB in DIR
+(default: a temporary folder).
 """
 
 import argparse
@@ -32,13 +33,13 @@ from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
 from mlx_qwen3next.storage import safetensors
 
-# Qwen/Qwen3-Next-80B-A3B-Instruct, but for the number of layers and how often attention comes.
+# Qwen/Qwen3-Next-80B-A3B-Instruct, except for the number of layers and the attention interval.
 CONFIG = SHAPES["80b"] | {"num_hidden_layers": 2, "full_attention_interval": 2}
-BLOCK = 2**24  # random numbers that all tensors are cut from
+BLOCK = 2**24  # random numbers; all tensors are cut from them
 
 
 def make(folder: Path) -> Path:
-    """The checkpoint: one shard a layer, as published names and shapes ask for."""
+    """Writes the checkpoint, one shard a layer, with the published names and shapes."""
     model = Model(Config.from_dict(CONFIG))
     mtp_head.attach(model)
     origins = layouts.origins(model.parameter_shapes(), "hub").values()
@@ -74,7 +75,7 @@ def make(folder: Path) -> Path:
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak resident bytes) of a process."""
+    """Runs a module; returns its seconds and its peak resident bytes."""
     script = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
         "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
@@ -92,7 +93,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether two model.safetensors hold the same."""
+    """Whether the files ``model.safetensors`` of two folders hold the same tensors."""
     left, right = (mx.load(str(folder / "model.safetensors")) for folder in (a, b))
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype and mx.array_equal(left[name], right[name]).item()
@@ -103,8 +104,8 @@ def same(a: Path, b: Path) -> bool:
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where to put the files")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--folder", type=Path, help="folder for the files")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each (3)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = Path(scratch)

@@ -1,11 +1,11 @@
-"""How well a model predicts Python it has never seen, beside what xz makes of it.
+"""The bits per byte of a model on Python source that it has never seen, beside those of xz.
 
     python examples/heldout.py [--model DIR]
 
-Prints bits per byte over the files that ``bundled/heldout.txt`` lists (read from the running
-Python's standard library; the published figures are CPython 3.11's), the same of ``xz -9``, and how
-many tokens a round of greedy speculation gives: the trunk's own one and, of three drafts of the MTP
-head, those that are what the trunk chooses.
+The program reads the files that ``mlx_qwen3next/bundled/heldout.txt`` lists from the running
+Python's standard library (the published figures are for CPython 3.11). It prints the bits per byte
+of the model and of ``xz -9``, and the number of tokens that a round of greedy speculation gives:
+the trunk's own token and those of three drafts of the MTP head that equal the trunk's choice.
 """
 
 import argparse
@@ -28,19 +28,22 @@ DRAFTS = 3
 
 
 def files() -> list[Path]:
-    """The held-out files that this Python has."""
+    """The held-out files that exist in this Python."""
     root = Path(sysconfig.get_path("stdlib"))
     names = (BUNDLED / "heldout.txt").read_text().split()
     return [root / name for name in names if (root / name).exists()]
 
 
 def tokens_of(tokenizer: TokenizerWrapper, file: Path) -> mx.array:
-    """``[1, L]``; the end-of-text token before a document makes the model start from nothing."""
+    """The tokens ``[1, L]`` of a file; an end-of-text token before it starts the model anew."""
     return mx.array([tokenizer.encode("<|endoftext|>" + file.read_text(encoding="utf-8"))])
 
 
 def windows(count: int) -> list[tuple[int, int, int]]:
-    """(first token, first predicted, end), overlapping by half, each token predicted once."""
+    """Windows (first token, first predicted token, end) that overlap by half.
+
+    Together they predict each token once.
+    """
     half = CONTEXT // 2
     spans = [(0, 1, min(CONTEXT, count))]
     spans += [(at - half, at, min(at + half, count)) for at in range(CONTEXT, count, half)]
@@ -48,7 +51,7 @@ def windows(count: int) -> list[tuple[int, int, int]]:
 
 
 def bits_per_byte(model: Model, tokenizer: TokenizerWrapper) -> float:
-    """Over all of the files."""
+    """The model's bits per byte over all held-out files."""
     bits, size = 0.0, 0
     for file in tqdm(files(), "text", unit="file", leave=False):
         tokens = tokens_of(tokenizer, file)
@@ -61,10 +64,10 @@ def bits_per_byte(model: Model, tokenizer: TokenizerWrapper) -> float:
 
 
 def acceptance(model: Model, tokenizer: TokenizerWrapper) -> list[float]:
-    """How often the draft at each depth is the trunk's own choice, given that those before it are.
+    """The share of drafts at each depth that equal the trunk's choice, if all drafts before do.
 
-    At the first CONTEXT tokens of every file; deeper only where the text goes on as the trunk
-    would, for else its choice is not known.
+    It is measured on the first CONTEXT tokens of every file. A deeper draft counts only where the
+    text continues with the trunk's own choice, because otherwise the next choice is not known.
     """
     asked, right = [0] * DRAFTS, [0] * DRAFTS
     for file in tqdm(files(), "drafts", unit="file", leave=False):
@@ -84,12 +87,12 @@ def acceptance(model: Model, tokenizer: TokenizerWrapper) -> list[float]:
                 right[depth] += 1
                 if depth + 1 < DRAFTS:
                     m = model.mtp(m, draft, cache)
-            cache[0].trim(cache[0].offset - (i + 1))  # the drafts' entries were provisional
+            cache[0].trim(cache[0].offset - (i + 1))  # removes the entries of the drafts
     return [r / max(n, 1) for r, n in zip(right, asked, strict=True)]
 
 
 def accept_length(rates: list[float]) -> float:
-    """Tokens a round gives on average, from the acceptance at each depth."""
+    """The mean number of tokens a round, from the acceptance at each depth."""
     return 1 + sum(math.prod(rates[: depth + 1]) for depth in range(len(rates)))
 
 

@@ -1,4 +1,4 @@
-"""Computes what the 80B model at 4 bits takes on several machines: memory, messages, time a token.
+"""Computes memory, messages and time a token of the 80B model at 4 bits on several machines.
 
     python examples/machines.py [--context N] [--link GB/S] [--latency µS] [--bandwidth GB/S]
 
@@ -7,8 +7,8 @@ Nothing here is measured. A token takes
     bytes read / memory bandwidth + bytes sent / link + messages x latency
 
 Messages go around a ring of n machines. A sum of N bytes takes 2 (n - 1) messages of N / n, one
-after the other; a gathering of P bytes from each machine takes n - 1 messages of P. Kernel
-launches are left out (docs/figures.md has them).
+after the other. A gathering of P bytes from each machine takes n - 1 messages of P. Kernel
+launches are not counted (docs/figures.md has them).
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from mlx_qwen3next.storage.safetensors import Tensor
 
 MACHINES = (1, 2, 4, 8)
 MODES: tuple[Mode, ...] = ("tensor", "pipeline")
-BFLOAT16, TOKEN = 2, 4  # bytes of an activation, and of a chosen token, which rank 0 tells
+BFLOAT16, TOKEN = 2, 4  # bytes of an activation, and of the chosen token that rank 0 sends
 
 
 @dataclass(frozen=True)
 class Division:
-    """The cost of one way to divide a model; lists have an entry a rank."""
+    """The cost of one way to divide a model; lists have one entry for each rank."""
 
     held: list[int]  # bytes of weights and cache
     sent: list[int]  # bytes a token, the chosen token included
-    messages: int  # a token, one after the other
-    read: int  # bytes a token that wait for each other
+    messages: int  # messages a token that go one after the other
+    read: int  # bytes a token that are read one after the other
 
 
 def divide(
     config: Config, tensors: Mapping[str, Tensor], size: int, mode: Mode, context: int
 ) -> Division:
-    """Divides a model among ``size`` machines alike, with ``context`` tokens in the cache.
+    """Divides a model evenly among ``size`` machines, with ``context`` tokens in the cache.
 
     Raises:
         ValueError: the model does not divide that way.
@@ -58,7 +58,7 @@ def divide(
         + capacity.cache_bytes(part.own_config(), context, mtp=True, itemsize=BFLOAT16)
         for part, some in zip(parts, weights, strict=True)
     ]
-    # The machines of a pipeline read one after the other, all others at the same time.
+    # In a pipeline the machines read one after the other, in the other modes at the same time.
     at_once = (weights[0], parts[0].own_config()) if mode != "pipeline" else (tensors, config)
     read = traffic(*at_once, BFLOAT16).plain(context)
     sent = [n + _sum(size, TOKEN) for n in sent_a_step(config, size, mode, itemsize=BFLOAT16)]
@@ -66,7 +66,7 @@ def divide(
 
 
 def own(tensors: Mapping[str, Tensor], part: Shard) -> dict[str, Tensor]:
-    """The tensors of one rank, by the whole model's paths."""
+    """The tensors of one rank, by their paths in the whole model."""
     result = {}
     for path, tensor in tensors.items():
         if part.has(path):
@@ -80,9 +80,9 @@ def own(tensors: Mapping[str, Tensor], part: Shard) -> dict[str, Tensor]:
 def sent_a_step(
     config: Config, size: int, mode: Mode, *, itemsize: int, rows: int = 1
 ) -> list[int]:
-    """Bytes that each rank sends for one forward of ``rows`` tokens with logits.
+    """The bytes that each rank sends for one forward of ``rows`` tokens with logits.
 
-    They are a few more or less where the ranks do not divide a sum evenly.
+    The true number differs by a few bytes if the ranks do not divide a sum evenly.
 
     Args:
         itemsize: bytes of an activation.
@@ -96,24 +96,26 @@ def sent_a_step(
 
 
 def messages_a_step(config: Config, size: int, mode: Mode) -> int:
-    """Messages of one forward with logits that go one after the other."""
+    """The messages of one forward with logits that go one after the other."""
     if mode == "pipeline":
         return 3 * (size - 1)  # size - 1 sends and one sum
     return (1 + 2 * config.num_hidden_layers) * 2 * (size - 1) + size - 1
 
 
 def _sum(size: int, nbytes: int) -> int:
-    """Bytes that each rank sends for a sum of ``nbytes``."""
+    """The bytes that each rank sends for a sum of ``nbytes``."""
     return 2 * (size - 1) * nbytes // size
 
 
 def seconds(division: Division, bandwidth: float, link: float, latency: float) -> float:
-    """Seconds a token.
+    """The seconds a token.
 
     Args:
-        bandwidth, link: bytes a second of memory, and between two machines. latency: seconds.
+        bandwidth: of memory, in bytes a second.
+        link: between two machines, in bytes a second.
+        latency: of a message, in seconds.
     """
-    # The other ranks wait for whatever one sends beyond the last one's.
+    # All ranks wait while one rank sends more bytes than the last rank does.
     last = division.sent[-1]
     wire = last + sum(n - last for n in division.sent)
     return division.read / bandwidth + wire / link + division.messages * latency
@@ -126,12 +128,12 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--context", type=int, default=32768, metavar="N", help="tokens in the cache (%(default)s)")
-    add("--link", type=float, default=5, metavar="GB/S", help="each way (default: %(default)s)")
-    add("--latency", type=float, default=50, metavar="µS", help="a message (default: %(default)s)")
-    add("--bandwidth", type=float, default=800, metavar="GB/S", help="memory's (%(default)s)")
+    add("--link", type=float, default=5, metavar="GB/S", help="of a link, each way (%(default)s)")
+    add("--latency", type=float, default=50, metavar="µS", help="of a message (%(default)s)")
+    add("--bandwidth", type=float, default=800, metavar="GB/S", help="of memory (%(default)s)")
     args = parser.parse_args()
     if not math.inf > min(args.link, args.bandwidth) > 0 <= args.latency or args.context < 1:
-        parser.error("all of these are positive numbers")
+        parser.error("--context, --link and --bandwidth must be positive, --latency at least 0")
 
     config = Config.from_dict(shapes.config("80b", shapes.FULL))
     tensors = shapes.headers("80b", shapes.FULL)

@@ -1,12 +1,13 @@
-"""What Apple machines might do with the 80B model at 4 bits: computed, not measured.
+"""Computes the speed that Apple machines might reach with the 80B model at 4 bits.
 
     python examples/projection.py [--context N]
 
-A decoded token takes bytes / bandwidth + launches x overhead. The bytes are counted from the
-model's shapes (mlx_qwen3next/bench/traffic.py), the launches in the graph (examples/launches.py);
-bandwidths are Apple's. The overhead of a launch is what others' published speeds leave over:
-mlx-lm, 1,923 launches, at 99.2 tokens a second on an M5 Max and 67.7 on an M3 Ultra, and AX Engine,
-960 launches and 1.96 GB, at 117.7 on an M5 Max. Their least and greatest give the range.
+Nothing here is measured. A decoded token takes bytes / bandwidth + launches x overhead. The bytes
+are counted from the model's shapes (mlx_qwen3next/bench/traffic.py), and the launches in the graph
+(examples/launches.py). The bandwidths are Apple's figures. The overhead of a launch is the time
+that published speeds leave after the bytes: mlx-lm, 1,923 launches, at 99.2 tokens a second on an
+M5 Max and 67.7 on an M3 Ultra; AX Engine, 960 launches and 1.96 GB, at 117.7 on an M5 Max. The
+smallest and the largest overhead give the range.
 """
 
 import argparse
@@ -23,14 +24,14 @@ BANDWIDTHS = {  # GB/s
     "M4 Max": 546,
     "M5 Max": 614,
 }
-OURS, OTHERS = 40, 160  # launches of a period, as examples/launches.py counts them
+OURS, STOCK = 40, 160  # launches of a period, as examples/launches.py counts them
 OUTSIDE = 3  # embedding, last norm, output
-# (launches, GB a token, GB/s, tokens a second) as others published them
+# (launches, GB a token, GB/s, tokens a second) as published
 PUBLISHED = [(1923, 2.18, 614, 99.2), (1923, 2.18, 819, 67.7), (960, 1.96, 614, 117.7)]
 
 
 def overheads() -> tuple[float, float]:
-    """Least and greatest seconds a launch that the published speeds leave over."""
+    """The smallest and the largest seconds a launch, from the published speeds."""
     left = [(1 / speed - size / rate) / launches for launches, size, rate, speed in PUBLISHED]
     return min(left), max(left)
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens before it")
+    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of context")
     context = parser.parse_args().context
 
     config = Config.from_dict(shapes.config("80b", shapes.FULL))
@@ -53,7 +54,7 @@ def main() -> None:
     for machine, rate in BANDWIDTHS.items():
         seconds = size / rate / 1e9
         cells = []
-        for launches in (OTHERS, OURS):
+        for launches in (STOCK, OURS):
             queued = shapes.FULL // shapes.PERIOD * launches + OUTSIDE
             slow, fast = (1 / (seconds + queued * overhead) for overhead in (most, least))
             cells.append(f"{slow:.0f} to {fast:.0f}")

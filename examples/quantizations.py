@@ -1,10 +1,11 @@
-"""What quantization costs, on text the model has not seen: bits per byte and tokens a round.
+"""The cost of quantization on text the model has not seen: bits per byte and tokens a round.
 
     python examples/quantizations.py CHECKPOINT
 
-CHECKPOINT is an unquantized model (``build/demo_model/hf`` after ``examples/demo_model/``). It is
-converted in every way below, and each result is measured as ``heldout.py`` does it; the table is
-printed line by line. Quantized weights are made whole before, which computes the same faster.
+CHECKPOINT is an unquantized model (``build/demo_model/hf`` after ``examples/demo_model/``). The
+program converts it in every way below, measures each result as ``heldout.py`` does, and prints the
+table line by line. It dequantizes the weights before it measures: the results are the same, and the
+CPU is faster.
 """
 
 import argparse
@@ -42,7 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="folder of the unquantized model")
     args = parser.parse_args()
     print("| conversion | MB | bits per byte | tokens a round | accepted at depth 1, 2, 3 |")
     print("| --- | --- | --- | --- | --- |", flush=True)

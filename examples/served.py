@@ -1,4 +1,4 @@
-"""A server in a process of its own, and a client for it; used by the other examples."""
+"""A server in its own process, and a client for it; other examples use them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STOCK = [sys.executable, "-m", "mlx_lm", "server"]
 
 
 def float32_copy(directory: Path, source: Path = BUNDLED) -> Path:
-    """The trunk of ``source`` with float32 in place of bfloat16, which stock mlx-lm keeps to."""
+    """Copies a model with float32 in place of bfloat16; stock mlx-lm keeps the files' dtype."""
     for file in source.iterdir():
         if file.suffix in (".json", ".jinja"):
             (directory / file.name).write_bytes(file.read_bytes())
@@ -35,7 +35,7 @@ def float32_copy(directory: Path, source: Path = BUNDLED) -> Path:
 
 
 def free_port() -> int:
-    """A port nobody uses at the moment."""
+    """A port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -43,23 +43,23 @@ def free_port() -> int:
 
 @dataclass
 class Answer:
-    """What came of a request."""
+    """The answer to a request, and its times."""
 
     text: str = ""
     finish_reason: str | None = None
     first: float = 0.0  # seconds until the first piece of text
-    seconds: float = 0.0
+    seconds: float = 0.0  # seconds until the end
     usage: dict = field(default_factory=dict)
     status: int = 200
 
     @property
     def cached(self) -> int:
-        """Prompt tokens that were not processed again."""
+        """The number of prompt tokens that were not processed again."""
         return self.usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
 
 
 class Served:
-    """A server process; a context manager that ends it."""
+    """A server process, and the context manager that ends it."""
 
     def __init__(self, command: list[str], *options: object, log: Path | None = None):
         self.port = free_port()
@@ -68,7 +68,7 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        """Starts it (again), and waits until it answers."""
+        """Starts the server, or starts it again, and waits until it answers."""
         out = subprocess.DEVNULL if self._log is None else self._log.open("ab")
         self.process = subprocess.Popen(self._command, stdout=out, stderr=out)
         while not self.healthy():
@@ -77,28 +77,29 @@ class Served:
                     f"{self._command[2]} ended with status {self.process.returncode}"
                 )
             time.sleep(0.1)
-        # Stock mlx_lm.server is healthy while it loads.
+        # Stock mlx_lm.server is already healthy while it loads: wait for an answer.
         self.ask([{"role": "user", "content": "x"}], max_tokens=1)
 
     def healthy(self) -> bool:
-        """What /health says."""
+        """Whether ``/health`` answers with status 200."""
         try:
             return self.request("GET", "/health").status == 200
         except OSError:
             return False
 
     def request(self, method: str, path: str, body: dict | None = None, timeout: float = 600):
-        """The response to a request, to be read."""
+        """Sends a request; returns its response, which is not yet read."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         headers = {"Content-Type": "application/json"}
         connection.request(method, path, body and json.dumps(body), headers)
         return connection.getresponse()
 
     def ask(self, messages: list[dict], leave_after: int | None = None, **options) -> Answer:
-        """Streams a chat completion.
+        """Asks for a chat completion as a stream; returns the answer.
 
         Args:
-            leave_after: closes the connection after so many pieces of text.
+            leave_after: the number of pieces of text after which the client closes the connection.
+            options: other fields of the request.
         """
         body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         start, answer = time.perf_counter(), Answer()
@@ -124,12 +125,12 @@ class Served:
         return answer
 
     def memory(self) -> int:
-        """Resident bytes (Linux only)."""
+        """The resident bytes of the process (Linux only)."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
     def stop(self, signum: int = signal.SIGTERM) -> int:
-        """Ends the process, and returns its exit status."""
+        """Sends a signal; returns the exit status of the process when it has ended."""
         os.kill(self.process.pid, signum)
         return self.process.wait()
 

@@ -1,12 +1,12 @@
-"""Many clients at once, some of which leave: no wrong token, no leak, no stuck request.
+"""A load test of the server with many clients: it finds wrong tokens, leaks and stuck requests.
 
     python examples/server_load.py [--minutes 10] [--clients 32] [--faults]
 
-First each request of a pool is asked alone, of a server without prompt cache and drafts. Then
-clients ask them at random, and a fifth of the clients leave in the middle. Every answer that
-comes to its end is compared. With ``--faults`` forwards fail now and then, the disk under the
-prompt cache takes no more, its files are damaged, and the server is killed and started again.
-Linux only (memory is read from /proc).
+First the program sends each request of a pool alone, to a server without prompt cache and drafts.
+Then many clients send these requests at random; a client disconnects in the middle of a fifth of
+them. The program compares every complete answer. With ``--faults``, forwards fail now and then, the
+disk of the prompt cache is sometimes full, files of the cache are damaged, and the server is killed
+and started again. Linux only (the program reads memory from /proc).
 """
 
 import argparse
@@ -24,15 +24,16 @@ from pathlib import Path
 
 from served import OURS, Answer, Served, float32_copy
 
-LEAVE = 0.2  # of the requests, in the middle
+LEAVE = 0.2  # the share of requests whose client disconnects in the middle
 LEFT = "left"
 
-# A server some of whose forwards, and writes of the prompt cache, fail.
+# A server in which some forwards and some writes of the prompt cache fail.
 FAULTY = """
 import errno, random, sys
-from mlx_qwen3next import prompt_files, server
-from mlx_qwen3next.model import Trunk
-forward, write = Trunk.__call__, prompt_files.write_file
+from mlx_qwen3next.model.qwen3_next import Trunk
+from mlx_qwen3next.prompt_cache import files
+from mlx_qwen3next.server.__main__ import main
+forward, write = Trunk.__call__, files.write_file
 def failing(self, *args):
     if random.random() < 1 / 1000:
         raise RuntimeError("injected: the forward failed")
@@ -41,13 +42,13 @@ def full(*args, **options):
     if random.random() < 0.05:
         raise OSError(errno.ENOSPC, "injected: no space left on device")
     write(*args, **options)
-Trunk.__call__, prompt_files.write_file = failing, full
-sys.exit(server.main(sys.argv[1:]))
+Trunk.__call__, files.write_file = failing, full
+sys.exit(main(sys.argv[1:]))
 """
 
 
 def pool(size: int) -> list[dict]:
-    """Requests of all lengths, many of which begin alike; greedy ones, and some with a seed."""
+    """Requests of many lengths. Many begin alike; most are greedy, and some have a seed."""
     rng = random.Random(1)
     source = inspect.getsource(textwrap) + inspect.getsource(statistics)
     systems = [None, *(source[: 4 ** rng.randint(2, 6)] for _ in range(5))]
@@ -72,18 +73,18 @@ def pool(size: int) -> list[dict]:
 
 
 class Load:
-    """The clients, and what they saw."""
+    """The clients, and the outcomes of their requests."""
 
     def __init__(self, served: Served, requests: list[dict], right: list[Answer]):
         self._served, self._requests, self._right = served, requests, right
         self.over = threading.Event()
-        self.down = threading.Event()  # the server is meant not to answer
+        self.down = threading.Event()  # the server is stopped on purpose
         self.seen: collections.Counter = collections.Counter()
         self.wrong: list[tuple[int, str, str]] = []
         self._lock = threading.Lock()
 
     def client(self, number: int) -> None:
-        """Asks, one request after the other."""
+        """Sends one request after the other until the test is over."""
         rng = random.Random(number)
         while not self.over.is_set():
             i = rng.randrange(len(self._requests))
@@ -116,7 +117,7 @@ class Load:
 
 
 def damage(directory: Path, rng: random.Random) -> None:
-    """Spoils one file of the prompt cache."""
+    """Damages one file of the prompt cache."""
     files = sorted(directory.rglob("*.safetensors"))
     if files:
         file = rng.choice(files)
@@ -133,10 +134,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=60, help="in the pool")
+    parser.add_argument("--requests", type=int, default=60, help="requests in the pool")
     parser.add_argument("--mtp", default="2")
     parser.add_argument("--faults", action="store_true")
-    parser.add_argument("--log", type=Path, help="the server's output goes there")
+    parser.add_argument("--log", type=Path, help="file for the server's output")
     args = parser.parse_args()
     requests = pool(args.requests)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,15 +1,16 @@
-"""What speculation gives: tokens a round, passes of the trunk, time beside plain decoding.
+"""Measures speculation: tokens a round, passes of the trunk, time beside plain decoding.
 
     python examples/speculation.py [--model DIR] [--prompts N] [--dense] [--layers N] [--check]
 
-Continues held-out library files (``bundled/heldout.txt``) and answers questions about names they
-define, greedily, at fixed depths and with the depth chosen by measurement. Every prompt is decoded
-in all ways in turns; the ratio of the speeds is the median over the prompts.
+The program continues held-out library files (``mlx_qwen3next/bundled/heldout.txt``) and answers
+questions about the names that they define. It decodes greedily, at fixed depths and with the depth
+that is chosen by measurement. It decodes every prompt in all ways in turns; the ratio of the speeds
+is the median over the prompts.
 
-``--dense`` computes with float32 weights, not quantized ones. ``--layers`` shows what the demo
-model's size hides: its MTP head is a fifth of the whole, the 80B model's a fiftieth. It repeats the
-trunk's layers with outputs of zero, which changes no token. ``--check`` measures no time, but
-compares tokens and accepted drafts at every depth with those of a simulation by plain steps.
+``--dense`` computes with float32 weights, not with quantized ones. ``--layers`` makes the trunk
+larger: the demo model's MTP head is a fifth of the whole, the 80B model's head a fiftieth. This
+option repeats the trunk's layers with outputs of zero, which changes no token. ``--check`` measures
+no time; it compares tokens and accepted drafts at every depth with a simulation by plain steps.
 """
 
 import argparse
@@ -37,7 +38,7 @@ QUESTIONS = ["What does {} do?", "How do I use {}?", "What is the signature of {
 
 
 def code_prompts(tokenizer: TokenizerWrapper) -> list[list[int]]:
-    """Beginnings of the files: 64, 192 and 448 tokens, where they go on after that."""
+    """The first 64, 192 and 448 tokens of each file, if it has at least 64 tokens more."""
     prompts = []
     for file in files():
         tokens = tokenizer.encode("<|endoftext|>" + file.read_text(encoding="utf-8")[:8000])
@@ -46,14 +47,14 @@ def code_prompts(tokenizer: TokenizerWrapper) -> list[list[int]]:
 
 
 def names(file: Path) -> list[str]:
-    """What a file defines for others."""
+    """The first three public names that a file defines."""
     nodes = ast.parse(file.read_text(encoding="utf-8")).body
     defined = [n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     return [f"{file.stem}.{name}" for name in defined if not name.startswith("_")][:3]
 
 
 def chat_prompts(tokenizer: TokenizerWrapper) -> list[list[int]]:
-    """A question about each name."""
+    """The prompts of a question about each name."""
     asked = [name for file in files() for name in names(file)]
     return [
         tokenizer.apply_chat_template(
@@ -65,7 +66,7 @@ def chat_prompts(tokenizer: TokenizerWrapper) -> list[list[int]]:
 
 
 def deepen(model: Model, layers: int) -> None:
-    """Repeats the trunk's layers until there are so many; what is added adds zeros."""
+    """Repeats the trunk's layers up to the given number; the added layers add zeros."""
     own = model.model.layers
     for layer in range(len(own), layers):
         own.append(copy.deepcopy(own[layer % 4]))
@@ -75,7 +76,7 @@ def deepen(model: Model, layers: int) -> None:
 
 
 def decode(model: Model, prompt: list[int], mtp: str | int) -> tuple[list[int], float, Acceptance]:
-    """Tokens, seconds a token after the first one, and what became of the drafts."""
+    """The tokens, the seconds a token after the first one, and the acceptance of the drafts."""
     tokens, counted, start = [], Acceptance(), 0.0
     for step in generate_step(prompt, model, max_tokens=TOKENS, mtp=mtp):
         start = start or time.perf_counter()
@@ -85,8 +86,11 @@ def decode(model: Model, prompt: list[int], mtp: str | int) -> tuple[list[int], 
 
 
 def simulated(model: Model, prompt: list[int], n: int) -> tuple[list[int], dict[int, list[int]]]:
-    """Greedy tokens after a prompt and, for each of n positions, MAX_DEPTH drafts of what follows
-    it: by plain steps, and recursion on copies of the head's cache."""
+    """The prompt with its greedy continuation and, for each of n positions, drafts after it.
+
+    The tokens come from plain steps. The drafts, at most MAX_DEPTH a position, come from recursion
+    on copies of the head's cache.
+    """
     cache, head = model.make_cache(), model.mtp.make_cache()
     tokens, drafts, hidden = list(prompt), {}, None
     for at in range(n):
@@ -94,7 +98,7 @@ def simulated(model: Model, prompt: list[int], n: int) -> tuple[list[int], dict[
         if hidden is not None:
             m = model.mtp(hidden, mx.array([[tokens[at]]]), head)
             provisional = [copy.copy(head[0])]
-            # The prompt's drafts are of no interest.
+            # Drafts inside the prompt are not needed.
             while at >= len(prompt) - 1 and len(drafts[at]) < MAX_DEPTH:
                 drafts[at].append(model.logits(m).argmax().item())
                 m = model.mtp(m, mx.array([[drafts[at][-1]]]), provisional)
@@ -107,7 +111,7 @@ def simulated(model: Model, prompt: list[int], n: int) -> tuple[list[int], dict[
 def simulated_rounds(
     tokens: list[int], drafts: dict[int, list[int]], start: int, count: int, depth: int
 ) -> list[tuple[int, int]]:
-    """(drafted, accepted) of the rounds that give ``count`` tokens after the first ``start``."""
+    """The rounds (drafted, accepted) that give ``count`` tokens after the first ``start``."""
     result, at, room = [], start - 1, count
     while room:
         guesses = drafts[at][: min(depth, room - 1)]
@@ -119,7 +123,7 @@ def simulated_rounds(
 
 
 def rounds(steps: Iterable[Token]) -> list[tuple[int, int]]:
-    """(drafted, accepted) of the rounds that gave tokens."""
+    """The rounds (drafted, accepted) that gave the tokens."""
     result, right = [], 0
     for step in steps:
         right += step.from_draft
@@ -130,7 +134,11 @@ def rounds(steps: Iterable[Token]) -> list[tuple[int, int]]:
 
 
 def check(model: Model, prompts: list[list[int]]) -> None:
-    """Raises if at any depth a token or an accepted draft is not what the simulation says."""
+    """Checks that tokens and accepted drafts at every depth equal those of the simulation.
+
+    Raises:
+        AssertionError: they differ.
+    """
     compared = 0
     for prompt in tqdm(prompts, "checked", unit="prompt"):
         tokens, drafts = simulated(model, prompt, len(prompt) + TOKENS)
@@ -146,7 +154,7 @@ def check(model: Model, prompts: list[list[int]]) -> None:
 
 
 def measure(model: Model, prompts: list[list[int]], name: str) -> None:
-    """Prints a table, a line a depth."""
+    """Prints a table with one line for each depth."""
     modes = ["off", 1, 2, 3, 4, "auto"]
     seconds = {mode: [] for mode in modes}
     counts = {mode: [] for mode in modes}
@@ -177,8 +185,8 @@ def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="another model directory (default: the bundled one)")
-    parser.add_argument("--prompts", type=int, help="of each kind at most")
-    parser.add_argument("--dense", action="store_true", help="float32 weights")
+    parser.add_argument("--prompts", type=int, help="prompts of each kind at most")
+    parser.add_argument("--dense", action="store_true", help="compute with float32 weights")
     parser.add_argument("--layers", type=int, default=0, help="of the trunk (default: its own)")
     parser.add_argument("--check", action="store_true", help="compare with a simulation")
     args = parser.parse_args()

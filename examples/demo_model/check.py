@@ -1,4 +1,4 @@
-"""Compare modeling.py with transformers' Qwen3NextForCausalLM on random weights, in float32."""
+"""Compares modeling.py with transformers' Qwen3NextForCausalLM on random weights, in float32."""
 
 import torch
 from modeling import Config, Qwen3Next
@@ -6,6 +6,7 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 
 def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The relative L2 error of ``got``."""
     return ((got - wanted).norm() / wanted.norm()).item()
 
 

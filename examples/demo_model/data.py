@@ -1,15 +1,17 @@
-"""The demo model's data: the Python standard library's sources, and chats made of its docstrings.
+"""The demo model's data: the Python standard library's sources, and chats about its docstrings.
 
-``build(out, seed)`` writes, from nothing but the running interpreter:
+``build(out, seed)`` writes these files. Its only source is the running interpreter.
 
     tokenizer/     tokenizer.json, tokenizer_config.json, chat_template.jinja
-    finish.npz     the same for a last phase of mostly chats (``build_finish``)
-    train.npz      tokens (uint16) and the offsets of each document
-    heldout.npz    the same of the held-out files, with their UTF-8 sizes
+    train.npz      tokens (uint16), and the offset and UTF-8 size of each document
+    heldout.npz    the same for the held-out files
     heldout.txt    the held-out files, one a line
 
-A document is a source file, a help topic or a chat; each ends in ``<|endoftext|>``. Held-out files
-(about 4 %, chosen by a hash of the path, never a famous module) are in neither sources nor chats.
+``build_finish(out, seed)`` writes ``finish.npz``, the same for a last phase of mostly chats.
+
+A document is a source file, a help topic or a chat; each ends with ``<|endoftext|>``. The held-out
+files (about 4 %, chosen by a hash of the path, never a famous module) are in neither sources nor
+chats.
 """
 
 import hashlib
@@ -46,7 +48,7 @@ SKIPPED = {
     "lib2to3",
     "encodings",
 }
-CHAT_SHARE, FINISH_SHARE = 0.3, 0.75  # of the training bytes, and of those of the last phase
+CHAT_SHARE, FINISH_SHARE = 0.3, 0.75  # of the training text, and of the text of the last phase
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 SYSTEMS = [
@@ -122,6 +124,7 @@ def source_files() -> tuple[Path, list[Path], list[Path]]:
 
 
 def read(path: Path) -> str:
+    """The text of a source file, without end-of-text tokens."""
     return path.read_text("utf-8", errors="replace").replace(END, "")
 
 
@@ -134,7 +137,7 @@ def tool(name: str, field: str, description: str) -> dict:
 
 
 class ChatMaker:
-    """Chats about documented names, drawn with a seeded generator."""
+    """Makes chats about documented names, drawn with a seeded generator."""
 
     def __init__(self, entries: list[Entry], rng: random.Random):
         self.entries, self.rng = entries, rng
@@ -144,26 +147,31 @@ class ChatMaker:
             self.modules.setdefault(entry.module, []).append(entry)
 
     def naming(self, entry: Entry) -> str:
+        """The entry's name as a user might write it."""
         name = entry.name
         if entry.kind in ("function", "method") and self.rng.random() < 0.2:
             name += "()"
         return f"`{name}`" if self.rng.random() < 0.2 else name
 
     def answer(self, entry: Entry) -> str:
+        """The assistant's answer about an entry."""
         if entry.kind == "module":
             names = ", ".join(f"`{entry.name}.{n}`" for n in entry.members)
             return f"{entry.text}\n\nIt defines {names}." if names else entry.text
         return f"```python\n{entry.signature}\n```\n\n{entry.text}"
 
     def ask(self, entry: Entry) -> list[dict]:
+        """A question about an entry, and its answer."""
         question = self.rng.choice(QUESTIONS[entry.kind]).format(self.naming(entry))
         return self.turn(question, self.answer(entry))
 
     def ask_signature(self, entry: Entry) -> list[dict]:
+        """A question about an entry's signature, and its answer."""
         question = self.rng.choice(SIGNATURE_QUESTIONS).format(self.naming(entry))
         return self.turn(question, f"```python\n{entry.signature}\n```")
 
     def turn(self, question: str, answer: str) -> list[dict]:
+        """A question and its answer as messages."""
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     def conversation(self, entry: Entry) -> list[dict]:
@@ -189,7 +197,7 @@ class ChatMaker:
         return messages
 
     def tool_conversation(self, entry: Entry) -> tuple[list[dict], list[dict]]:
-        """A chat that looks its entry up with a tool, and the tools."""
+        """A chat in which the assistant looks the entry up with a tool, and the tools."""
         rng = self.rng
         name, field, _ = lookup = rng.choice(LOOKUPS)
         tools = [lookup, *rng.sample(OTHER_TOOLS, rng.choice([0, 0, 1, 2]))]
@@ -218,7 +226,7 @@ class ChatMaker:
 
 
 def chat_renderer():
-    """``render(messages, tools)`` with the shipped template, as transformers renders it."""
+    """A function ``render(messages, tools)`` that applies the template as transformers does."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda x: json.dumps(x, ensure_ascii=False)
     template = environment.from_string(TEMPLATE.read_text())
@@ -226,7 +234,7 @@ def chat_renderer():
 
 
 def entries_for(root: Path, files: list[Path], heldout: list[Path]) -> list[Entry]:
-    """Every documented name of the training files and of the C modules, each once."""
+    """The entries of the training files and of the C modules, each name once."""
     excluded = {docs.module_name(p) for p in heldout}
     found = docs.collect(files, root) + docs.collect_builtins(excluded)
     return list({e.name: e for e in reversed(found)}.values())[::-1]
@@ -235,7 +243,7 @@ def entries_for(root: Path, files: list[Path], heldout: list[Path]) -> list[Entr
 def documents(
     seed: int, share: float = CHAT_SHARE
 ) -> tuple[list[str], list[str], list[str], list[Path]]:
-    """Training sources, training chats (``share`` of the text), held-out sources and paths."""
+    """The training sources, chats (``share`` of the text), held-out sources and held-out paths."""
     root, files, heldout = source_files()
     sources = []
     for path in files:
@@ -257,7 +265,7 @@ def documents(
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE in Qwen's manner; the special tokens come last, as Qwen's do."""
+    """Trains a byte-level BPE like Qwen's; the special tokens come last, as in Qwen's."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -282,7 +290,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """The files that ``AutoTokenizer.from_pretrained`` and mlx-lm read."""
+    """Writes the files that ``AutoTokenizer.from_pretrained`` and mlx-lm read."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -301,7 +309,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], name: str) -> dict[str, np.ndarray]:
-    """Token ids of all texts, each ended by ``<|endoftext|>``, with the documents' offsets."""
+    """The token ids of all texts, each with ``<|endoftext|>`` at its end; offsets and sizes."""
     end = tokenizer.token_to_id(END)
     ids = []
     for i in tqdm(range(0, len(texts), 256), desc=f"tokenizing {name}"):
@@ -315,7 +323,7 @@ def encode(tokenizer: Tokenizer, texts: list[str], name: str) -> dict[str, np.nd
 
 
 def build(out: Path, seed: int) -> None:
-    """Write everything the module's docstring lists under ``out``, the token files last."""
+    """Writes the files that the module's docstring lists to ``out``, the token files last."""
     out.mkdir(parents=True, exist_ok=True)
     sources, chats, heldout, paths = documents(seed)
     texts = sources + chats
@@ -331,7 +339,7 @@ def build(out: Path, seed: int) -> None:
 
 
 def build_finish(out: Path, seed: int) -> None:
-    """Write ``out/finish.npz``: mostly fresh chats, in the tokenizer that ``build`` made."""
+    """Writes ``out/finish.npz``: mostly new chats, with the tokenizer that ``build`` made."""
     sources, chats, _, _ = documents(seed + 1, FINISH_SHARE)
     texts = sources + chats
     random.Random(seed).shuffle(texts)

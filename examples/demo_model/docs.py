@@ -1,7 +1,7 @@
-"""What the Python standard library says about itself: names, signatures and docstrings.
+"""Names, signatures and docstrings of the Python standard library.
 
-``collect(files)`` reads the sources with ``ast``; ``collect_builtins`` asks the modules written in
-C. Both give :class:`Entry` objects, which ``data.py`` turns into chats.
+``collect`` reads the sources with ``ast``; ``collect_builtins`` inspects the modules written in C.
+Both return :class:`Entry` objects, which ``data.py`` turns into chats.
 """
 
 import ast
@@ -30,7 +30,7 @@ C_NAMED = [
     "select", "gc", "marshal", "unicodedata", "errno", "random", "fcntl", "grp", "pwd",
     "resource", "mmap", "atexit", "faulthandler",
 ]  # fmt: skip
-C_MODULES = {  # module: the name its users write
+C_MODULES = {  # module: the name that users write
     "posix": "os", "_io": "io", "_collections": "collections", "_random": "random",
     "_functools": "functools", "_operator": "operator", "_csv": "csv", "_struct": "struct",
     "_heapq": "heapq", "_bisect": "bisect", "_datetime": "datetime", "_thread": "threading",
@@ -57,6 +57,7 @@ class Entry:
 
     @property
     def famous(self) -> bool:
+        """Whether the module is among the best known."""
         return self.module in FAMOUS
 
 
@@ -90,7 +91,7 @@ def summary(docstring: str | None, limit: int = 500) -> str:
 
 
 def module_name(path: Path) -> str:
-    """``json/decoder.py`` to ``json.decoder``, with the names that users write."""
+    """The name that users write for a module's path: ``json.decoder`` for ``json/decoder.py``."""
     parts = path.with_suffix("").parts
     if parts[-1] == "__init__":
         parts = parts[:-1]
@@ -99,7 +100,7 @@ def module_name(path: Path) -> str:
 
 
 def _exported(package: Path, root: Path) -> dict[str, set[str]]:
-    """For a package's ``__init__``: the names it takes from each of its submodules (or ``*``)."""
+    """The names that a package's ``__init__`` imports from each of its submodules (or ``*``)."""
     exported: dict[str, set[str]] = {}
     try:
         tree = ast.parse((root / package / "__init__.py").read_text("utf-8"))
@@ -123,7 +124,7 @@ def _arguments(node: ast.FunctionDef, method: bool) -> str:
 
 
 def collect(files: list[Path], root: Path) -> list[Entry]:
-    """Entries of the public, documented names in ``files`` (relative to ``root``)."""
+    """The entries of the public, documented names in ``files`` (relative to ``root``)."""
     entries = []
     for path in files:
         try:
@@ -199,7 +200,7 @@ def _builtin_entry(name: str, kind: str, module: str, obj) -> Entry | None:
 
 
 def collect_builtins(excluded: set[str]) -> list[Entry]:
-    """Entries of builtins and C modules, but for modules whose public name is in ``excluded``."""
+    """The entries of builtins and C modules, except modules with a public name in ``excluded``."""
     entries = []
     for actual, module in C_MODULES.items():
         try:

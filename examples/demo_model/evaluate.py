@@ -1,4 +1,4 @@
-"""Held-out bits per byte, and how often the MTP head finds the trunk's own greedy token."""
+"""Bits per byte of held-out text, and the share of the MTP head's drafts that the trunk accepts."""
 
 import itertools
 import math
@@ -17,8 +17,10 @@ LENGTH, DEPTHS = 512, 3
 
 @dataclass(frozen=True)
 class Score:
+    """The result of an evaluation."""
+
     bits_per_byte: float
-    accepted: list[float]  # by depth: shares of the drafts whose predecessors were accepted
+    accepted: list[float]  # by depth: the share of drafts accepted, if all before them were
 
     def __str__(self) -> str:
         shares = " ".join(f"{share:.3f}" for share in self.accepted)
@@ -26,10 +28,10 @@ class Score:
 
 
 def spans(offsets: list[int]) -> list[tuple[int, int, int]]:
-    """(first token, first scored position, end) of windows that overlap by half.
+    """Windows (first token, first scored position, end) that overlap by half.
 
-    Every token is scored once, with at least LENGTH / 2 tokens of its document before it or all
-    there are.
+    Each token is scored once, with at least LENGTH / 2 tokens of its document before it, or with
+    all of them if there are fewer.
     """
     half, found = LENGTH // 2, []
     for start, end in itertools.pairwise(offsets):
@@ -40,10 +42,10 @@ def spans(offsets: list[int]) -> list[tuple[int, int, int]]:
 
 
 def drafts(model: Qwen3Next, hidden: Tensor, window: Tensor, greedy: Tensor, scored: int):
-    """Counts of (asked, right) drafts by depth in one window ``[1, L + 1]``.
+    """The numbers of drafts (asked, right) by depth in one window ``[1, L + 1]``.
 
-    A draft of depth d at row i counts where the text itself is what the trunk would have chosen
-    and the drafts before it were right, as in a round of greedy speculation.
+    A draft counts only if the text up to it is the trunk's own choice and the drafts before it were
+    right, as in a round of greedy speculation.
     """
     length = hidden.shape[1] - DEPTHS
     asked, right = torch.zeros(DEPTHS), torch.zeros(DEPTHS)
@@ -63,7 +65,7 @@ def drafts(model: Qwen3Next, hidden: Tensor, window: Tensor, greedy: Tensor, sco
 
 @torch.no_grad()
 def evaluate(model: Qwen3Next, path: Path, windows: int | None = None) -> Score:
-    """Score the documents of ``path`` (heldout.npz), or ``windows`` evenly spaced windows."""
+    """Scores the documents of ``path`` (heldout.npz), or ``windows`` evenly spaced windows."""
     stored = np.load(path)
     tokens = torch.from_numpy(stored["tokens"].astype(np.int64))
     every = spans(stored["offsets"].tolist())

@@ -1,4 +1,4 @@
-"""Write the demo model in the hub's layout, as Qwen publishes Qwen3-Next."""
+"""Writes the demo model in the hub's layout, as Qwen publishes Qwen3-Next."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 
 def hub_tensors(model: Qwen3Next) -> dict[str, Tensor]:
-    """bfloat16 tensors under the hub's names, one tensor per expert."""
+    """The weights in bfloat16 by the hub's names, one tensor per expert."""
     tensors = {}
     for name, p in model.state_dict().items():
         prefix, fused, kind = name.partition(".experts.")
@@ -33,9 +33,10 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def export(model: Qwen3Next, out: Path) -> Path:
-    """Write ``out/hf`` (beside, then renamed) from the model and the files that data.py made.
+    """Writes ``out/hf`` from the model and the files of data.py; returns the folder.
 
-    Two shards: the trunk, and the head with ``mtp.*``, as the hub keeps ``mtp.*`` in the last one.
+    A temporary folder takes the files and is renamed at the end. There are two shards: the trunk,
+    and the output head with ``mtp.*``, because the hub keeps ``mtp.*`` in the last shard.
     """
     folder = out / "hf.partial"
     shutil.rmtree(folder, ignore_errors=True)

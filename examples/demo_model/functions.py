@@ -1,7 +1,7 @@
 """Autograd functions of the demo model: chunked delta rule, expert dispatch, cross-entropy.
 
-Each has the backward pass that is cheapest on a CPU. Symbols: B sequences, L tokens, T = B·L,
-H hidden, V vocabulary, C chunk, N chunks, k experts a token.
+Each function has the backward pass that is cheapest on a CPU. Symbols: B sequences, L tokens,
+T = B·L, H hidden, V vocabulary, C chunk, N chunks, k experts a token.
 """
 
 import math
@@ -14,9 +14,9 @@ CHUNK = 64
 
 
 class UnitLowerInverse(torch.autograd.Function):
-    """``(I + A)⁻¹`` of strictly lower triangular ``A [..., C, C]``, C a power of two, in float32.
+    """``(I + A)⁻¹`` of a strictly lower triangular ``A [..., C, C]``, C a power of two, in float32.
 
-    Blocks of 16 use ``Π (I + (−A)^(2^j))``; two inverted blocks are joined by one product.
+    Blocks of 16 use ``Π (I + (−A)^(2^j))``; a product of blocks joins two inverted ones.
     """
 
     @staticmethod
@@ -53,10 +53,11 @@ class UnitLowerInverse(torch.autograd.Function):
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """Chunked gated delta rule (Yang et al. 2024, arXiv:2412.06464, section 3.3), zero first state.
+    """The chunked gated delta rule (Yang et al. 2024, arXiv:2412.06464, section 3.3).
 
-    q, k ``[B, L, heads, Dk]`` (already normalised and scaled), v ``[B, L, heads, Dv]``, g (log
-    decay) and beta ``[B, L, heads]``; returns ``[B, L, heads, Dv]``.
+    The first state is zero. q and k are ``[B, L, heads, Dk]`` (already normalised and scaled), v is
+    ``[B, L, heads, Dv]``, g (the log decay) and beta are ``[B, L, heads]``. Returns
+    ``[B, L, heads, Dv]``.
     """
     batch, length, heads, _ = q.shape
     pad = -length % CHUNK
@@ -93,7 +94,7 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -
 
 
 class Dispatch(torch.autograd.Function):
-    """Rows of x ``[T, H]`` gathered for each (token, slot) pair in expert order: ``[T·k, H]``."""
+    """The rows of x ``[T, H]`` for each (token, slot) pair in expert order: ``[T·k, H]``."""
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, slots: int) -> Tensor:
@@ -123,9 +124,10 @@ class Reorder(torch.autograd.Function):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of ``softmax(x Wᵀ)``, a slice of rows at a time, gradients on the way.
+    """The mean cross-entropy of ``softmax(x Wᵀ)``; the forward pass computes the gradients too.
 
-    x ``[T, H]``, weight ``[V, H]``, targets ``[T]``; the logits are never held whole.
+    x is ``[T, H]``, weight ``[V, H]``, targets ``[T]``. It works on slices of rows, so that
+    the whole logits never take memory.
     """
 
     @staticmethod

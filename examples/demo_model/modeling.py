@@ -1,8 +1,8 @@
 """Qwen3-Next in plain PyTorch, written to train fast on a CPU.
 
-The modules carry the names of transformers' ``Qwen3NextForCausalLM`` (fused experts), so that its
-state dict loads here and back; the MTP head follows vLLM's and SGLang's ``qwen3_next_mtp``. Under
-``torch.autocast("cpu", torch.bfloat16)`` the matmuls run in bfloat16, everything else in float32.
+The modules have the names of transformers' ``Qwen3NextForCausalLM`` (fused experts), so that each
+loads the other's state dict. The MTP head follows vLLM's and SGLang's ``qwen3_next_mtp``. Under
+``torch.autocast("cpu", torch.bfloat16)`` matmuls run in bfloat16, and everything else in float32.
 
 Symbols: B sequences, L tokens, T = B·L, H hidden, E experts, I expert width, D head dimension.
 """
@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
 
 
 class RMSNormGated(nn.Module):
-    """``w · norm(x) · silu(z)`` in float32, with a weight that starts at one."""
+    """Gated RMSNorm in float32: ``w · norm(x) · silu(z)``; w starts at one."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def rope(self, x: Tensor, offset: int) -> Tensor:
-        """Rotate the first dimensions of x ``[B, heads, L, D]``; position i is ``offset + i``."""
+        """Rotates the first dimensions of x ``[B, heads, L, D]``; row i is at ``offset + i``."""
         angles = (offset + torch.arange(x.shape[2]))[:, None] * self.frequencies
         half = angles.shape[-1]
         first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
@@ -164,9 +164,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, past: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """Causal attention over x ``[B, L, H]``.
 
-        With ``past`` (the MTP head's recursion), x is draft depth ``len(past) + 1``: row i stands
-        one position further per depth and sees the first depth's rows up to i, then row i of each
-        later depth, as it does when drafting. This depth's keys and values are appended.
+        With ``past`` (the MTP head's recursion), x is draft depth ``len(past) + 1``. Row i moves
+        one position further with each depth. It sees the first depth's rows up to i, then row i of
+        each later depth, as in drafting. The method appends this depth's keys and values to
+        ``past``.
         """
         batch, length, _ = x.shape
         offset = len(past) if past else 0
@@ -188,7 +189,7 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(2))
 
     def attend(self, q: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Attention of a later draft depth; q and every key and value are ``[B, heads, L, D]``."""
+        """Attention of a later draft depth; q, all keys and all values are ``[B, heads, L, D]``."""
         (keys, values), *later = past
         length = q.shape[2]
         hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -202,7 +203,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """A SwiGLU block."""
 
     def __init__(self, hidden: int, width: int):
         super().__init__()
@@ -215,7 +216,7 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """Routed SwiGLU experts, fused as in transformers: gate first, then up."""
+    """The routed SwiGLU experts, fused as in transformers: gate first, then up."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -224,7 +225,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(c.num_experts, c.hidden_size, width))
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
-        """x ``[T·k, H]`` in expert order, ``sizes[e]`` rows for expert e."""
+        """Applies the experts to x ``[T·k, H]``: in expert order, ``sizes[e]`` rows each."""
         dtype = x.dtype
         gate_up, down = self.gate_up_proj.to(dtype).unbind(), self.down_proj.to(dtype).unbind()
         h = torch.cat([part @ w.T for part, w in zip(x.split(sizes), gate_up, strict=True)])
@@ -234,6 +235,8 @@ class Experts(nn.Module):
 
 
 class Router(nn.Module):
+    """The weight of the router; :class:`MoE` applies it."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(c.num_experts, c.hidden_size))
@@ -251,7 +254,7 @@ class MoE(nn.Module):
         self.shared_expert_gate = nn.Linear(c.hidden_size, 1, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x ``[B, L, H]`` to the same shape and the load-balancing loss (1 when balanced)."""
+        """Maps x ``[B, L, H]`` to the same shape and the load-balancing loss (1 if even)."""
         flat = x.flatten(0, 1)
         with torch.autocast("cpu", enabled=False):
             probabilities = (flat.float() @ self.gate.weight.T).softmax(-1)
@@ -296,6 +299,8 @@ class Layer(nn.Module):
 
 
 class Trunk(nn.Module):
+    """The embedding, the decoder layers and the final norm."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
@@ -305,7 +310,7 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens ``[B, L]`` to hidden states ``[B, L, H]`` after the final norm, and balance."""
+        """Maps tokens ``[B, L]`` to normed hidden states ``[B, L, H]``, and the balance."""
         x = self.embed_tokens(tokens)
         balance = 0
         for layer in self.layers:
@@ -326,7 +331,10 @@ class MTP(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, embedded: Tensor, hidden: Tensor, past: list) -> tuple[Tensor, Tensor]:
-        """embedded (of the next tokens) and hidden ``[B, L, H]`` to the next hidden states."""
+        """Maps ``embedded`` (the next tokens) and ``hidden`` to new hidden states, and the balance.
+
+        All are ``[B, L, H]``.
+        """
         pair = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
         x, balance = self.layers[0](self.fc(torch.cat(pair, -1)), past)
         return self.norm(x), balance
@@ -348,10 +356,11 @@ class Qwen3Next(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def drafts(self, hidden: Tensor, tokens: Tensor, depths: int) -> tuple[list[Tensor], Tensor]:
-        """The MTP head applied to itself: hidden states of depths 1 … ``depths``, and balance.
+        """Applies the MTP head to its own output; returns hidden states of depths 1 … ``depths``.
 
-        hidden ``[B, L, H]`` is the trunk's, tokens ``[B, ≥ L + depths]`` what it read, continued:
-        row i of depth d reads token i + d and predicts token i + d + 1.
+        Also returns the balance. hidden ``[B, L, H]`` comes from the trunk. tokens
+        ``[B, ≥ L + depths]`` are the trunk's tokens and the ones after them. Row i of depth d reads
+        token i + d and predicts token i + d + 1.
         """
         past, states, balance = [], [], 0
         for depth in range(1, depths + 1):

@@ -1,6 +1,6 @@
-"""Muon for hidden matrices and stacks of experts, Adam for everything else.
+"""Muon for hidden matrices and stacks of experts, Adam for all other parameters.
 
-Both rules ignore the scale of the gradient, so that there is no clipping.
+Both rules ignore the scale of the gradient, so no clipping is needed.
 """
 
 import torch
@@ -13,7 +13,7 @@ OUTER = ("embed_tokens", "lm_head", "mlp.gate.", "shared_expert_gate", "conv1d",
 
 
 def orthogonalize(g: Tensor) -> Tensor:
-    """Newton–Schulz iteration towards ``UVᵀ`` of g ``[..., m, n]`` (Jordan et al. 2024, Muon)."""
+    """Newton–Schulz iterations towards ``UVᵀ`` of g ``[..., m, n]`` (Jordan et al. 2024, Muon)."""
     x = g.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -33,7 +33,7 @@ class Optimizer:
         self.second = {n: torch.zeros_like(p) for n, p in self.parameters.items() if self.outer(n)}
 
     def outer(self, name: str) -> bool:
-        """Whether Adam takes the parameter."""
+        """Whether Adam updates the parameter."""
         return self.parameters[name].dim() < 2 or any(part in name for part in OUTER)
 
     def shares(self, count: int) -> list[list[str]]:
@@ -52,7 +52,7 @@ class Optimizer:
 
     @torch.no_grad()
     def update(self, name: str, grad: Tensor, step: int, factor: float) -> None:
-        """One step (counted from 0) of a parameter at ``factor`` times the peak rate."""
+        """Updates a parameter in one step (counted from 0), at ``factor`` times the peak rate."""
         p, first = self.parameters[name], self.first[name]
         if self.outer(name):
             second = self.second[name]

@@ -1,8 +1,8 @@
-"""Train the demo model: a true Qwen3-Next of 12 million parameters, on a CPU, in about an hour.
+"""Trains the demo model: a true Qwen3-Next of 12 million parameters, on a CPU, in about an hour.
 
-Everything lives in one folder (--out): the data and tokenizer made by data.py, checkpoint.pt,
-train.log and, from the end of training on, hf/ with the model in the hub's layout. Run the same
-command again after an interruption (Ctrl-C is safe): training goes on where it was.
+One folder (--out) holds everything: the data and the tokenizer from data.py, checkpoint.pt,
+train.log and, after training, hf/ with the model in the hub's layout. Run the same command again
+after an interruption (Ctrl-C is safe): training continues from the last checkpoint.
 """
 
 import argparse
@@ -30,11 +30,11 @@ DRAFT_DEPTHS, DRAFT_SHARE = 3, 8  # the MTP head trains on one window of every e
 DRAFT_WEIGHT, BALANCE_WEIGHT = 0.3, 0.01
 WARMUP = 0.02  # share of the time budget
 LOG_SECONDS, SAVE_SECONDS, EVAL_SECONDS = 30, 180, 420
-WAIT_SECONDS = 600  # for another process, which is then taken for dead
+WAIT_SECONDS = 600  # for another process; after that it counts as dead
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed blocks: page faults of fresh ones cost a third of the speed."""
+    """Makes glibc keep freed blocks: page faults of fresh ones cost a third of the speed."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -47,7 +47,7 @@ def rate(progress: float) -> float:
 
 
 class Windows:
-    """The training tokens as windows, in a fresh order of documents and windows every epoch."""
+    """The training tokens as windows, with a new order of documents and windows in every epoch."""
 
     def __init__(self, path: Path, seed: int):
         stored = np.load(path)
@@ -71,7 +71,7 @@ class Windows:
 
 
 def losses(model: Qwen3Next, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of the trunk, of each MTP depth, and the routers' balance, of a batch."""
+    """The cross-entropy of the trunk and of each MTP depth, and the routers' balance."""
     some = max(1, len(tokens) // DRAFT_SHARE)
 
     def entropy(hidden, ahead):
@@ -86,9 +86,9 @@ def losses(model: Qwen3Next, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Team:
-    """Single-threaded processes that split each batch and each update over shared memory.
+    """Single-threaded processes that split each batch and each update, with shared memory.
 
-    Faster than one process with as many threads, and far less hurt by a busy machine.
+    They are faster than one process with as many threads, and a busy machine slows them far less.
     """
 
     def __init__(self, model: Qwen3Next, optimizer: Optimizer, data: Path, seed: int, size: int):
@@ -124,13 +124,14 @@ class Team:
             process.join(10) if kind is None else process.terminate()
 
     def wait(self) -> None:
+        """Waits for all processes; exits if one of them died."""
         try:
             self.barrier.wait(WAIT_SECONDS)
         except threading.BrokenBarrierError:
-            sys.exit("a training process died: run again to go on from the last checkpoint")
+            sys.exit("a training process died: run again to continue from the last checkpoint")
 
     def prepare(self, rank: int) -> None:
-        """Set up this process; its gradients accumulate in its row of the shared ones."""
+        """Sets this process up; its gradients accumulate in its row of the shared gradients."""
         keep_memory()
         torch.set_num_threads(1)
         self.windows = Windows(self.data, self.seed)
@@ -138,24 +139,24 @@ class Team:
             p.grad = grad.view_as(p)
 
     def split(self, grads: Tensor) -> tuple[Tensor, ...]:
-        """The last dimension of the gradients cut into the parameters' parts."""
+        """Splits the last dimension of the gradients into the parts of the parameters."""
         return grads.split([p.numel() for p in self.model.parameters()], -1)
 
     def follow(self, rank: int) -> None:
-        """What the other processes do: every step, until told to stop."""
+        """The work of the other processes: every step, until the stop signal in ``order``."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.prepare(rank)
         while self.work(rank):
             pass
 
     def step(self, step: int, factor: float) -> list[float]:
-        """One optimiser step of all processes; returns the losses' means over the batch."""
+        """Makes one optimiser step with all processes; returns the mean losses of the batch."""
         self.order.copy_(torch.tensor([step, factor]))
         self.work(0)
         return self.values.mean(0).tolist()
 
     def work(self, rank: int) -> bool:
-        """This process's part of a step; False when told to stop."""
+        """Does this process's part of a step; returns False at the stop signal."""
         self.wait()
         step, factor = self.order.tolist()
         if step < 0:
@@ -175,7 +176,7 @@ class Team:
 
 
 class Training:
-    """The model, its optimiser and how far they are, kept in ``out/checkpoint.pt``."""
+    """The model, its optimiser and its progress, saved in ``out/checkpoint.pt``."""
 
     def __init__(self, out: Path, seed: int):
         self.out, self.seed = out, seed
@@ -186,6 +187,7 @@ class Training:
         self.stopped = False
 
     def resume(self) -> None:
+        """Loads the checkpoint, if there is one."""
         path = self.out / "checkpoint.pt"
         if not path.exists():
             return
@@ -197,7 +199,7 @@ class Training:
         self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self) -> None:
-        """Write the checkpoint beside its place, then rename it there."""
+        """Writes the checkpoint to a temporary file, then renames it."""
         state = {
             "model": self.model.state_dict(),
             "first": self.optimizer.first,
@@ -214,6 +216,7 @@ class Training:
         partial.rename(path)
 
     def log(self, line: str) -> None:
+        """Prints a line, and appends it to ``train.log``."""
         line = f"{time.strftime('%H:%M:%S')} step {self.step:5d} {line}"
         tqdm.write(line)
         sys.stdout.flush()
@@ -221,14 +224,15 @@ class Training:
             file.write(line + "\n")
 
     def stop(self, *_) -> None:
-        """Signal handler: end after this step."""
+        """Handles a signal: training ends after this step."""
         self.stopped = True
 
     def report(self, windows: int | None = None) -> None:
+        """Logs the score of the held-out files, or of some windows of them."""
         self.log(str(evaluate(self.model, self.out / "heldout.npz", windows)))
 
     def run(self, minutes: float, processes: int, path: Path) -> None:
-        """Train on ``path`` until ``minutes``, earlier runs counted in, are spent, or a signal."""
+        """Trains on ``path`` until a signal, or for ``minutes``, which include earlier runs."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
         budget = minutes * 60
@@ -271,17 +275,17 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("build/demo_model"), help="the folder")
     parser.add_argument(
-        "--minutes", type=float, default=75, help="training time, all runs together"
+        "--minutes", type=float, default=75, help="training time of all runs together"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and order")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and order")
     parser.add_argument(
-        "--processes", type=int, help="to train with (default: one per CPU, at most 16)"
+        "--processes", type=int, help="number of processes (default: one per CPU, at most 16)"
     )
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on from the checkpoint; --no-resume starts anew",
+        help="continue from the checkpoint; --no-resume starts anew",
     )
     parser.add_argument(
         "--finish",
@@ -296,7 +300,7 @@ def main() -> None:
     if not 0 < processes <= BATCH:
         parser.error(f"--processes: got {processes}, use 1 to {BATCH}")
 
-    torch.set_num_threads(1)  # several threads suffer badly beside other programs
+    torch.set_num_threads(1)  # several threads are slow beside other programs
     training = Training(args.out, args.seed)
     if args.export or args.evaluate:
         if not (args.out / "checkpoint.pt").exists():
@@ -316,7 +320,7 @@ def main() -> None:
         training.resume()
     training.run(args.minutes, processes, path)
     if training.stopped:
-        sys.exit(f"stopped; run again to go on from {args.out / 'checkpoint.pt'}")
+        sys.exit(f"stopped; run again to continue from {args.out / 'checkpoint.pt'}")
     training.log(f"exported to {export(training.model, args.out)}")
     training.report()
 
