@@ -25,7 +25,7 @@ from mlx_lm.models import gated_delta, qwen3_next
 
 from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.bench.graph import arrays_of, count
-from mlx_qwen3next.compute import ops
+from mlx_qwen3next.compute import proof
 from mlx_qwen3next.model import packing
 from mlx_qwen3next.model.cache import Round
 from mlx_qwen3next.model.config import Config
@@ -104,8 +104,8 @@ def as_on_metal(kernels: bool) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, stand_in in stand_ins:
             stack.enter_context(patch.object(owner, name, stand_in))
-        ops.set_kernels("on" if kernels else "off")
-        stack.callback(ops.set_kernels, "auto")
+        proof.set_kernels("on" if kernels else "off")
+        stack.callback(proof.set_kernels, "auto")
         yield
 
 

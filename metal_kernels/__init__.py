@@ -152,7 +152,7 @@ def gated_delta_step(
     eps: float,
     key_heads: int,
     mask: mx.array | None,
-    lazy: bool,
+    recording: bool,
 ) -> list[mx.array]:
     """A Gated DeltaNet layer between its projections, for any number of tokens, in one launch.
 
@@ -169,12 +169,12 @@ def gated_delta_step(
         taps: ``[C, K, 1]``, of any dtype. A_log, dt_bias: ``[Hv]`` float32. norm_weight: ``[Dv]``
             float32.
         mask: ``[B, L]`` bool, False at padding, which changes nothing; or None.
-        lazy: whether this is a round itself, whose tokens may be taken back.
+        recording: whether this is a round, whose tokens may be taken back.
 
     Returns:
-        ``o`` ``[B, L, Hv Dv]`` T; the state: after the new tokens, or if lazy before them (and
-        after the replay); the convolution's last K-1 inputs, or if lazy all K-1 + L; and if lazy
-        the new tape g, k, delta. A token's results do not depend on L, bit for bit. Limits:
+        ``o`` ``[B, L, Hv Dv]`` T; the state after the new tokens, or of a round the one before them
+        (and after the replay); the convolution's last K-1 inputs, or of a round all K-1 + L; and of
+        a round the new tape g, k, delta. A token's results do not depend on L, bit for bit. Limits:
         :func:`takes_gated_delta`.
     """
     B, L, _ = x.shape
@@ -184,12 +184,12 @@ def gated_delta_step(
     chunk = min(8, THREADGROUP_BYTES // (4 * (2 * Dk + 2 * Dv + 2)))
     none = constant(0, mx.float32, 8)
     outputs = [((B, L, Hv * Dv), x.dtype), (state.shape, mx.float32)]
-    outputs.append(((B, K - 1 + L if lazy else K - 1, C), x.dtype))
-    if lazy:
+    outputs.append(((B, K - 1 + L if recording else K - 1, C), x.dtype))
+    if recording:
         widths = ((Hv,), (key_heads, Dk), (Hv, Dv))
         outputs += [((B, L, *width), mx.float32) for width in widths]
     return launch(
-        GATED_DELTA_ROUND if lazy else GATED_DELTA_STEP,
+        GATED_DELTA_ROUND if recording else GATED_DELTA_STEP,
         inputs=[
             *(x, before, taps, A_log, dt_bias, norm_weight, constant(eps, mx.float32)),
             constant(1, mx.bool_, 8) if mask is None else mask,

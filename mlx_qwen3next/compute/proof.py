@@ -172,7 +172,11 @@ def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -
 
 
 def _arrays(result: Any) -> list[mx.array]:
-    return [result] if isinstance(result, mx.array) else list(result)
+    """Returns the arrays of a result, which may be a tuple of such tuples."""
+    if isinstance(result, mx.array):
+        return [result]
+    parts = result if isinstance(result, (tuple, list)) else ()
+    return [array for part in parts for array in _arrays(part)]
 
 
 def _widened(value: Any) -> Any:

@@ -24,8 +24,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
-from ..compute import operations, ops
+from ..compute import operations
 from ..compute.cpu_matmul import ColumnLinear, Columns, turned
+from ..compute.experts import sparse_experts
 from ..metal_kernels import Experts
 from .mtp_head import MTPHead
 from .qwen3_next import MLP, DecoderLayer, GatedAttention, GatedDeltaNet, Model, RMSNorm, SparseMoE
@@ -43,7 +44,7 @@ class PackedRMSNorm(RMSNorm):
 class PackedGatedDeltaNet(GatedDeltaNet):
     """Three launches: projection, everything between, projection."""
 
-    step = operations.gated_delta_step  # type: ignore[assignment,has-type]
+    mix = operations.gated_delta_step(GatedDeltaNet.mix)  # type: ignore[assignment,has-type]
 
     def project(self, x: mx.array) -> mx.array:
         return self.in_proj(x) if "in_proj" in self else super().project(x)
@@ -79,7 +80,7 @@ class PackedSparseMoE(SparseMoE):
             "normalise": self.norm_topk_prob,
         }
         if self.own is not None or any(isinstance(w, Columns) for w in weights):  # for no kernel
-            y = ops.sparse_experts(x, logits, *weights, residual, own=self.own, **options)
+            y = sparse_experts(x, logits, *weights, residual, own=self.own, **options)
         else:
             y = operations.sparse_experts(x, logits, *weights, residual, **options)
         return self.group.all_sum(y.reshape(shape))

@@ -32,11 +32,24 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from ..compute import ops
+from ..compute.attention import attention_gate, attention_heads
 from ..compute.cpu_attention import attention
+from ..compute.experts import only_own, route
+from ..compute.gated_delta import (
+    DeltaWeights,
+    LayerState,
+    Tape,
+    causal_conv,
+    decay,
+    gated_delta_rule,
+    gated_delta_steps,
+    last_rows,
+    replayed,
+)
+from ..compute.norms import gated_rms_norm, l2norm, rms_norm
 from ..group.processes import ALONE, Group, connected
 from . import layouts, sharding
-from .cache import Cache, GatedDeltaCache, Memory, Tape
+from .cache import Cache, GatedDeltaCache
 from .config import MODEL_TYPE, Config
 
 
@@ -49,13 +62,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return ops.rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class RMSNormGated(nn.Module):
-    """Of ``weight norm(x) silu(z)`` over one value head; the checkpoint's weight has no ``+ 1``.
+    """The weight of ``weight norm(x) silu(z)`` over one value head; it has no ``+ 1``.
 
-    Holds the weight; ops.gated_delta_step applies it.
+    :meth:`GatedDeltaNet.mix` applies it.
     """
 
     def __init__(self, dims: int, eps: float):
@@ -67,7 +80,6 @@ class RMSNormGated(nn.Module):
 class GatedDeltaNet(nn.Module):
     """Linear attention by the gated delta rule: a fixed-size state instead of a growing cache."""
 
-    step = staticmethod(ops.gated_delta_step)
     group = ALONE
 
     def __init__(self, config: Config):
@@ -79,7 +91,7 @@ class GatedDeltaNet(nn.Module):
         key_dim, value_dim = config.linear_key_dim, config.linear_value_dim
         self.in_proj_qkvz = nn.Linear(H, 2 * key_dim + 2 * value_dim, bias=False)
         self.in_proj_ba = nn.Linear(H, 2 * self.Hv, bias=False)
-        # Holds the weight [C, K, 1]; ops.causal_conv applies it.
+        # Holds the weight [C, K, 1], which `mix` applies.
         self.conv1d = nn.Conv1d(C, C, self.K, groups=C, bias=False)
         self.A_log = mx.log(mx.random.uniform(0.01, 16, (self.Hv,)))
         self.dt_bias = mx.ones((self.Hv,))
@@ -106,33 +118,82 @@ class GatedDeltaNet(nn.Module):
     ) -> mx.array:
         """``x`` ``[B, L, H]``; ``mask`` ``[B, L]``, False at padding, which changes nothing."""
         B, L, _ = x.shape
-        row = self.project(x)
-        memory = None if cache is None else cache.memory()
-        if memory is None:
-            before = mx.zeros((B, self.K - 1, self.conv1d.weight.shape[0]), row.dtype)
-            memory = Memory(before, mx.zeros((B, self.Hv, self.Dv, self.Dk)), (), 0)
-        o, state, rows, *tape = self.step(
-            row,
-            *memory,
-            *(self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight),
+        projected = self.project(x)
+        before = None if cache is None else cache.layer_state()
+        o, after = self.mix(
+            projected,
+            self.first_state(B, projected.dtype) if before is None else before,
+            DeltaWeights(self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight),
             eps=self.norm.eps,
             key_heads=self.Hk,
             mask=mask,
-            lazy=cache is not None and cache.recording,
+            recording=cache is not None and cache.recording,
             lengths=None if cache is None else cache.lengths,
         )
-        if tape and cache is not None:
-            cache.record(Tape(rows, *tape), state)
-        elif cache is not None:
-            cache.store(rows, state, L)
+        if cache is not None:
+            cache.store(after, L)
         return self.group.all_sum(self.out_proj(o))
+
+    def first_state(self, B: int, dtype: mx.Dtype) -> LayerState:
+        """Returns the state before the first token of ``B`` sequences."""
+        rows = mx.zeros((B, self.K - 1, self.conv1d.weight.shape[0]), dtype)
+        return LayerState(rows, mx.zeros((B, self.Hv, self.Dv, self.Dk)))
+
+    @staticmethod
+    def mix(
+        projected: mx.array,
+        before: LayerState,
+        weights: DeltaWeights,
+        *,
+        eps: float,
+        key_heads: int,
+        mask: mx.array | None,
+        recording: bool,
+        lengths: mx.array | None = None,
+    ) -> tuple[mx.array, LayerState]:
+        """Mixes tokens: convolution, gates, delta rule and gated norm, between the projections.
+
+        Args:
+            projected: ``[B, L, C + Hv Dv + 2 Hv]``, rows ``[q | k | v | z | b | a]``.
+            eps: of the gated norm. key_heads: Hk.
+            mask: ``[B, L]``, False at padding, or None.
+            recording: whether the tokens are a round, so that a tape is wanted, not a new state.
+            lengths: ``[B]``, of sequences padded on the right, or None.
+
+        Returns:
+            ``o`` ``[B, L, Hv Dv]`` in the dtype of ``projected``, and the layer's state after the
+            tokens, or of a round with its tape.
+        """
+        B, L, _ = projected.shape
+        Hk, (Hv, Dv, Dk) = key_heads, before.state.shape[1:]
+        C, K, _ = weights.conv1d.shape
+        rows, state = replayed(before)
+        qkv, z, b, a = mx.split(projected, [C, C + Hv * Dv, C + Hv * Dv + Hv], axis=-1)
+        beta = mx.sigmoid(b.astype(mx.float32))
+        g = decay(a, weights.A_log, weights.dt_bias)
+        if mask is not None:
+            qkv, beta, g = (mx.where(mask[..., None], y, 0) for y in (qkv, beta, g))
+
+        rows = mx.concatenate([rows, qkv], axis=1)  # [B, K-1 + L, C]
+        q, k, v = mx.split(causal_conv(rows, weights.conv1d), [Hk * Dk, 2 * Hk * Dk], axis=-1)
+        q = l2norm(q.reshape(B, L, Hk, Dk), scale=Dk**-0.5)
+        k = l2norm(k.reshape(B, L, Hk, Dk))
+        v = v.reshape(B, L, Hv, Dv)
+        if recording:
+            o, _, delta = gated_delta_steps(q, k, v, g, beta, state)
+            after = LayerState(rows, state, Tape(g, k, delta))
+        else:
+            o, state = gated_delta_rule(q, k, v, g, beta, state)
+            after = LayerState(last_rows(rows, K - 1, lengths), state)
+        o = gated_rms_norm(o, z.reshape(B, L, Hv, Dv), weights.norm, eps)
+        return o.reshape(B, L, Hv * Dv), after
 
 
 class GatedAttention(nn.Module):
     """Grouped-query attention with q/k norms, partial RoPE and a sigmoid gate on its output."""
 
-    split_heads = staticmethod(ops.attention_heads)
-    gate = staticmethod(ops.attention_gate)
+    split_heads = staticmethod(attention_heads)
+    gate = staticmethod(attention_gate)
     group = ALONE
 
     def __init__(self, config: Config):
@@ -214,9 +275,9 @@ class SparseMoE(nn.Module):
         self.shared_expert_gate = nn.Linear(H, 1, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        experts, weights = ops.route(self.gate(x), self.top_k, self.norm_topk_prob)
+        experts, weights = route(self.gate(x), self.top_k, self.norm_topk_prob)
         if self.own is not None:
-            experts, weights = ops.only_own(experts, weights, self.own)
+            experts, weights = only_own(experts, weights, self.own)
         y = self.switch_mlp(x, experts)  # [B, L, top_k, H]
         y = (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
         if "shared_expert" in self:

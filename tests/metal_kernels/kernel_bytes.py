@@ -51,9 +51,9 @@ def quantized(*shape):
     return metal_kernels.Experts(words, random(*groups), random(*groups), 64, 4)
 
 
-def gated_delta(rows, lazy):
+def gated_delta(rows, recording):
     """A plain step, or a round after one of which half was kept."""
-    n = rows if lazy else 0
+    n = rows if recording else 0
     tape = (
         -mx.random.uniform(shape=(1, n, HV)),
         random(1, n, HK, D, dtype=mx.float32),
@@ -62,12 +62,12 @@ def gated_delta(rows, lazy):
     return traffic(
         lambda: metal_kernels.gated_delta_step(
             *(random(1, rows, P), random(1, K - 1 + n, C), random(1, HV, D, D, dtype=mx.float32)),
-            *(tape if lazy else (), n // 2, random(C, K, 1), mx.zeros((HV,)), mx.zeros((HV,))),
+            *(tape if recording else (), n // 2, random(C, K, 1), mx.zeros((HV,)), mx.zeros((HV,))),
             mx.ones((D,)),
             eps=1e-6,
             key_heads=HK,
             mask=None,
-            lazy=lazy,
+            recording=recording,
         )
     )
 

@@ -61,10 +61,10 @@ class Delta:
         )
         self.taps = normal(self.C, self.K, 1)
 
-    def step(self, x, before, state, tape=(), keep=0, mask=None, lazy=False):
+    def step(self, x, before, state, tape=(), keep=0, mask=None, recording=False):
         return metal_kernels.gated_delta_step(
             *(x, before, state, tape, keep, self.taps, self.A_log, self.dt_bias, self.weight),
-            **{"eps": EPS, "key_heads": self.Hk, "mask": mask, "lazy": lazy},
+            **{"eps": EPS, "key_heads": self.Hk, "mask": mask, "recording": recording},
         )
 
 
@@ -81,13 +81,13 @@ def delta_round(dtype):
     shapes = ((d.Hv,), (d.Hk, d.Dk), (d.Hv, d.Dv))
     g, k, delta = (d.normal(d.B, 3, *shape, kind=mx.float32) for shape in shapes)
     before = mx.concatenate([d.before, d.normal(d.B, 3, d.C)], 1)
-    d.step(d.x, before, d.state, (-mx.abs(g), 0.1 * k, delta), 3, lazy=True)
+    d.step(d.x, before, d.state, (-mx.abs(g), 0.1 * k, delta), 3, recording=True)
 
 
 def delta_replay(dtype):
     """Two of three tokens kept, by a step and by the replay alone, against two plain tokens."""
     d = Delta(4, dtype)
-    _, state, rows, *tape = d.step(d.x[:, :3], d.before, d.state, lazy=True)
+    _, state, rows, *tape = d.step(d.x[:, :3], d.before, d.state, recording=True)
     _, kept_state, kept_rows = d.step(d.x[:, :2], d.before, d.state)
     replayed = metal_kernels.gated_delta_replay(state, *tape, 2)
     after = d.step(d.x[:, 3:], rows, state, tape, 2)
