@@ -116,8 +116,8 @@ inline uint first_channel(uint part, uint head) {
 // o: [B, L, Hv Dv]; state_out as state; rows_out: [B, K-1 + L, C] if Recording, else the last K-1.
 // shared: [Chunk (2 Dk + 2 Dv + 2)]: q, k, v, o, decay and write strength of Chunk tokens.
 template <
-    typename T, typename W, int Hk, int Hv, int Dk, int Dv, int K, int SG, int Chunk, bool Recording,
-    bool Masked, typename A, typename D, typename E, typename M, typename G>
+    typename T, typename W, int Hk, int Hv, int Dk, int Dv, int K, int SG, int Chunk,
+    bool Recording, bool Masked, typename A, typename D, typename E, typename M, typename G>
 inline void gated_delta_step(
     const device T* x, const device T* before, const device W* taps, A A_log, D dt_bias,
     const device float* norm_weight, E eps, M mask, const device float* state, G tape_g,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,9 +29,8 @@ from ..compute.cpu_matmul import ColumnLinear, Columns, turned
 from ..compute.experts import sparse_experts
 from ..metal_kernels import Experts
 from .mtp_head import MTPHead
+from .parallel import ExpertParallelMoE, ParallelDecoderLayer, recast
 from .qwen3_next import MLP, DecoderLayer, GatedAttention, GatedDeltaNet, Model, RMSNorm, SparseMoE
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class PackedRMSNorm(RMSNorm):
@@ -67,36 +66,67 @@ class PackedSparseMoE(SparseMoE):
         """``x``, ``residual`` ``[B, L, H]`` to ``residual + mixture(x)``."""
         shape = x.shape
         x, residual = x.reshape(-1, shape[-1]), residual.reshape(-1, shape[-1])
-        if self.group.rank > 0:  # one of those that are summed has it
-            residual = mx.zeros_like(residual)
         logits = self.gate(x)
         if "shared_expert" in self:
             shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
             residual = residual + shared
         weights = _experts(self.gate_up_proj), _experts(self.down_proj)
-        options: dict[str, Any] = {
+        return self.add_experts(x, logits, *weights, residual).reshape(shape)
+
+    def add_experts(
+        self,
+        x: mx.array,
+        logits: mx.array,
+        gate_up: Experts | Columns,
+        down: Experts | Columns,
+        residual: mx.array,
+    ) -> mx.array:
+        """Returns ``residual`` plus the experts' mixture; see :func:`sparse_experts`."""
+        for_kernels = isinstance(gate_up, Experts) and isinstance(down, Experts)
+        form = operations.sparse_experts if for_kernels else sparse_experts
+        return form(x, logits, gate_up, down, residual, **self.routing)
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """The router's options."""
+        return {
             "experts": self.num_experts,
             "top_k": self.top_k,
             "normalise": self.norm_topk_prob,
         }
-        if self.own is not None or any(isinstance(w, Columns) for w in weights):  # for no kernel
-            y = sparse_experts(x, logits, *weights, residual, own=self.own, **options)
-        else:
-            y = operations.sparse_experts(x, logits, *weights, residual, **options)
-        return self.group.all_sum(y.reshape(shape))
+
+
+class PackedExpertParallelMoE(PackedSparseMoE):
+    """Some whole experts; no kernel is for that."""
+
+    own: range  # as of ExpertParallelMoE
+
+    def add_experts(self, *arguments: Any) -> mx.array:
+        return sparse_experts(*arguments, own=self.own, **self.routing)
 
 
 class PackedDecoderLayer(DecoderLayer):
     """A decoder layer whose residual additions are part of other launches."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
-        mixer = self.linear_attn if self.is_linear else self.self_attn
         norm = self.post_attention_layernorm
-        y = mixer(self.input_layernorm(x), mask, cache)
+        y = self.mixer(self.input_layernorm(x), mask, cache)
         x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
         if isinstance(self.mlp, PackedSparseMoE):
             return self.mlp(y, x)
         return x + self.mlp(y)
+
+
+class PackedParallelDecoderLayer(ParallelDecoderLayer):
+    """A :class:`PackedDecoderLayer` on several ranks: one sum for the mixer, one for the MLP."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
+        norm = self.post_attention_layernorm
+        y = self.group.all_sum(self.mixer(self.input_layernorm(x), mask, cache))
+        x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
+        if isinstance(self.mlp, PackedSparseMoE):  # one of the summands has the residual
+            return self.group.all_sum(self.mlp(y, x if self.group.rank == 0 else mx.zeros_like(x)))
+        return x + self.group.all_sum(self.mlp(y))
 
 
 def pack(model: Model) -> Model:
@@ -113,7 +143,7 @@ def pack(model: Model) -> Model:
             mx.clear_cache()  # the parts' buffers
         for name, module in stack.children().items():
             if isinstance(module, RMSNorm):
-                stack[name] = _recast(module, PackedRMSNorm)
+                stack[name] = recast(module, PackedRMSNorm)
     model.packed = True
     return model
 
@@ -133,8 +163,9 @@ def turn(model: Model) -> None:
 
 
 def _pack_layer(layer: DecoderLayer) -> DecoderLayer:
-    packed = _recast(layer, PackedDecoderLayer)
-    packed.input_layernorm = _recast(layer.input_layernorm, PackedRMSNorm)
+    is_parallel = isinstance(layer, ParallelDecoderLayer)
+    packed = recast(layer, PackedParallelDecoderLayer if is_parallel else PackedDecoderLayer)
+    packed.input_layernorm = recast(layer.input_layernorm, PackedRMSNorm)
     if not layer.is_linear:
         packed.self_attn = _pack_attention(layer.self_attn)
     else:
@@ -145,11 +176,11 @@ def _pack_layer(layer: DecoderLayer) -> DecoderLayer:
 
 
 def _pack_delta_net(layer: GatedDeltaNet) -> GatedDeltaNet:
-    return _stack_inputs(_recast(layer, PackedGatedDeltaNet), "in_proj_qkvz", "in_proj_ba")
+    return _stack_inputs(recast(layer, PackedGatedDeltaNet), "in_proj_qkvz", "in_proj_ba")
 
 
 def _pack_attention(layer: GatedAttention) -> GatedAttention:
-    return _stack_inputs(_recast(layer, PackedGatedAttention), "q_proj", "k_proj", "v_proj")
+    return _stack_inputs(recast(layer, PackedGatedAttention), "q_proj", "k_proj", "v_proj")
 
 
 def _pack_experts(layer: SparseMoE) -> SparseMoE:
@@ -159,7 +190,8 @@ def _pack_experts(layer: SparseMoE) -> SparseMoE:
     gate_up = _stack([routed.gate_proj, routed.up_proj], axis=1)
     if gate_up is None or not all(_is_plain(part) for part in (gate_up, routed.down_proj)):
         return layer
-    packed = _recast(layer, PackedSparseMoE)
+    has_some = isinstance(layer, ExpertParallelMoE)
+    packed = recast(layer, PackedExpertParallelMoE if has_some else PackedSparseMoE)
     packed.gate_up_proj, packed.down_proj = gate_up, routed.down_proj
     del packed["switch_mlp"]
     if "shared_expert" not in layer:  # another rank has it
@@ -195,14 +227,6 @@ def _experts(module: nn.Module) -> Experts | Columns:
 
 
 # --- stacking ------------------------------------------------------------------------------------
-def _recast(module: nn.Module, kind: type[M]) -> M:
-    """A copy of another class, with the same parameters and attributes."""
-    copied = kind.__new__(kind)
-    vars(copied).update(vars(module))
-    dict.update(copied, module)
-    return copied
-
-
 def _stack_inputs(layer: Any, *names: str) -> Any:
     """Puts ``in_proj`` in the place of the named projections, if they can be stacked."""
     if "in_proj" in layer or (stacked := _stack([layer[name] for name in names])) is None:

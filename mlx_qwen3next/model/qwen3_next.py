@@ -34,7 +34,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..compute.attention import attention_gate, attention_heads
 from ..compute.cpu_attention import attention
-from ..compute.experts import only_own, route
+from ..compute.experts import route
 from ..compute.gated_delta import (
     DeltaWeights,
     LayerState,
@@ -79,8 +79,6 @@ class RMSNormGated(nn.Module):
 
 class GatedDeltaNet(nn.Module):
     """Linear attention by the gated delta rule: a fixed-size state instead of a growing cache."""
-
-    group = ALONE
 
     def __init__(self, config: Config):
         super().__init__()
@@ -132,7 +130,7 @@ class GatedDeltaNet(nn.Module):
         )
         if cache is not None:
             cache.store(after, L)
-        return self.group.all_sum(self.out_proj(o))
+        return self.out_proj(o)
 
     def first_state(self, B: int, dtype: mx.Dtype) -> LayerState:
         """Returns the state before the first token of ``B`` sequences."""
@@ -194,7 +192,6 @@ class GatedAttention(nn.Module):
 
     split_heads = staticmethod(attention_heads)
     gate = staticmethod(attention_gate)
-    group = ALONE
 
     def __init__(self, config: Config):
         super().__init__()
@@ -240,13 +237,11 @@ class GatedAttention(nn.Module):
             k, v = cache.update_and_fetch(k, v)
         scale = self.hd**-0.5
         o = attention(q, k, v, scale=scale, mask=mask, cache=cache)
-        return self.group.all_sum(self.o_proj(self.gate(o, row, kv_heads=self.nkv)))
+        return self.o_proj(self.gate(o, row, kv_heads=self.nkv))
 
 
 class MLP(nn.Module):
     """SwiGLU: ``down(silu(gate x) up x)``."""
-
-    group = ALONE
 
     def __init__(self, dims: int, width: int):
         super().__init__()
@@ -255,14 +250,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.group.all_sum(self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x))))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class SparseMoE(nn.Module):
     """The top k of E experts by a softmax router, plus one shared expert behind a sigmoid gate."""
-
-    group = ALONE
-    own: range | None = None  # the experts that are here, if not all
 
     def __init__(self, config: Config):
         super().__init__()
@@ -275,14 +267,16 @@ class SparseMoE(nn.Module):
         self.shared_expert_gate = nn.Linear(H, 1, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        experts, weights = route(self.gate(x), self.top_k, self.norm_topk_prob)
-        if self.own is not None:
-            experts, weights = only_own(experts, weights, self.own)
+        experts, weights = self.route(x)
         y = self.switch_mlp(x, experts)  # [B, L, top_k, H]
         y = (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
         if "shared_expert" in self:
             y = y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-        return self.group.all_sum(y)
+        return y
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Returns the experts of each token and their weights, each ``[B, L, top_k]``."""
+        return route(self.gate(x), self.top_k, self.norm_topk_prob)
 
 
 class DecoderLayer(nn.Module):
@@ -301,17 +295,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(H, eps)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
-        mixer = self.linear_attn if self.is_linear else self.self_attn
-        x = x + mixer(self.input_layernorm(x), mask, cache)
+        x = x + self.mixer(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    @property
+    def mixer(self) -> Any:
+        """The token mixer, whichever it is."""
+        return self.linear_attn if self.is_linear else self.self_attn
 
 
 class Trunk(nn.Module):
     """Embedding, the decoder layers and the final norm: tokens to hidden states."""
-
-    vocabulary = ALONE  # the group that has it together…
-    first_token = 0  # …and the first of its tokens that is here
-    pipeline = ALONE  # the group that has the layers one after the other
 
     def __init__(self, config: Config):
         super().__init__()
@@ -332,29 +326,31 @@ class Trunk(nn.Module):
 
         ``between`` is called with the number and the output of every layer that another follows.
         """
-        x = self.pipeline.from_before(self.embed(tokens))
+        return self.norm(self.run_layers(self.embed(tokens), cache, between))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Tokens ``[B, L]`` to ``[B, L, H]``."""
+        return self.embed_tokens(tokens)
+
+    def run_layers(
+        self,
+        x: mx.array,
+        cache: Cache | None = None,
+        between: Callable[[int, mx.array], None] | None = None,
+    ) -> mx.array:
+        """The layers one after the other; ``x`` and the result ``[B, L, H]``."""
         caches = [None] * len(self.layers) if cache is None else cache
         pairs = list(zip(self.layers, caches, strict=True))
         # All layers of a kind share one mask, the first one's.
         linear = (c for layer, c in pairs if layer.is_linear and c is not None)
-        linear_mask = next((c.make_mask(tokens.shape[1]) for c in linear), None)
+        linear_mask = next((c.make_mask(x.shape[1]) for c in linear), None)
         full = (c for layer, c in pairs if not layer.is_linear)
         attention_mask = next((create_attention_mask(x, c) for c in full), None)
         for i, (layer, c) in enumerate(pairs):
             if between is not None and i > 0:
                 between(i - 1, x)
             x = layer(x, linear_mask if layer.is_linear else attention_mask, c)
-        return self.norm(self.pipeline.from_last(x))
-
-    def embed(self, tokens: mx.array) -> mx.array:
-        """Tokens ``[B, L]`` to ``[B, L, H]``."""
-        if self.vocabulary.size == 1:
-            return self.embed_tokens(tokens)
-        rows = self.embed_tokens.weight.shape[0]
-        own = tokens.astype(mx.int32) - self.first_token
-        here = (own >= 0) & (own < rows)
-        x = self.embed_tokens(mx.where(here, own, 0))
-        return self.vocabulary.all_sum(mx.where(here[..., None], x, 0))
+        return x
 
 
 class Model(nn.Module):
@@ -365,7 +361,8 @@ class Model(nn.Module):
     """
 
     packed = False  # whether it has been through mlx_qwen3next.model.packing
-    group = ALONE  # the processes that run it together
+    group = ALONE  # the processes that run it together…
+    vocabulary = ALONE  # …and those among which the vocabulary is divided
 
     def __init__(self, config: Config):
         super().__init__()
@@ -384,7 +381,7 @@ class Model(nn.Module):
         """Hidden states ``[..., H]`` (after the final norm) to logits ``[..., vocab]``."""
         tied = self.args.tie_word_embeddings
         logits = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
-        return self.model.vocabulary.all_gather(logits)
+        return self.vocabulary.all_gather(logits)
 
     def train(self, mode: bool = True) -> nn.Module:
         """As ``nn.Module``'s.
@@ -424,7 +421,9 @@ class Model(nn.Module):
         group = connected(group)
         part = sharding.plan(self, group, mode, layers)
         if group.size > 1:
-            sharding.shard(self, group, part)
+            from .parallel import shard  # whose modules are subclasses of those above
+
+            shard(self, group, part)
         return part
 
     def _check_unpacked(self, to_do: str) -> None:

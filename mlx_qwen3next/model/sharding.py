@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..group.processes import Group
@@ -248,41 +247,6 @@ def split_layers(layers: int, shares: Sequence[float]) -> list[range]:
 def take(array: mx.array, index: Index) -> mx.array:
     """The elements of an index."""
     return array[tuple(mx.array(i) if isinstance(i, np.ndarray) else i for i in index)]
-
-
-def shard(model: Any, group: Group, part: Shard) -> None:
-    """Leaves of a model, in place, what is this rank's; its parameters may be unset yet.
-
-    Args:
-        model: a :class:`mlx_qwen3next.model.qwen3_next.Model`, not packed.
-        part: this rank's; its config is the model's.
-
-    Raises:
-        ValueError: the model does not divide among so many ranks; nothing is changed then.
-    """
-    config = part.own_config()
-    leaves: Any = tree_flatten(model.parameters())
-    indices = [(path, array, part.index(path, array.shape)) for path, array in leaves]
-    own = [(path, take(array, index)) for path, array, index in indices if index is not None]
-    model.load_weights(own, strict=False)
-    model.args, model.group = config, group
-    if part.mode == "pipeline":
-        model.model.layers = [model.model.layers[i] for i in part.layers]
-        model.model.pipeline = group
-        return
-    model.model.vocabulary, model.model.first_token = group, part.vocabulary.start
-    stacks = [model.model] if model.mtp is None else [model.model, model.mtp]
-    for layer in (layer for stack in stacks for layer in stack.layers):
-        mixer, mlp = layer.linear_attn if layer.is_linear else layer.self_attn, layer.mlp
-        if layer.is_linear:
-            mixer.Hk, mixer.Hv = len(part.key_heads), len(part.value_heads)
-        else:
-            mixer.nh, mixer.nkv = len(part.heads), len(part.kv_heads)
-        mixer.group = mlp.group = group
-        if part.mode == "expert" and "switch_mlp" in mlp:
-            mlp.own = part.experts
-            if not part.has_shared_expert:
-                del mlp["shared_expert"], mlp["shared_expert_gate"]
 
 
 def plan(

@@ -336,7 +336,7 @@ o_shared = v_shared + Chunk * Dv; => o_shared = q_shared;
 heads that share a key all write its rows | delta_step | run | race: write .* of rows_out, .*another
 owns_key = at.head % r == 0; => owns_key = true;
 heads that share a key all write its tape | delta_round | run | race: write .* of k_out, .*another
-Lazy && part == 1 && owns_key => Lazy && part == 1
+Recording && part == 1 && owns_key => Recording && part == 1
 convolution's inputs a row late | delta_round | run | out of bounds read .* of 'before'
 keep + (K - 1 + t) => keep + (K + t)
 wrong stride of the input | delta_step | numbers | o is wrong
@@ -348,9 +348,9 @@ too little threadgroup memory | delta_step | run | out of bounds write .* of thr
 too much threadgroup memory | delta_step | run | threadgroup memory, which is over 32 KiB
 shared[CHUNK * => shared[8 * CHUNK *
 state not written in a round | delta_round | run | output 'state_out' was not fully written
-if (Lazy) {\n    store_state => if (!Lazy) {\n    store_state
+if (Recording) {\n    store_state => if (!Recording) {\n    store_state
 state written twice in a round | delta_round | numbers | state_out is wrong
-if (!Lazy) { => {
+if (!Recording) { => {
 no decay | delta_step | numbers | o is wrong
 decay_row(S[j], gamma_shared[t]); =>
 no Dk^-0.5 | delta_step | numbers | o is wrong

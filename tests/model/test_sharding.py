@@ -17,8 +17,9 @@ from mlx_qwen3next.checkpoint.loading import BUNDLED, load_model
 from mlx_qwen3next.group.processes import Group
 from mlx_qwen3next.model import mtp_head
 from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.parallel import shard
 from mlx_qwen3next.model.qwen3_next import Model
-from mlx_qwen3next.model.sharding import Shard, plan, shard, split_layers, take
+from mlx_qwen3next.model.sharding import Shard, plan, split_layers, take
 
 BASE = checkpoints.GOLDENS / "base"
 
