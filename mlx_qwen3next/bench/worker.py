@@ -42,7 +42,7 @@ from ..decoding.speculation import Speculation
 from ..decoding.speculative import Acceptance, Token
 from ..decoding.validation import held_by
 from ..errors import first_line
-from ..group.processes import ALONE, Group, join
+from ..group import ALONE, Group, join
 from ..model import capacity
 from ..model.cache import Undo, settle
 from ..prompt_cache.store import PromptCache

@@ -27,7 +27,7 @@ from mlx_lm.utils import load_adapters, load_tokenizer
 from tqdm import tqdm
 
 from ..errors import first_line
-from ..group.processes import ALONE, Group
+from ..group import ALONE, Group
 from ..model import capacity, layouts, mtp_head, packing
 from ..model.config import Config
 from ..model.qwen3_next import Model

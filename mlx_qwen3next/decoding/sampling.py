@@ -26,7 +26,7 @@ from mlx_lm.sample_utils import (
     make_sampler,
 )
 
-from ..group.processes import ALONE, Group
+from ..group import ALONE, Group
 
 # Logits [1, vocab] and the drafts [1] before to a draft [1], by the same rules as the tokens.
 Choose = Callable[[mx.array, list[mx.array]], mx.array]

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..compute.experts import only_own
-from ..group.processes import Group
+from ..group import Group
 from .cache import Cache
 from .qwen3_next import DecoderLayer, Model, SparseMoE, Trunk
 from .sharding import Shard, take

@@ -47,7 +47,7 @@ from ..compute.gated_delta import (
     replayed,
 )
 from ..compute.norms import gated_rms_norm, l2norm, rms_norm
-from ..group.processes import ALONE, Group, connected
+from ..group import ALONE, Group, connected
 from . import layouts, sharding
 from .cache import Cache, GatedDeltaCache
 from .config import MODEL_TYPE, Config

@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from ..group.processes import Group
+from ..group import Group
 from . import capacity
 from .config import Config
 

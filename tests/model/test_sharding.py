@@ -14,7 +14,7 @@ from machines import sent_a_step
 
 from mlx_qwen3next.bench import shapes
 from mlx_qwen3next.checkpoint.loading import BUNDLED, load_model
-from mlx_qwen3next.group.processes import Group
+from mlx_qwen3next.group import Group
 from mlx_qwen3next.model import mtp_head
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.parallel import shard
