@@ -254,9 +254,9 @@ def _experts_kernel(
     residual: mx.array,
     **options: Any,
 ) -> mx.array:
-    plan = kernels.router(logits, **options)
-    y = kernels.expert_gate_up(x, gate_up, plan)
-    return kernels.expert_down(y, down, plan, residual)
+    routing = kernels.route(logits, **options)
+    y = kernels.expert_gate_up(x, gate_up, routing)
+    return kernels.expert_down(y, down, routing, residual)
 
 
 def _experts_facts(

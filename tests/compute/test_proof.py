@@ -308,7 +308,7 @@ def test_source_hash_follows_every_file(monkeypatch, tmp_path):
     """Of text and of launches."""
     folder = Path(metal_kernels.__file__).parent
     names = {f.name for f in folder.iterdir() if f.is_file()}
-    assert len(names) == 8
+    assert len(names) == 13
     monkeypatch.setattr(kernel.resources, "files", lambda package: tmp_path)
     hashes = set()
     for changed in [None, *names]:

@@ -24,18 +24,18 @@ T = mx.bfloat16
 def traffic(call):
     """Kernel name -> buffer name -> Traffic, of the launches that ``call()`` makes."""
     counted = {}
-    launch = metal_kernels.launch
+    launch = metal_kernels.Kernel.launch
 
     def counting(kernel, **arguments):
         result = metal_host.run(capture(kernel, **arguments), "check")
         counted[kernel.name] = result.counters
         return result.outputs
 
-    metal_kernels.launch = counting
+    metal_kernels.Kernel.launch = counting
     try:
         call()
     finally:
-        metal_kernels.launch = launch
+        metal_kernels.Kernel.launch = launch
     return counted
 
 
