@@ -36,7 +36,7 @@ from mlx_lm.utils import load_model as load_stock
 
 from ..checkpoint.loading import load_model
 from ..compute import proof
-from ..compute.cpu_matmul import ColumnLinear
+from ..compute.cpu_matmul import TransposedLinear
 from ..decoding.generation import generate_step, prefill
 from ..decoding.speculation import Speculation
 from ..decoding.speculative import Acceptance, Token
@@ -51,7 +51,7 @@ from .graph import arrays_of, count
 TIMED = 7  # times that a part of a step is timed; the first one does not count
 COPIES = 5
 MOST_COPIED = 1 << 28  # bytes of the array that is copied
-MATRICES = nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, ColumnLinear
+MATRICES = nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, TransposedLinear
 
 
 class Side(ABC):
@@ -73,7 +73,7 @@ class Side(ABC):
             "dtypes": sorted({str(a.dtype).rpartition(".")[2] for a in floating}),
             "bytes": sum(a.nbytes for _, a in leaves),
             "matrices": len(matrices),
-            "turned": sum(isinstance(m, ColumnLinear) for m in matrices),
+            "turned": sum(isinstance(m, TransposedLinear) for m in matrices),
             "device": str(mx.default_device()),
         }
 

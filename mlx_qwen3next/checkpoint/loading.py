@@ -160,7 +160,7 @@ def load_model(
 
 def _for_inference(model: Model) -> Model:
     packing.pack(model)
-    packing.turn(model)
+    packing.transpose(model)
     return model
 
 

@@ -19,7 +19,7 @@ def attention_heads(
     rotary_dims: int,
     base: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Attention's q and k, normalised and rotated, and v, from the packed projection.
+    """Returns attention's q and k, normalised and rotated, and v, from the packed projection.
 
     Args:
         x: ``[B, L, (2 nh + 2 nkv) hd]``, rows ``[q | k | v | gate]``, head after head.
@@ -41,7 +41,7 @@ def attention_heads(
 def normalised_heads(
     x: mx.array, q_weight: mx.array, k_weight: mx.array, *, eps: float, heads: int, kv_heads: int
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """:func:`attention_heads` before the rotation."""
+    """Returns q, k and v as :func:`attention_heads`, before the rotation."""
     B, L, _ = x.shape
     ends = [heads, heads + kv_heads, heads + 2 * kv_heads]
     x = x.reshape(B, L, 2 * heads + 2 * kv_heads, -1)
@@ -50,7 +50,7 @@ def normalised_heads(
 
 
 def attention_gate(o: mx.array, x: mx.array, *, kv_heads: int) -> mx.array:
-    """Attention's output times the sigmoid of its gate.
+    """Returns attention's output times the sigmoid of its gate.
 
     Args:
         o: ``[B, nh, L, hd]``. x: as for :func:`attention_heads`.

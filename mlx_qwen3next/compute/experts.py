@@ -13,13 +13,13 @@ from mlx_lm.models.activations import swiglu
 
 from ..metal_kernels import Experts
 from . import cpu_matmul
-from .cpu_matmul import Columns
+from .cpu_matmul import TransposedWeights
 
-MANY = 64  # rows times experts from which on they are sorted, as in mlx-lm
+MANY = 64  # pairs of rows and experts from which on they are sorted, as in mlx-lm
 
 
 def route(logits: mx.array, top_k: int, normalise: bool) -> tuple[mx.array, mx.array]:
-    """The top k experts of each token and their weights; of equal ones the lowest index.
+    """Returns the top k experts of each token and their weights; ties go to the lowest index.
 
     Args:
         logits: ``[..., E]``.
@@ -38,9 +38,9 @@ def route(logits: mx.array, top_k: int, normalise: bool) -> tuple[mx.array, mx.a
 
 
 def only_own(experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array, mx.array]:
-    """Those of a token's experts that are in ``own``, counted from its start, and their weights.
+    """Returns the experts of each token that are in ``own``, counted from its start, with weights.
 
-    The others are the first, with weight 0.
+    Experts outside ``own`` become the first one, with weight 0.
     """
     here = (experts >= own.start) & (experts < own.stop)
     return mx.where(here, experts - own.start, 0), mx.where(here, weights, 0)
@@ -49,8 +49,8 @@ def only_own(experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array
 def sparse_experts(
     x: mx.array,
     logits: mx.array,
-    gate_up: Experts | Columns,
-    down: Experts | Columns,
+    gate_up: Experts | TransposedWeights,
+    down: Experts | TransposedWeights,
     residual: mx.array,
     *,
     experts: int,
@@ -58,7 +58,7 @@ def sparse_experts(
     normalise: bool,
     own: range | None = None,
 ) -> mx.array:
-    """``residual`` plus the mixture of experts, on packed weights.
+    """Returns ``residual`` plus the mixture of experts, on packed weights.
 
     Args:
         x, residual: ``[R, H]``.
@@ -88,7 +88,7 @@ def sparse_experts(
         y = _mixed(x[order // k, None, None], gate_up, down, indices[order, None], is_sorted=True)
         y = y[mx.argsort(order)].reshape(-1, k, x.shape[-1])
         return residual + (y * weights.reshape(-1, k, 1).astype(y.dtype)).sum(axis=-2)
-    # Those without weight are others'; how many are not has to be known here.
+    # Pairs without weight belong to other ranks; their number has to be known here.
     here = weights > 0
     order = mx.argsort(mx.where(here, indices, experts))
     order = order[: int(cast(int, here.sum().item()))]
@@ -102,20 +102,20 @@ def sparse_experts(
 
 def _mixed(
     rows: mx.array,
-    gate_up: Experts | Columns,
-    down: Experts | Columns,
+    gate_up: Experts | TransposedWeights,
+    down: Experts | TransposedWeights,
     indices: mx.array,
     is_sorted: bool,
 ) -> mx.array:
-    """Each row through its experts: ``rows`` ``[R, 1, 1, H]``, ``indices`` ``[R, k]``."""
+    """Returns each row through its experts; ``rows`` ``[R, 1, 1, H]``, ``indices`` ``[R, k]``."""
     gate, up = mx.split(_gather(rows, gate_up, indices, is_sorted), 2, axis=-1)
     return _gather(swiglu(gate, up), down, indices, is_sorted)
 
 
 def _gather(
-    x: mx.array, weights: Experts | Columns, indices: mx.array, is_sorted: bool
+    x: mx.array, weights: Experts | TransposedWeights, indices: mx.array, is_sorted: bool
 ) -> mx.array:
-    if isinstance(weights, Columns):
+    if isinstance(weights, TransposedWeights):
         return cpu_matmul.gather(x, weights, indices)
     if weights.scales is None:
         return mx.gather_mm(

@@ -62,7 +62,7 @@ class LayerState(NamedTuple):
 
 
 def causal_conv(rows: mx.array, weight: mx.array) -> mx.array:
-    """Depthwise causal convolution and SiLU.
+    """Returns the depthwise causal convolution of the rows, then SiLU.
 
     Args:
         rows: ``[B, K-1 + L, C]``, the K-1 inputs before the segment, then the segment.
@@ -84,14 +84,14 @@ def causal_conv(rows: mx.array, weight: mx.array) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def decay(a: mx.array, A_log: mx.array, dt_bias: mx.array) -> mx.array:
-    """The log decay ``g = -exp(A_log) softplus(a + dt_bias)``, float32, shape of ``a``."""
+    """Returns the log decay ``g = -exp(A_log) softplus(a + dt_bias)``, float32, shape of ``a``."""
     return -mx.exp(A_log.astype(mx.float32)) * nn.softplus(
         a.astype(mx.float32) + dt_bias.astype(mx.float32)
     )
 
 
 def replayed(before: LayerState) -> tuple[mx.array, mx.array]:
-    """Returns a layer's last K-1 convolution inputs and its state, after what a round left."""
+    """Returns the convolution's last K-1 inputs and the state, a round's kept tokens replayed."""
     if before.tape is None:
         return before.rows, before.state
     return before.kept_rows, gated_delta_replay(before.state, *before.tape, before.keep)
@@ -114,12 +114,12 @@ def last_rows(rows: mx.array, count: int, lengths: mx.array | None) -> mx.array:
 def gated_delta_rule(
     q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The gated delta rule over a segment, in the form that is fastest here.
+    """Applies the gated delta rule to a segment, in the form that is fastest here.
 
     Args:
         q, k: ``[B, L, Hk, Dk]``, l2-normalised, q scaled by Dk^-0.5.
         v: ``[B, L, Hv, Dv]``; g (log decay), beta: ``[B, L, Hv]``. A token with ``g = beta = 0``
-            leaves the state as it is: that is how padding is masked.
+            leaves the state as it is, which is how padding is masked.
         state: ``[B, Hv, Dv, Dk]`` float32.
 
     Returns:
@@ -138,11 +138,11 @@ def gated_delta_rule(
 def gated_delta_steps(
     q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The rule token by token, for few tokens. Arguments as :func:`gated_delta_rule`.
+    """Applies the rule token by token, for few tokens; arguments as :func:`gated_delta_rule`.
 
     Returns:
-        ``o``, the state after the last token, and ``delta`` ``[B, L, Hv, Dv]``: with g and k it
-        is all that is needed to advance the state again by any prefix (:func:`gated_delta_replay`).
+        ``o``, the state after the last token, and ``delta`` ``[B, L, Hv, Dv]``, which with g and k
+        is enough to advance the state again by any prefix (:func:`gated_delta_replay`).
     """
     B, L, Hk, Dk = k.shape
     Hv, Dv = v.shape[2:]
@@ -173,7 +173,7 @@ def gated_delta_steps(
     return o, S.reshape(B, Hv, Dv, Dk), delta
 
 
-# Fused, for whoever keeps no tape: a replay must give the bits of the unfused steps.
+# Fused, where no tape is kept: a replay must give the bits of the unfused steps.
 _fused_steps = mx.compile(gated_delta_steps)
 
 
@@ -203,7 +203,7 @@ def gated_delta_chunked(
     state: mx.array,
     chunk: int = CHUNK,
 ) -> tuple[mx.array, mx.array]:
-    """The rule chunk by chunk in matrix products (WY form), differentiable.
+    """Applies the rule chunk by chunk in matrix products (WY form), differentiable.
 
     Within a chunk, with G the running sum of g, the written errors solve the unit triangular
     system ``(I + A) delta = beta (v - exp(G) S0 k)``, ``A_ij = beta_i exp(G_i - G_j) k_i.k_j`` for
@@ -257,7 +257,7 @@ def gated_delta_chunked(
 
 
 def _unit_lower_inverse(A: mx.array) -> mx.array:
-    """``(I + A)^-1`` for strictly lower triangular ``A`` ``[..., C, C]``, C a power of two.
+    """Returns ``(I + A)^-1`` for strictly lower triangular ``A`` ``[..., C, C]``, C a power of two.
 
     By halves: ``[[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]]``, from 1x1 blocks up. As
     stable as substitution; the product ``(I - A)(I + A^2)(I + A^4)…`` is not, its powers grow

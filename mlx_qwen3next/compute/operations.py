@@ -1,9 +1,9 @@
 """The operations that have a Metal kernel: each picks the kernel or its composition.
 
 A decoded token takes nine launches a linear layer and thirteen an attention layer this way. The
-compositions are in :mod:`mlx_qwen3next.compute.ops`, the kernels in
-:mod:`mlx_qwen3next.metal_kernels`, and :mod:`mlx_qwen3next.compute.proof` chooses; arguments and
-results are documented there.
+kernels are in :mod:`mlx_qwen3next.metal_kernels`, the compositions beside this file, and
+:mod:`mlx_qwen3next.compute.proof` chooses. Only a whole Gated DeltaNet layer's composition is the
+model's own, since it is the layer's equations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAMES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
 
 
 def rows_class(rows: int) -> str:
-    """The kind of a step of so many rows: 1, 2, 3-4, 5-8, 9-16, …"""
+    """Returns the class of a step by its rows: 1, 2, 3-4, 5-8, 9-16, …"""
     last = 1 << (rows - 1).bit_length()
     first = last // 2 + 1
     return f"rows={rows}" if first >= last else f"rows={first}-{last}"
@@ -142,7 +142,7 @@ gated_delta_replay = Operation(
 # --- attention -----------------------------------------------------------------------------------
 @cache
 def inverse_frequencies(rotary_dims: int, base: float) -> mx.array:
-    """RoPE's radians a position, ``[rotary_dims / 2]`` float32, rounded once."""
+    """Returns RoPE's radians a position, ``[rotary_dims / 2]`` float32, rounded once."""
     exponents = np.arange(0, rotary_dims, 2, dtype=np.float64) / rotary_dims
     return mx.array((base**-exponents).astype(np.float32))
 
@@ -209,7 +209,7 @@ def _exact_heads(
     base: float,
     **options: Any,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The composition, with angles from exact frequencies: MLX's RoPE is fast rather than that."""
+    """Computes the composition with angles from exact frequencies; MLX's RoPE is less exact."""
     q, k, v = attention.normalised_heads(x, q_weight, k_weight, **options)
     positions = mx.array(offset).reshape(-1, 1, 1, 1) + mx.arange(x.shape[1])[:, None]
     angles = positions.astype(mx.float32) * inverse_frequencies(rotary_dims, base)
@@ -305,7 +305,7 @@ def _experts_kind(
 def _without_residual(
     x: mx.array, logits: mx.array, gate_up: Experts, down: Experts, residual: mx.array
 ) -> tuple[Any, ...]:
-    """What is added would hide an error of what it is added to."""
+    """Replaces the residual by zeros: it would hide an error of the mixture."""
     return x, logits, gate_up, down, mx.zeros_like(residual)
 
 

@@ -1,4 +1,4 @@
-"""The model's memory: Gated DeltaNet states beside mlx-lm's KV caches, and rounds on both.
+"""The state of a sequence: Gated DeltaNet states beside mlx-lm's KV caches, and rounds on both.
 
 A cache is a list with one entry a layer: :class:`GatedDeltaCache` for linear layers, mlx-lm's
 ``KVCache`` (or its quantized or batched form) for attention layers. The list works with mlx-lm's
@@ -10,9 +10,9 @@ A *round* is a forward whose tokens may be taken back, in whole or from some tok
         hidden = model.model(tokens, cache)  # n tokens
         round.commit(keep)  # the first `keep` stay; leaving without commit keeps none
 
-Nothing is copied for it. Attention caches roll back by their offset. A linear layer does not
-advance its state in a round: it keeps the state before it and a tape (convolution rows, decay,
-keys and written errors), and the next forward replays the kept prefix first: lazy commit.
+A round copies nothing. Attention caches roll back by their offset. A linear layer does not advance
+its state in a round: it keeps the state before it, the convolution's inputs and a tape (decay, keys
+and written errors), and the next forward replays the kept prefix first: lazy commit.
 
 A plain forward advances at once; :class:`Undo` takes the last one back.
 """
@@ -48,12 +48,12 @@ class GatedDeltaCache(ArraysCache):
     def __init__(self, size: int = 2, left_padding: list[int] | None = None):
         super().__init__(size, left_padding)
 
-    # --- what the layer does -------------------------------------------------------------------
+    # --- for the layer -------------------------------------------------------------------------
     def layer_state(self) -> LayerState | None:
         """Returns the state that the next token meets; None before the first."""
         self._check_closed()
         if self.left_padding is not None or self.lengths is not None:
-            self._settle()  # what is pending has its part in them
+            self._settle()  # a pending round has its part in them
         return self._layer_state()
 
     def _layer_state(self) -> LayerState | None:
@@ -78,7 +78,7 @@ class GatedDeltaCache(ArraysCache):
         self._replayed(changes)
 
     def _replayed(self, changes: dict[str, Any], more: int = 0) -> None:
-        """Takes over what a forward made of the state, and of ``more`` tokens after it."""
+        """Takes over the changes of a forward that replayed a pending round and ``more`` tokens."""
         more += 0 if self._pending is None else self._pending.keep
         # At once, so that no interrupt comes between; in new arrays, which an Undo may share.
         vars(self).update(changes, **self._padding_after(more))
@@ -132,7 +132,7 @@ class GatedDeltaCache(ArraysCache):
         vars(self).update(_open=False, _recorded=None, _pending=None)
 
     def make_mask(self, N: int) -> mx.array | None:
-        self.layer_state()  # settles what is pending if there is padding
+        self.layer_state()  # settles a pending round if there is padding
         return super().make_mask(N)
 
     def prepare(self, lengths: Any = None, **options: Any) -> None:
@@ -242,7 +242,7 @@ class Round:
         self._finish()
 
     def _finish(self) -> None:
-        """May be called again after an interrupt."""
+        """Ends the round; may be called again after an interrupt."""
         for c, before in zip(self._cache, self._lengths, strict=True):
             if isinstance(c, GatedDeltaCache):
                 if c.recording:
@@ -293,18 +293,18 @@ class Undo:
 
 
 def settle(cache: Cache) -> None:
-    """Replays what committed rounds left on their tapes, before handing the cache to others."""
+    """Replays the tapes of committed rounds, before the cache is handed to others."""
     for c in cache:
         if isinstance(c, GatedDeltaCache):
             c.settle()
 
 
 def length(entry: Any) -> int:
-    """How many positions an attention layer's cache entry holds (padding included)."""
+    """Returns the number of positions in an attention layer's cache entry (padding included)."""
     offset = getattr(entry, "offset", None)
     return offset if isinstance(offset, int) else entry.size()
 
 
 def tokens_held(cache: Cache) -> int:
-    """How many positions the cache's attention layers hold, 0 if there are none."""
+    """Returns the number of positions in the cache's attention layers, 0 if there are none."""
     return max((length(c) for c in cache if not isinstance(c, ArraysCache)), default=0)

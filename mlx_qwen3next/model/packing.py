@@ -1,16 +1,16 @@
-"""The model as it runs: weights that meet the same input stacked, several operations a launch.
+"""The model packed for inference: weights of one input stacked, several operations a launch.
 
 Checkpoints, saving and training keep the checkpoint's modules
-(:mod:`mlx_qwen3next.model.qwen3_next`); :func:`pack` puts inference-time layers in their place, one
-after the other. Rows of weights are permuted and stacked, quantized or not, which is exact:
-quantization groups run along the inputs.
+(:mod:`mlx_qwen3next.model.qwen3_next`, on several ranks :mod:`mlx_qwen3next.model.parallel`);
+:func:`pack` puts inference-time layers in their place, one after the other. Rows of weights are
+permuted and stacked, quantized or not, which is exact: quantization groups run along the inputs.
 
 - Gated DeltaNet: qkvz and ba become ``in_proj``, whose output is ``[q | k | v | z | b | a]``.
 - Attention: q, gate, k and v become ``in_proj``, ``[q | k | v | gate]``.
 - Experts: gate and up become ``gate_up_proj``; the shared expert becomes number E, and its gate the
   router's last row.
 
-What cannot be stacked (other bits or group sizes, an adapter's layers) stays as it is.
+Modules that cannot be stacked (other bits or group sizes, an adapter's layers) stay as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
 from ..compute import operations
-from ..compute.cpu_matmul import ColumnLinear, Columns, turned
+from ..compute.cpu_matmul import TransposedLinear, TransposedWeights, transposed
 from ..compute.experts import sparse_experts
 from ..metal_kernels import Experts
 from .mtp_head import MTPHead
@@ -60,7 +60,7 @@ class PackedGatedAttention(GatedAttention):
 
 
 class PackedSparseMoE(SparseMoE):
-    """Router, plan, gate and up, down: four launches, the residual addition included."""
+    """Router, gate and up, down: three launches after the logits', the residual's included."""
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
         """``x``, ``residual`` ``[B, L, H]`` to ``residual + mixture(x)``."""
@@ -77,8 +77,8 @@ class PackedSparseMoE(SparseMoE):
         self,
         x: mx.array,
         logits: mx.array,
-        gate_up: Experts | Columns,
-        down: Experts | Columns,
+        gate_up: Experts | TransposedWeights,
+        down: Experts | TransposedWeights,
         residual: mx.array,
     ) -> mx.array:
         """Returns ``residual`` plus the experts' mixture; see :func:`sparse_experts`."""
@@ -97,9 +97,9 @@ class PackedSparseMoE(SparseMoE):
 
 
 class PackedExpertParallelMoE(PackedSparseMoE):
-    """Some whole experts; no kernel is for that."""
+    """Packed :class:`ExpertParallelMoE`; no kernel takes a part of the experts."""
 
-    own: range  # as of ExpertParallelMoE
+    own: range  # the experts that are here
 
     def add_experts(self, *arguments: Any) -> mx.array:
         return sparse_experts(*arguments, own=self.own, **self.routing)
@@ -148,15 +148,15 @@ def pack(model: Model) -> Model:
     return model
 
 
-def turn(model: Model) -> None:
-    """Turns around the matrices of a packed model where that is faster (``columns.py``)."""
-    # The layers of others, adapters for one, may look into their parts. No reference to a part is
-    # kept, so that its memory is free once it is turned.
+def transpose(model: Model) -> None:
+    """Transposes the matrices of a packed model where a CPU multiplies them faster that way."""
+    # Other layers, such as an adapter's, may look into their parts. No reference to a part is kept,
+    # so that its memory is free once it is transposed.
     kinds = GatedDeltaNet, GatedAttention, SparseMoE, MLP, Model, MTPHead
     for module in [m for m in model.modules() if isinstance(m, kinds)]:
         for name in list(module.children()):
             part = module[name]
-            if isinstance(part, nn.Module) and (linear := turned(part)) is not None:
+            if isinstance(part, nn.Module) and (linear := transposed(part)) is not None:
                 mx.eval(linear.parameters())
                 module[name] = linear
                 mx.clear_cache()
@@ -212,15 +212,15 @@ def _pack_experts(layer: SparseMoE) -> SparseMoE:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is a stack of experts that :class:`Experts` can describe."""
+    """Returns whether a module is a stack of experts that :class:`Experts` can describe."""
     affine = getattr(module, "mode", "affine") == "affine"
     known = isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
     return known and affine and "bias" not in module
 
 
-def _experts(module: nn.Module) -> Experts | Columns:
-    if isinstance(module, ColumnLinear):
-        return module.columns
+def _experts(module: nn.Module) -> Experts | TransposedWeights:
+    if isinstance(module, TransposedLinear):
+        return module.weights
     if "scales" not in module:
         return Experts(module.weight)
     return Experts(module.weight, module.scales, module.biases, module.group_size, module.bits)
@@ -243,7 +243,7 @@ def _stack_inputs(layer: Any, *names: str) -> Any:
 
 
 def _stack(modules: Sequence[nn.Module], axis: int = 0) -> Any:
-    """One module with all their rows; None if they are not of one kind."""
+    """Returns one module with the rows of all; None if they are not of one kind."""
     first = modules[0]
     alike = all(_kind(module) == _kind(first) for module in modules) and _has_rows(first)
     if not alike or not isinstance(
@@ -257,7 +257,7 @@ def _stack(modules: Sequence[nn.Module], axis: int = 0) -> Any:
 
 
 def _append(experts: nn.Module, one: nn.Module) -> Any:
-    """A stack of experts with one more; None if that is quantized or shaped otherwise."""
+    """Returns a stack of experts with one more; None if that is quantized or shaped otherwise."""
     parameters, last = _parameters(experts), _parameters(one)
 
     def row(values: dict[str, mx.array], start: int) -> dict[str, Any]:
@@ -280,11 +280,11 @@ def _quantization(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """What must agree for modules to be stacked: the inputs' width, too, by the parameters."""
+    """Returns the properties that must agree for modules to be stacked."""
     widths = {key: (v.shape[-1], v.dtype) for key, v in _parameters(module).items()}
     return type(module), _quantization(module), widths
 
 
 def _has_rows(module: nn.Module) -> bool:
-    """Whether every parameter has one row an output; a scale of a whole matrix has none."""
+    """Returns whether every parameter has one row an output; a whole matrix's scale has none."""
     return all(value.ndim >= 2 for value in _parameters(module).values())

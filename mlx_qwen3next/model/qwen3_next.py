@@ -78,7 +78,15 @@ class RMSNormGated(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """Linear attention by the gated delta rule: a fixed-size state instead of a growing cache."""
+    """Linear attention by the gated delta rule: a fixed-size state instead of a growing cache.
+
+    With the state S ``[Dv, Dk]`` of a value head, q and k its key head's::
+
+        q, k, v = silu(conv1d(q, k, v))         q = q / |q| / sqrt(Dk),  k = k / |k|
+        beta = sigmoid(b)                       g = -exp(A_log) softplus(a + dt_bias)
+        S = exp(g) S;  S = S + beta (v - S k) k^T
+        y = out_proj(norm(S q) silu(z))
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -97,11 +105,11 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(value_dim, H, bias=False)
 
     def project(self, x: mx.array) -> mx.array:
-        """``[q | k | v | z | b | a]``, each head after head, ``[B, L, C + Hv Dv + 2 Hv]``."""
+        """Returns ``[q | k | v | z | b | a]``, head after head, ``[B, L, C + Hv Dv + 2 Hv]``."""
         return self.arrange(self.in_proj_qkvz(x), self.in_proj_ba(x))
 
     def arrange(self, qkvz: mx.array, ba: mx.array) -> mx.array:
-        """What the projections give, or their rows, head after head instead of per key head.
+        """Returns the projections' results, or their rows, head after head, not per key head.
 
         Args:
             qkvz, ba: ``[..., n]``; per key head q Dk, k Dk, v r Dv, z r Dv; b r, a r.
@@ -114,7 +122,7 @@ class GatedDeltaNet(nn.Module):
     def __call__(
         self, x: mx.array, mask: mx.array | None = None, cache: GatedDeltaCache | None = None
     ) -> mx.array:
-        """``x`` ``[B, L, H]``; ``mask`` ``[B, L]``, False at padding, which changes nothing."""
+        """Returns ``[B, L, H]``, as ``x``; ``mask`` ``[B, L]`` is False at padding."""
         B, L, _ = x.shape
         projected = self.project(x)
         before = None if cache is None else cache.layer_state()
@@ -207,11 +215,11 @@ class GatedAttention(nn.Module):
         self.rotary_dims, self.rope_theta = config.rotary_dims, config.rope_theta
 
     def project(self, x: mx.array) -> mx.array:
-        """``[q | k | v | gate]``, each head after head, ``[B, L, (2 nh + 2 nkv) hd]``."""
+        """Returns ``[q | k | v | gate]``, head after head, ``[B, L, (2 nh + 2 nkv) hd]``."""
         return self.arrange(self.q_proj(x), self.k_proj(x), self.v_proj(x))
 
     def arrange(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """What the projections give, or their rows, with the gates last.
+        """Returns the projections' results, or their rows, with the gates last.
 
         Args:
             q: ``[..., 2 nh hd]``, per head q hd, gate hd. k, v: ``[..., nkv hd]``.
@@ -222,7 +230,7 @@ class GatedAttention(nn.Module):
         return mx.concatenate(parts, axis=-1)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
-        """``x`` ``[B, L, H]``; the mask is mlx-lm's (None, "causal" or an array)."""
+        """Returns ``[B, L, H]``, as ``x``; the mask is mlx-lm's (None, "causal" or an array)."""
         row = self.project(x)
         q, k, v = self.split_heads(
             row,
@@ -322,14 +330,14 @@ class Trunk(nn.Module):
         cache: Cache | None = None,
         between: Callable[[int, mx.array], None] | None = None,
     ) -> mx.array:
-        """Tokens ``[B, L]`` to hidden states ``[B, L, H]`` after the final norm.
+        """Turns tokens ``[B, L]`` into hidden states ``[B, L, H]`` after the final norm.
 
         ``between`` is called with the number and the output of every layer that another follows.
         """
         return self.norm(self.run_layers(self.embed(tokens), cache, between))
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Tokens ``[B, L]`` to ``[B, L, H]``."""
+        """Turns tokens ``[B, L]`` into their embeddings ``[B, L, H]``."""
         return self.embed_tokens(tokens)
 
     def run_layers(
@@ -338,7 +346,7 @@ class Trunk(nn.Module):
         cache: Cache | None = None,
         between: Callable[[int, mx.array], None] | None = None,
     ) -> mx.array:
-        """The layers one after the other; ``x`` and the result ``[B, L, H]``."""
+        """Runs one layer after the other; ``x`` and the result are ``[B, L, H]``."""
         caches = [None] * len(self.layers) if cache is None else cache
         pairs = list(zip(self.layers, caches, strict=True))
         # All layers of a kind share one mask, the first one's.
@@ -354,15 +362,15 @@ class Trunk(nn.Module):
 
 
 class Model(nn.Module):
-    """A Qwen3-Next causal language model, fit for mlx-lm's tools.
+    """A Qwen3-Next causal language model, which mlx-lm's tools take.
 
     ``mtp`` is the multi-token-prediction head (:class:`mlx_qwen3next.model.mtp_head.MTPHead`) or
     None.
     """
 
-    packed = False  # whether it has been through mlx_qwen3next.model.packing
-    group = ALONE  # the processes that run it together…
-    vocabulary = ALONE  # …and those among which the vocabulary is divided
+    packed = False  # whether mlx_qwen3next.model.packing has packed it for inference
+    group = ALONE  # the processes that run this model together
+    vocabulary = ALONE  # the group whose ranks each compute the logits of some tokens
 
     def __init__(self, config: Config):
         super().__init__()
@@ -374,17 +382,17 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
-        """Tokens ``[B, L]`` int to logits ``[B, L, vocab]``; the cache advances by L."""
+        """Turns tokens ``[B, L]`` int into logits ``[B, L, vocab]``; the cache advances by L."""
         return self.logits(self.model(tokens, cache))
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Hidden states ``[..., H]`` (after the final norm) to logits ``[..., vocab]``."""
+        """Turns hidden states ``[..., H]``, after the final norm, into logits ``[..., vocab]``."""
         tied = self.args.tie_word_embeddings
         logits = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
         return self.vocabulary.all_gather(logits)
 
     def train(self, mode: bool = True) -> nn.Module:
-        """As ``nn.Module``'s.
+        """Sets training mode, as ``nn.Module.train``.
 
         Raises:
             ValueError: the model is packed for inference.
@@ -394,7 +402,7 @@ class Model(nn.Module):
         return super().train(mode)
 
     def save_weights(self, file: str, **options: Any) -> None:
-        """As ``nn.Module``'s.
+        """Saves the weights, as ``nn.Module.save_weights``.
 
         Raises:
             ValueError: the model is packed for inference.
@@ -408,10 +416,10 @@ class Model(nn.Module):
         mode: sharding.Mode | None = None,
         layers: Sequence[int] | None = None,
     ) -> sharding.Shard:
-        """Leaves what is this rank's, in place; :func:`mlx_qwen3next.load` reads no more than that.
+        """Leaves this rank's part, in place; :func:`mlx_qwen3next.load` reads that part alone.
 
         Args:
-            group: what :func:`mlx_qwen3next.group.join` or ``mx.distributed.init`` gave.
+            group: the one from :func:`mlx_qwen3next.group.join` or ``mx.distributed.init``.
             mode, layers: see :func:`mlx_qwen3next.model.sharding.plan`.
 
         Raises:
@@ -421,7 +429,7 @@ class Model(nn.Module):
         group = connected(group)
         part = sharding.plan(self, group, mode, layers)
         if group.size > 1:
-            from .parallel import shard  # whose modules are subclasses of those above
+            from .parallel import shard  # here, since its modules derive from those above
 
             shard(self, group, part)
         return part
@@ -433,10 +441,10 @@ class Model(nn.Module):
             )
 
     def make_cache(self, left_padding: list[int] | None = None) -> Cache:
-        """An empty cache, one entry a layer.
+        """Returns an empty cache, one entry a layer.
 
         Args:
-            left_padding: for a batch of prompts padded on the left, how many pad tokens each has.
+            left_padding: the number of each prompt's pad tokens in a batch padded on the left.
         """
         if left_padding is None:
             return [GatedDeltaCache() if layer.is_linear else KVCache() for layer in self.layers]
@@ -453,11 +461,11 @@ class Model(nn.Module):
         return self.model.layers
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """A checkpoint's tensors, of any known layout, under this module's parameter names."""
+        """Returns a checkpoint's tensors, of any known layout, by this module's parameter names."""
         return layouts.sanitize(weights, self.parameter_shapes(), self.args)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Path -> shape of every parameter, quantized ones in their packed form."""
+        """Returns path -> shape of every parameter, quantized ones in their packed form."""
         leaves: Any = tree_flatten(self.parameters())
         return {path: tuple(leaf.shape) for path, leaf in leaves}
 
@@ -470,5 +478,5 @@ class Model(nn.Module):
 
     @property
     def cast_predicate(self) -> Callable[[str], bool]:
-        """Which parameters follow the model's dtype; the others stay float32."""
+        """mlx-lm's rule: whether a parameter follows the model's dtype or stays float32."""
         return lambda path: not layouts.is_float32(path)
