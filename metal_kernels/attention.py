@@ -43,7 +43,7 @@ def attention_heads(
     heads: int,
     kv_heads: int,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """q and k normalised and rotated, and v, as attention wants them, in one launch.
+    """Returns q and k normalised and rotated, and v, in one launch.
 
     Args:
         x: ``[B, L, (2 nh + 2 nkv) hd]`` T, rows ``[q | k | v | gate]``, head after head.
@@ -74,7 +74,7 @@ def attention_heads(
 
 
 def attention_gate(o: mx.array, x: mx.array, *, kv_heads: int) -> mx.array:
-    """Attention's output times the sigmoid of its gate, in one launch.
+    """Returns attention's output times the sigmoid of its gate, in one launch.
 
     Args:
         o: ``[B, nh, L, hd]`` T. x: as for :func:`attention_heads`.

@@ -52,7 +52,7 @@ class Experts(NamedTuple):
 
 
 def takes_experts(shape: tuple[int, ...], bits: int, group_size: int) -> bool:
-    """Whether the expert kernels take weights stored in this shape and quantization."""
+    """Returns whether the expert kernels take weights stored in this shape and quantization."""
     _, outputs, words = shape
     columns = words if bits == 16 else words * 32 // bits
     known = bits == 16 or (bits in (4, 8) and group_size in (32, 64, 128))
@@ -60,7 +60,7 @@ def takes_experts(shape: tuple[int, ...], bits: int, group_size: int) -> bool:
 
 
 def expert_gate_up(x: mx.array, weights: Experts, routing: Routing) -> mx.array:
-    """``silu(gate x) up x`` for every pair of the routing, in one launch.
+    """Returns ``silu(gate x) up x`` for every pair of the routing, in one launch.
 
     Args:
         x: ``[R, H]`` T, R at most 16.
@@ -84,10 +84,10 @@ def expert_gate_up(x: mx.array, weights: Experts, routing: Routing) -> mx.array:
 
 
 def expert_down(x: mx.array, weights: Experts, routing: Routing, residual: mx.array) -> mx.array:
-    """``residual`` plus the weighted sum of ``down x`` over each row's experts, in one launch.
+    """Adds the weighted sum of ``down x`` over each row's experts to ``residual``, in one launch.
 
     Args:
-        x: ``[N, I]`` T, what :func:`expert_gate_up` gave.
+        x: ``[N, I]`` T, the result of :func:`expert_gate_up`.
         weights: ``[E, H, I]``. residual: ``[R, H]`` T, R at most 16.
 
     Returns:

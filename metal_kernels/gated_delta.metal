@@ -6,11 +6,11 @@
 // Every step is computed as if it were alone, so its bits do not depend on L.
 //
 // Lazy commit: before are the convolution's inputs [K-1 + n], the last n of them a round's, and
-// tape holds what that round wrote to the state; its first keep tokens are replayed first. In a
+// tape holds that round's writes to the state; its first keep tokens are replayed first. In a
 // round (Recording) the state written is the one after that replay, and the new tape is written as
 // well; else it is the state after the new tokens.
 
-// What a round wrote: [B, n, Hv] log decay, [B, n, Hk, Dk] keys, [B, n, Hv, Dv] errors.
+// The record of a round: [B, n, Hv] log decay, [B, n, Hk, Dk] keys, [B, n, Hv, Dv] errors.
 struct Tape {
   device float* g;
   device float* k;

@@ -55,7 +55,7 @@ GATED_DELTA_REPLAY = Kernel(
 
 
 def takes_gated_delta(L: int, Dk: int, Dv: int) -> bool:
-    """Whether the gated delta kernels take a step of L tokens with heads of these widths."""
+    """Returns whether the kernels take a step of L tokens with heads of these widths."""
     return (
         L >= 1
         and Dk % LANES == 0
@@ -81,18 +81,18 @@ def gated_delta_step(
     mask: mx.array | None,
     recording: bool,
 ) -> list[mx.array]:
-    """A Gated DeltaNet layer between its projections, for any number of tokens, in one launch.
+    """Runs a Gated DeltaNet layer between its projections, for any number of tokens, in one launch.
 
-    Meant for a step of few; the tokens go one after the other, eight staged at a time.
+    It is for steps of few tokens; they go one after the other, eight staged at a time.
 
     Args:
         x: ``[B, L, P]`` T, rows ``[q | k | v | z | b | a]``, each head after head.
         before: ``[B, K-1 + n, C]`` T, the convolution's inputs: those before a round of n tokens
             and the round's (n is 0 if there was none).
         state: ``[B, Hv, Dv, Dk]`` float32, before that round.
-        tape: what the round wrote: g ``[B, n, Hv]``, k ``[B, n, Hk, Dk]``, delta
+        tape: the round's record: g ``[B, n, Hv]``, k ``[B, n, Hk, Dk]``, delta
             ``[B, n, Hv, Dv]``, float32; empty if n is 0.
-        keep: how many of the round's tokens are part of the sequence.
+        keep: the number of the round's tokens that are part of the sequence.
         taps: ``[C, K, 1]``, of any dtype. A_log, dt_bias: ``[Hv]`` float32. norm_weight: ``[Dv]``
             float32.
         mask: ``[B, L]`` bool, False at padding, which changes nothing; or None.
@@ -137,7 +137,7 @@ def gated_delta_step(
 def gated_delta_replay(
     state: mx.array, g: mx.array, k: mx.array, delta: mx.array, keep: int
 ) -> mx.array:
-    """The state after the first ``keep`` tokens of a tape: the bits that the round would give.
+    """Returns the state after the first ``keep`` tokens of a tape, with the bits of the round.
 
     Arguments as :func:`gated_delta_step`.
     """
@@ -156,7 +156,7 @@ def gated_delta_replay(
 
 @cache
 def _simdgroups(Dk: int, Dv: int) -> int:
-    """Simdgroups a head, which share its rows evenly; 0 if none of these numbers will do.
+    """Returns the simdgroups of a head, which share its rows evenly; 0 if no number fits.
 
     16 where they can hold the state in 32 registers a lane: threads that need more registers may
     not be as many as 1,024 in a threadgroup.

@@ -25,7 +25,7 @@ ADD_RMS_NORM = Kernel(
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """RMSNorm in one launch.
+    """Returns RMSNorm, in one launch.
 
     Args:
         x: ``[..., H]`` T. weight: ``[H]`` float32, H at least 8.
@@ -42,7 +42,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 def add_rms_norm(
     x: mx.array, y: mx.array, weight: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]:
-    """``x + y`` and its RMSNorm in one launch; arguments as :func:`rms_norm`."""
+    """Returns ``x + y`` and its RMSNorm, in one launch; arguments as :func:`rms_norm`."""
     total, normed = ADD_RMS_NORM.launch(
         inputs=[x, y, weight, constant(eps, mx.float32)], **_norm_launch(x, 2)
     )

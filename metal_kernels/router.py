@@ -36,7 +36,7 @@ class Routing(NamedTuple):
 
 
 def takes_router(rows: int, experts: int, top_k: int) -> bool:
-    """Whether the router kernel takes so many rows, experts, and experts a row.
+    """Returns whether the router kernel takes so many rows, experts, and experts a row.
 
     MLX places inputs of fewer than 8 elements in another address space.
     """
@@ -50,7 +50,7 @@ def route(logits: mx.array, *, experts: int, top_k: int, normalise: bool) -> Rou
     Args:
         logits: ``[R, E]`` or ``[R, E + 1]`` T: the shared expert's gate last, if it is one more
             expert, number E, of weight sigmoid(gate).
-        normalise: whether a row's top-k weights are to sum to one.
+        normalise: whether a row's top-k weights sum to one.
 
     Ties go to the lowest index. Limits: :func:`takes_router`.
     """

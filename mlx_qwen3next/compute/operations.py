@@ -112,7 +112,7 @@ def gated_delta_step(composition: Callable[..., tuple[mx.array, LayerState]]) ->
 
     Args:
         composition: the layer's equations, which are the model's:
-            :meth:`mlx_qwen3next.model.qwen3_next.GatedDeltaNet.mix`.
+            :meth:`mlx_qwen3next.model.gated_delta_net.GatedDeltaNet.mix`.
     """
     return Operation("gated_delta_step", _delta_kernel, composition, _delta_facts, _delta_kind)
 

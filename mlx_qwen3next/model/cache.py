@@ -54,9 +54,6 @@ class GatedDeltaCache(ArraysCache):
         self._check_closed()
         if self.left_padding is not None or self.lengths is not None:
             self._settle()  # a pending round has its part in them
-        return self._layer_state()
-
-    def _layer_state(self) -> LayerState | None:
         rows, state = self.cache
         if self._pending is not None or rows is None or state is None:
             return self._pending

@@ -28,9 +28,10 @@ from ..compute import operations
 from ..compute.cpu_matmul import TransposedLinear, TransposedWeights, transposed
 from ..compute.experts import sparse_experts
 from ..metal_kernels import Experts
+from .gated_delta_net import GatedDeltaNet
 from .mtp_head import MTPHead
 from .parallel import ExpertParallelMoE, ParallelDecoderLayer, recast
-from .qwen3_next import MLP, DecoderLayer, GatedAttention, GatedDeltaNet, Model, RMSNorm, SparseMoE
+from .qwen3_next import MLP, DecoderLayer, GatedAttention, Model, RMSNorm, SparseMoE
 
 
 class PackedRMSNorm(RMSNorm):
@@ -63,7 +64,7 @@ class PackedSparseMoE(SparseMoE):
     """Router, gate and up, down: three launches after the logits', the residual's included."""
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
-        """``x``, ``residual`` ``[B, L, H]`` to ``residual + mixture(x)``."""
+        """Returns ``residual + mixture(x)``; ``x`` and ``residual`` are ``[B, L, H]``."""
         shape = x.shape
         x, residual = x.reshape(-1, shape[-1]), residual.reshape(-1, shape[-1])
         logits = self.gate(x)
@@ -84,11 +85,11 @@ class PackedSparseMoE(SparseMoE):
         """Returns ``residual`` plus the experts' mixture; see :func:`sparse_experts`."""
         for_kernels = isinstance(gate_up, Experts) and isinstance(down, Experts)
         form = operations.sparse_experts if for_kernels else sparse_experts
-        return form(x, logits, gate_up, down, residual, **self.routing)
+        return form(x, logits, gate_up, down, residual, **self.router_options)
 
     @property
-    def routing(self) -> dict[str, Any]:
-        """The router's options."""
+    def router_options(self) -> dict[str, Any]:
+        """The options of :func:`sparse_experts` about the router."""
         return {
             "experts": self.num_experts,
             "top_k": self.top_k,
@@ -102,7 +103,7 @@ class PackedExpertParallelMoE(PackedSparseMoE):
     own: range  # the experts that are here
 
     def add_experts(self, *arguments: Any) -> mx.array:
-        return sparse_experts(*arguments, own=self.own, **self.routing)
+        return sparse_experts(*arguments, own=self.own, **self.router_options)
 
 
 class PackedDecoderLayer(DecoderLayer):
