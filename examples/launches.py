@@ -23,9 +23,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import gated_delta, qwen3_next
 
-from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.bench.graph import arrays_of, count
-from mlx_qwen3next.compute import ops
+from mlx_qwen3next.compute import proof
+from mlx_qwen3next.metal_kernels import Kernel
 from mlx_qwen3next.model import packing
 from mlx_qwen3next.model.cache import Round
 from mlx_qwen3next.model.config import Config
@@ -99,13 +99,13 @@ def as_on_metal(kernels: bool) -> Iterator[None]:
         (mx, "default_device", lambda: mx.gpu),
         (gated_delta, "_gated_delta_kernel", _custom),
         (gated_delta, "_gated_delta_kernel_packed", _custom),
-        (metal_kernels, "launch", _custom),
+        (Kernel, "launch", _custom),
     ]
     with ExitStack() as stack:
         for owner, name, stand_in in stand_ins:
             stack.enter_context(patch.object(owner, name, stand_in))
-        ops.set_kernels("on" if kernels else "off")
-        stack.callback(ops.set_kernels, "auto")
+        proof.set_kernels("on" if kernels else "off")
+        stack.callback(proof.set_kernels, "auto")
         yield
 
 

@@ -1,4 +1,4 @@
-// Around mx.fast.scaled_dot_product_attention: what comes before it and after it, a launch each.
+// The operations before and after mx.fast.scaled_dot_product_attention, one launch each.
 
 // One simdgroup a head and token of the packed projection [q | k | v | gate]: RMSNorm over the
 // head and RoPE on its first Rd elements (half-split) for q and k, a copy for v.

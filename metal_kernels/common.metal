@@ -1,4 +1,4 @@
-// What every kernel here shares. Values are read with load(), which widens to float: MSL would
+// The parts that all kernels share. Values are read with load(), which widens to float: MSL would
 // round bfloat products to bfloat. Pointers to inputs that may hold fewer than 8 elements are
 // template parameters, since MLX places those in the constant address space.
 

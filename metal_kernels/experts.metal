@@ -1,4 +1,4 @@
-// The sparse experts for up to 16 rows, from a router's plan: each expert's weights are read once,
+// The sparse experts for up to 16 rows, by a routing: each expert's weights are read once,
 // whatever number of rows it serves. Sums have a fixed order, which depends on the row alone.
 //
 // Quantized weights are MLX's: values of Bits bits in uint32 words along the inputs, scale and
@@ -144,11 +144,11 @@ inline void gate_up_rows(
   }
 }
 
-// y = silu(gate x) up x for every pair of the plan. A threadgroup owns one distinct expert and
+// y = silu(gate x) up x for every pair of the routing. A threadgroup owns one distinct expert and
 // SG kPairs of its outputs.
 //
 // x: [R, H]; weight: gate's I rows, then up's, of each expert, [E, 2 I, H]; experts, starts, rows:
-// the plan (router.metal); y: [N, I], in the plan's order.
+// the routing (router.metal); y: [N, I], in the routing's order.
 template <typename T, int Bits, int G, int H, int I, int SG, typename X, typename S, typename R>
 inline void expert_gate_up(
     const device T* x, thread const Weights<T>& weights, X experts, S starts, R rows, device T* y,
@@ -195,7 +195,7 @@ inline void down_rows(
 // y = residual + the weighted sum of down x over a row's experts. A threadgroup owns SG kOutputs
 // outputs of all rows; lane n keeps the sums of row n.
 //
-// x: [N, I], in the plan's order; weight: [E, H, I]; experts, starts, rows, pair_weights: the plan;
+// x: [N, I], in the routing's order; weight: [E, H, I]; experts, starts, rows, pair_weights: it;
 // residual, y: [R, H].
 template <
     typename T, int Bits, int G, int H, int I, int SG, typename X, typename S, typename R,

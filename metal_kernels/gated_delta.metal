@@ -6,11 +6,11 @@
 // Every step is computed as if it were alone, so its bits do not depend on L.
 //
 // Lazy commit: before are the convolution's inputs [K-1 + n], the last n of them a round's, and
-// tape holds what that round wrote to the state; its first keep tokens are replayed first. In a
-// round (Lazy) the state written is the one after that replay, and the new tape is written as
+// tape holds that round's writes to the state; its first keep tokens are replayed first. In a
+// round (Recording) the state written is the one after that replay, and the new tape is written as
 // well; else it is the state after the new tokens.
 
-// What a round wrote: [B, n, Hv] log decay, [B, n, Hk, Dk] keys, [B, n, Hv, Dv] errors.
+// The record of a round: [B, n, Hv] log decay, [B, n, Hk, Dk] keys, [B, n, Hv, Dv] errors.
 struct Tape {
   device float* g;
   device float* k;
@@ -113,11 +113,11 @@ inline uint first_channel(uint part, uint head) {
 // x: [B, L, P] rows [q | k | v | z | b | a]; before: [B, K-1 + n, C]; taps: [C, K];
 // A_log, dt_bias: [Hv] float32; norm_weight: [Dv] float32; eps: [1]; mask: [B, L], false at
 // padding, read if Masked; state: [B, Hv, Dv, Dk] float32; tape_*: as in Tape, read if keep > 0;
-// o: [B, L, Hv Dv]; state_out as state; rows_out: [B, K-1 + L, C] if Lazy, else the last K-1.
+// o: [B, L, Hv Dv]; state_out as state; rows_out: [B, K-1 + L, C] if Recording, else the last K-1.
 // shared: [Chunk (2 Dk + 2 Dv + 2)]: q, k, v, o, decay and write strength of Chunk tokens.
 template <
-    typename T, typename W, int Hk, int Hv, int Dk, int Dv, int K, int SG, int Chunk, bool Lazy,
-    bool Masked, typename A, typename D, typename E, typename M, typename G>
+    typename T, typename W, int Hk, int Hv, int Dk, int Dv, int K, int SG, int Chunk,
+    bool Recording, bool Masked, typename A, typename D, typename E, typename M, typename G>
 inline void gated_delta_step(
     const device T* x, const device T* before, const device W* taps, A A_log, D dt_bias,
     const device float* norm_weight, E eps, M mask, const device float* state, G tape_g,
@@ -140,8 +140,8 @@ inline void gated_delta_step(
   threadgroup float* beta_shared = gamma_shared + Chunk;
 
   // The convolution's inputs that later steps need.
-  const uint kept = Lazy ? K - 1 + L : K - 1;
-  const int first_time = Lazy ? 1 - K : static_cast<int>(L) - (K - 1);
+  const uint kept = Recording ? K - 1 + L : K - 1;
+  const int first_time = Recording ? 1 - K : static_cast<int>(L) - (K - 1);
   for (uint part = owns_key ? 0 : 2; part < 3; part++) {
     const uint width = part == 2 ? Dv : Dk;
     for (uint i = at.thread_index; i < kept * width; i += 32 * SG) {
@@ -159,7 +159,7 @@ inline void gated_delta_step(
   load_state(state + own_state, S);
   replay_tape<Hk, Hv, Dk, Dv>(
       tape_g, tape_k, tape_delta, rows_before - (K - 1), keep, first_row, at, S);
-  if (Lazy) {
+  if (Recording) {
     store_state(S, state_out + own_state);
   }
 
@@ -196,7 +196,7 @@ inline void gated_delta_step(
         }
         for (uint d = at.lane; d < Dk; d += 32) {
           to[d] *= scale;
-          if (Lazy && part == 1 && owns_key) {
+          if (Recording && part == 1 && owns_key) {
             tape.k[((at.batch * L + start + t) * Hk + key_head) * Dk + d] = to[d];
           }
         }
@@ -213,7 +213,7 @@ inline void gated_delta_step(
           padding ? 0.0f : -metal::precise::exp(load(A_log, at.head)) * softplus(a);
       gamma_shared[t] = metal::precise::exp(g);
       beta_shared[t] = padding ? 0.0f : sigmoid(b);
-      if (Lazy) {
+      if (Recording) {
         tape.g[token * Hv + at.head] = g;
       }
     }
@@ -247,7 +247,7 @@ inline void gated_delta_step(
         out = simd_sum(out);
         if (at.lane == 0) {
           o_shared[t * Dv + row] = out;
-          if (Lazy) {
+          if (Recording) {
             tape.delta[((at.batch * L + start + t) * Hv + at.head) * Dv + row] = delta;
           }
         }
@@ -271,7 +271,7 @@ inline void gated_delta_step(
     }  // no barrier: the next chunk's staging leaves o_shared alone
   }
 
-  if (!Lazy) {
+  if (!Recording) {
     store_state(S, state_out + own_state);
   }
 }

@@ -22,15 +22,19 @@ class Kernel(NamedTuple):
     outputs: tuple[str, ...]
     body: str
 
+    def launch(self, **arguments: Any) -> list[mx.array]:
+        """Queues one launch; ``arguments`` are those of MLX's object, :func:`compiled`."""
+        return compiled(self)(**arguments)
+
 
 def available() -> bool:
-    """Whether kernels can run here: on MLX's Metal backend, with the GPU as default device."""
+    """Returns whether kernels can run here: MLX has Metal, and the GPU is the default device."""
     return mx.metal.is_available() and mx.default_device() == mx.gpu
 
 
 @cache
 def compiled(kernel: Kernel) -> Any:
-    """The kernel as MLX's object, which compiles at its first launch."""
+    """Returns the kernel as MLX's object, which compiles at its first launch."""
     return mx.fast.metal_kernel(
         name=f"qwen3next_{kernel.name}",
         input_names=list(kernel.inputs),
@@ -42,13 +46,13 @@ def compiled(kernel: Kernel) -> Any:
 
 @cache
 def text(family: str) -> str:
-    """What the family's file says."""
+    """Returns the text of the family's file."""
     return resources.files(__package__).joinpath(f"{family}.metal").read_text(encoding="utf-8")
 
 
 @cache
 def source_hash() -> str:
-    """A hash of the kernels' text and launches: what was learned of others is not believed."""
+    """Returns a hash of the kernels' text and launches; findings hold for one hash alone."""
     files = [
         f for f in resources.files(__package__).iterdir() if f.name.endswith((".metal", ".py"))
     ]
@@ -58,5 +62,5 @@ def source_hash() -> str:
 
 @cache
 def constant(value: float | int, dtype: mx.Dtype, size: int = 1) -> mx.array:
-    """An array of one value, made once: an allocation less each launch."""
+    """Returns an array of one value, made once, which saves each launch an allocation."""
     return mx.array([value] * size, dtype)

@@ -1,4 +1,4 @@
-// From router logits to a plan for the expert kernels, for all of up to 16 rows in one launch:
+// From router logits to a routing for the expert kernels, for all of up to 16 rows in one launch:
 // top-k, softmax weights, the shared expert's weight, and the pairs (row, expert) sorted by expert,
 // so that each expert's weights are read once.
 //

@@ -22,7 +22,7 @@ from .compute.proof import set_kernels
 from .decoding.generation import GenerationResponse, statistics, stream_generate
 from .decoding.sampling import Sampling
 from .decoding.validation import check_max_tokens
-from .group.processes import Group, join
+from .group import Group, join
 from .model import capacity
 from .model.cache import Cache
 from .prompt_cache.files import is_ours

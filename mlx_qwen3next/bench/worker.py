@@ -37,14 +37,14 @@ from mlx_lm.utils import load_model as load_stock
 
 from ..checkpoint.loading import load_model
 from ..compute import proof
-from ..compute.cpu_matmul import ColumnLinear
+from ..compute.cpu_matmul import TransposedLinear
 from ..decoding.generation import generate_step
 from ..decoding.sequence import prefill
 from ..decoding.speculation import Speculation
 from ..decoding.speculative import Acceptance, Token
 from ..decoding.validation import held_by
 from ..errors import first_line
-from ..group.processes import ALONE, Group, join
+from ..group import ALONE, Group, join
 from ..model import capacity
 from ..model.cache import Undo, settle
 from ..prompt_cache.store import PromptCache
@@ -53,7 +53,7 @@ from .graph import arrays_of, count
 TIMED = 7  # repeats of timing a part of a step, after one that does not count
 COPIES = 5  # repeats of measuring the bandwidth
 MOST_COPIED = 1 << 28  # bytes of the copied array, at most
-MATRICES = nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, ColumnLinear
+MATRICES = nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, TransposedLinear
 
 
 class Backend(ABC):
@@ -75,7 +75,7 @@ class Backend(ABC):
             "dtypes": sorted({str(a.dtype).rpartition(".")[2] for a in floating}),
             "bytes": sum(a.nbytes for _, a in leaves),
             "matrices": len(matrices),
-            "turned": sum(isinstance(m, ColumnLinear) for m in matrices),
+            "turned": sum(isinstance(m, TransposedLinear) for m in matrices),
             "device": str(mx.default_device()),
         }
 

@@ -21,7 +21,7 @@ from mlx_lm.utils import load_adapters, load_tokenizer
 from tqdm import tqdm
 
 from ..errors import first_line
-from ..group.processes import ALONE, Group
+from ..group import ALONE, Group
 from ..model import capacity, layouts, mtp_head, packing
 from ..model.config import Config
 from ..model.layouts import Origin
@@ -155,7 +155,7 @@ def load_model(
 
 def _for_inference(model: Model) -> Model:
     packing.pack(model)
-    packing.turn(model)
+    packing.transpose(model)
     return model
 
 

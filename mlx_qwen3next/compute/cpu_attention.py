@@ -1,8 +1,9 @@
 """Attention over many tokens on a CPU, where MLX's own multiplies with the keys slowly.
 
-MLX's CPU backend has one form of it: all scores at once, by a product with transposed keys, which
-its BLAS takes more than twice as long for as for one with keys that are turned around. And half of
-a causal prompt's scores are masked: queries in pieces need only the keys that they can see.
+MLX's CPU backend computes all scores at once, by a product with a transposed view of the keys. Its
+BLAS takes more than twice as long for that as for a product with keys that are stored transposed.
+And half of a causal prompt's scores are masked: a piece of the queries needs only the keys that it
+can see.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 
-# Queries in a piece, and from how many on turning the keys around pays (NOTES.md, "Causal
-# attention on a CPU").
+# Queries in a piece, and the number of queries from which transposing the keys pays (NOTES.md,
+# "Causal attention on a CPU").
 PIECE = 256
 FROM = 16
 
@@ -21,11 +22,11 @@ FROM = 16
 def attention(
     q: mx.array, k: Any, v: Any, *, scale: float, mask: Any, cache: Any = None
 ) -> mx.array:
-    """``softmax(scale q k^T) v``, grouped queries, arguments as mlx-lm's.
+    """Returns ``softmax(scale q k^T) v`` for grouped queries; the arguments are mlx-lm's.
 
     Args:
         q: ``[B, nh, L, hd]``. k, v: ``[B, nkv, S, hd]``, the last L of them the queries' own, or
-            what a quantized cache gives.
+            the tuples of a quantized cache.
         mask: None, "causal", or an array.
 
     Returns:
@@ -38,7 +39,7 @@ def attention(
 
 
 def _in_pieces(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """Causal attention, :data:`PIECE` queries at a time."""
+    """Returns causal attention, computed :data:`PIECE` queries at a time."""
     B, nh, L, hd = q.shape
     nkv, S = k.shape[1:3]
     q = (q * scale).reshape(B, nkv, nh // nkv, L, hd)

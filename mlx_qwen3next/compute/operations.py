@@ -1,13 +1,14 @@
 """The operations that have a Metal kernel: each picks the kernel or its composition.
 
 A decoded token takes nine launches a linear layer and thirteen an attention layer this way. The
-compositions are in :mod:`mlx_qwen3next.compute.ops`, the kernels in
-:mod:`mlx_qwen3next.metal_kernels`, and :mod:`mlx_qwen3next.compute.proof` chooses; arguments and
-results are documented there.
+kernels are in :mod:`mlx_qwen3next.metal_kernels`, the compositions beside this file, and
+:mod:`mlx_qwen3next.compute.proof` chooses. Only a whole Gated DeltaNet layer's composition is the
+model's own, since it is the layer's equations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 
 from .. import metal_kernels as kernels
 from ..metal_kernels import Experts
-from . import ops
+from . import attention, experts, gated_delta, norms
+from .gated_delta import DeltaWeights, LayerState, Tape
 from .proof import Operation
 
 Shape = tuple[int, ...]
@@ -25,7 +27,7 @@ _NAMES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
 
 
 def rows_class(rows: int) -> str:
-    """The kind of a step of so many rows: 1, 2, 3-4, 5-8, 9-16, …"""
+    """Returns the class of a step by its rows: 1, 2, 3-4, 5-8, 9-16, …"""
     last = 1 << (rows - 1).bit_length()
     first = last // 2 + 1
     return f"rows={rows}" if first >= last else f"rows={first}-{last}"
@@ -44,30 +46,29 @@ def _norm_kind(shape: Shape, dtype: mx.Dtype, *others: mx.Dtype) -> str | None:
     return f"{_NAMES[dtype]} {rows_class(rows)} H={H}" if dtype in _NAMES and fits else None
 
 
-rms_norm = Operation("rms_norm", kernels.rms_norm, ops.rms_norm, _norm_facts, _norm_kind)
+rms_norm = Operation("rms_norm", kernels.rms_norm, norms.rms_norm, _norm_facts, _norm_kind)
 add_rms_norm = Operation(
-    "add_rms_norm", kernels.add_rms_norm, ops.add_rms_norm, _norm_facts, _norm_kind
+    "add_rms_norm", kernels.add_rms_norm, norms.add_rms_norm, _norm_facts, _norm_kind
 )
 
 
 # --- the gated delta step ------------------------------------------------------------------------
 def _delta_facts(
-    x: mx.array,
-    before: mx.array,
-    state: mx.array,
-    tape: Any,
-    keep: int,
-    taps: mx.array,
-    *weights: mx.array,
+    projected: mx.array,
+    before: LayerState,
+    weights: DeltaWeights,
+    *,
     key_heads: int,
-    lazy: bool,
+    recording: bool,
     mask: mx.array | None,
     lengths: mx.array | None,
     **__: Any,
 ) -> tuple[Any, ...]:
-    same = before.dtype == x.dtype and all(a.dtype == mx.float32 for a in (state, *weights))
-    flags = lazy, keep > 0, mask is not None, lengths is not None
-    return x.shape, x.dtype, state.shape, key_heads, taps.shape[1], same, *flags
+    x, (conv1d, *others) = projected, weights
+    same = before.rows.dtype == x.dtype
+    same = same and all(a.dtype == mx.float32 for a in (before.state, *others))
+    flags = recording, before.keep > 0, mask is not None, lengths is not None
+    return x.shape, x.dtype, before.state.shape, key_heads, conv1d.shape[1], same, *flags
 
 
 def _delta_kind(
@@ -77,7 +78,7 @@ def _delta_kind(
     Hk: int,
     K: int,
     same: bool,
-    lazy: bool,
+    recording: bool,
     replays: bool,
     masked: bool,
     has_lengths: bool,
@@ -87,17 +88,33 @@ def _delta_kind(
     if dtype not in _NAMES or not same or has_lengths or not kernels.takes_gated_delta(L, Dk, Dv):
         return None
     sizes = f"B={B} Hk={Hk} Hv={Hv} Dk={Dk} Dv={Dv} K={K}"
-    extras = " round" * lazy + " replay" * replays + " masked" * masked
+    extras = " round" * recording + " replay" * replays + " masked" * masked
     return f"{_NAMES[dtype]} {rows_class(L)} {sizes}{extras}"
 
 
-def _delta_kernel(*args: Any, lengths: None = None, **options: Any) -> list[mx.array]:
-    return kernels.gated_delta_step(*args, **options)
+def _delta_kernel(
+    projected: mx.array,
+    before: LayerState,
+    weights: DeltaWeights,
+    *,
+    lengths: None = None,
+    **options: Any,
+) -> tuple[mx.array, LayerState]:
+    rows, state, tape, keep = before
+    o, state, rows, *written = kernels.gated_delta_step(
+        *(projected, rows, state, tape or (), keep, *weights), **options
+    )
+    return o, LayerState(rows, state, Tape(*written) if written else None)
 
 
-gated_delta_step = Operation(
-    "gated_delta_step", _delta_kernel, ops.gated_delta_step, _delta_facts, _delta_kind
-)
+def gated_delta_step(composition: Callable[..., tuple[mx.array, LayerState]]) -> Operation:
+    """Returns the operation of a whole Gated DeltaNet layer between its projections.
+
+    Args:
+        composition: the layer's equations, which are the model's:
+            :meth:`mlx_qwen3next.model.gated_delta_net.GatedDeltaNet.mix`.
+    """
+    return Operation("gated_delta_step", _delta_kernel, composition, _delta_facts, _delta_kind)
 
 
 def _replay_facts(
@@ -116,7 +133,7 @@ def _replay_kind(state: Shape, Hk: int, keep: int) -> str | None:
 gated_delta_replay = Operation(
     "gated_delta_replay",
     kernels.gated_delta_replay,
-    ops.gated_delta_replay,
+    gated_delta.gated_delta_replay,
     _replay_facts,
     _replay_kind,
 )
@@ -125,7 +142,7 @@ gated_delta_replay = Operation(
 # --- attention -----------------------------------------------------------------------------------
 @cache
 def inverse_frequencies(rotary_dims: int, base: float) -> mx.array:
-    """RoPE's radians a position, ``[rotary_dims / 2]`` float32, rounded once."""
+    """Returns RoPE's radians a position, ``[rotary_dims / 2]`` float32, rounded once."""
     exponents = np.arange(0, rotary_dims, 2, dtype=np.float64) / rotary_dims
     return mx.array((base**-exponents).astype(np.float32))
 
@@ -192,8 +209,8 @@ def _exact_heads(
     base: float,
     **options: Any,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The composition, with angles from exact frequencies: MLX's RoPE is fast rather than that."""
-    q, k, v = ops.normalised_heads(x, q_weight, k_weight, **options)
+    """Computes the composition with angles from exact frequencies; MLX's RoPE is less exact."""
+    q, k, v = attention.normalised_heads(x, q_weight, k_weight, **options)
     positions = mx.array(offset).reshape(-1, 1, 1, 1) + mx.arange(x.shape[1])[:, None]
     angles = positions.astype(mx.float32) * inverse_frequencies(rotary_dims, base)
     cos, sin = mx.cos(angles), mx.sin(angles)  # [B, 1, L, rotary / 2]
@@ -207,7 +224,7 @@ def _exact_heads(
 
 
 attention_heads = Operation(
-    *("attention_heads", _heads_kernel, ops.attention_heads, _heads_facts, _heads_kind),
+    *("attention_heads", _heads_kernel, attention.attention_heads, _heads_facts, _heads_kind),
     exact=_exact_heads,
 )
 
@@ -224,7 +241,7 @@ def _gate_kind(shape: Shape, dtype: mx.Dtype, same: bool, nkv: int) -> str | Non
 
 
 attention_gate = Operation(
-    "attention_gate", kernels.attention_gate, ops.attention_gate, _gate_facts, _gate_kind
+    "attention_gate", kernels.attention_gate, attention.attention_gate, _gate_facts, _gate_kind
 )
 
 
@@ -237,9 +254,9 @@ def _experts_kernel(
     residual: mx.array,
     **options: Any,
 ) -> mx.array:
-    plan = kernels.router(logits, **options)
-    y = kernels.expert_gate_up(x, gate_up, plan)
-    return kernels.expert_down(y, down, plan, residual)
+    routing = kernels.route(logits, **options)
+    y = kernels.expert_gate_up(x, gate_up, routing)
+    return kernels.expert_down(y, down, routing, residual)
 
 
 def _experts_facts(
@@ -288,11 +305,11 @@ def _experts_kind(
 def _without_residual(
     x: mx.array, logits: mx.array, gate_up: Experts, down: Experts, residual: mx.array
 ) -> tuple[Any, ...]:
-    """What is added would hide an error of what it is added to."""
+    """Replaces the residual by zeros: it would hide an error of the mixture."""
     return x, logits, gate_up, down, mx.zeros_like(residual)
 
 
 sparse_experts = Operation(
-    *("sparse_experts", _experts_kernel, ops.sparse_experts, _experts_facts, _experts_kind),
+    *("sparse_experts", _experts_kernel, experts.sparse_experts, _experts_facts, _experts_kind),
     proof=_without_residual,
 )

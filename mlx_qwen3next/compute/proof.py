@@ -1,10 +1,10 @@
-"""Which form of an operation runs: a Metal kernel, or the composition of MLX's own operations.
+"""The choice between an operation's two forms: a Metal kernel, or MLX's own operations.
 
 A kernel runs only after it has proved itself on this machine: at the first call of a kind, kernel
 and composition are run on that call's own arguments, compared with the composition in float32,
-and timed in turns. What was found is kept in a small file, for this chip, this version of MLX and
-these kernels; where it is deleted, all is proved anew. So an unknown GPU is to make the model
-plain, not wrong, and not slower than two short measurements can tell.
+and timed in turns. The findings are kept in a small file, for this chip, this version of MLX and
+these kernels; where it is deleted, all is proved anew. So an unknown GPU makes the model plain, not
+wrong, and not slower than two short measurements can tell.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = logging.getLogger("mlx_qwen3next")
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of a kernel for one kind of call."""
+    """The finding about a kernel for one kind of call."""
 
     used: bool
     reason: str  # in words, with the figures
@@ -56,17 +56,18 @@ class Operation:
     name: str
     kernel: Callable[..., Any]
     composition: Callable[..., Any]
-    # Of a call's arguments: what decides whether the kernel takes them. Cheap: asked every time.
+    # Returns the facts of a call's arguments that decide whether the kernel takes them. Cheap,
+    # since it is asked every time.
     facts: Callable[..., tuple[Any, ...]]
-    # Of the facts: the kind of call, in words, or None if the kernel does not take it.
+    # Returns the kind of call that has these facts, in words; None if the kernel does not take it.
     kind: Callable[..., str | None]
-    # What the proof holds both forms against, in float32, if not the composition.
+    # The form that the proof holds both against, in float32, if not the composition.
     exact: Callable[..., Any] | None = None
-    # Of a call's arguments: those of the proof.
+    # Returns the arguments of the proof for those of a call.
     proof: Callable[..., tuple[Any, ...]] = _as_called
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Calls the form to be used for these arguments."""
+        """Calls the form that is used for these arguments."""
         if _mode == "off" or not metal_kernels.available():
             return self.composition(*args, **options)
         facts = self.name, *self.facts(*args, **options)
@@ -118,12 +119,12 @@ def set_kernels(mode: Mode) -> None:
 
 
 def findings() -> dict[str, Finding]:
-    """What is known of the kernels on this machine, by name and kind of call."""
+    """Returns the findings about the kernels on this machine, by name and kind of call."""
     return dict(_findings()) if metal_kernels.available() else {}
 
 
 def proofs() -> int:
-    """How many proofs this process has made: whoever times steps leaves those with one out."""
+    """Returns the number of proofs made by this process; a step with one is no step to time."""
     return _proofs
 
 
@@ -152,7 +153,7 @@ def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -
     try:
         ours = kernel(first)
         mx.eval(ours)
-    except Exception as error:  # what Metal's compiler says, or whatever it is
+    except Exception as error:  # Metal's compiler's, or any other
         return Finding(False, f"it does not run: {first_line(error)}")
     if len(ours) != len(plain):
         return Finding(False, f"it is wrong: {len(ours)} results, not {len(plain)}")
@@ -173,11 +174,15 @@ def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -
 
 
 def _arrays(result: Any) -> list[mx.array]:
-    return [result] if isinstance(result, mx.array) else list(result)
+    """Returns the arrays of a result, which may be a tuple of such tuples."""
+    if isinstance(result, mx.array):
+        return [result]
+    parts = result if isinstance(result, (tuple, list)) else ()
+    return [array for part in parts for array in _arrays(part)]
 
 
 def _widened(value: Any) -> Any:
-    """``value`` with every floating-point array in it as float32."""
+    """Returns ``value`` with every floating-point array in it as float32."""
     if isinstance(value, mx.array):
         return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
     if isinstance(value, dict):
@@ -188,7 +193,7 @@ def _widened(value: Any) -> Any:
 
 
 def _error(a: mx.array, b: mx.array) -> float:
-    """The relative error (L2) of ``a`` beside ``b``; infinite if it is no such array at all."""
+    """Returns the relative error (L2) of ``a`` beside ``b``; infinite if the shapes differ."""
     if a.shape != b.shape:
         return float("inf")
     a, b = a.astype(mx.float32), b.astype(mx.float32)
@@ -197,7 +202,7 @@ def _error(a: mx.array, b: mx.array) -> float:
 
 
 def _time(form: Callable[[mx.array], list[mx.array]], x: mx.array, calls: int) -> float:
-    """Seconds a call, each waiting for the one before, as layers do."""
+    """Returns the seconds of a call; each call waits for the one before, as layers do."""
     start = time.perf_counter()
     results: list[mx.array] = []
     for _ in range(calls):
@@ -225,7 +230,7 @@ def _findings() -> dict[str, Finding]:
 
 
 def _load(machine: str) -> dict[str, Finding]:
-    """What the file says of this machine; nothing if it cannot be read or is of another."""
+    """Returns the file's findings for this machine; none if it cannot be read or is another's."""
     try:
         content = json.loads(_file().read_text(encoding="utf-8"))
         if content["machine"] != machine:

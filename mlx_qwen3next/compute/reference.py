@@ -1,8 +1,8 @@
 """The equations of the hybrid stack, one token at a time, in float32. Never optimised.
 
-This is the oracle: :mod:`mlx_qwen3next.compute.ops` must compute the same values, whatever shape
-its kernels take. Symbols: B batch, L tokens, Hk/Hv linear key/value heads, Dk/Dv their widths, r =
-Hv / Hk, E experts, K convolution taps. Argument order is ``(q, k, v, g, beta, state)``.
+This is the oracle: the rest of this room must compute the same values, whatever form it takes.
+Symbols: B batch, L tokens, Hk/Hv linear key/value heads, Dk/Dv their widths, r = Hv / Hk, E
+experts, K convolution taps. Argument order is ``(q, k, v, g, beta, state)``.
 
 Sources: Yang et al. 2024, "Gated Delta Networks" (eq. 10), and transformers'
 ``modeling_qwen3_next.py`` (``torch_recurrent_gated_delta_rule``, ``Qwen3NextRMSNormGated``,
@@ -22,7 +22,7 @@ def gated_delta_rule(
     beta: mx.array,
     state: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """The gated delta rule: ``S = S exp(g); d = beta (v - S k); S = S + d k^T; o = S q``.
+    """Applies the gated delta rule: ``S = S exp(g); d = beta (v - S k); S = S + d k^T; o = S q``.
 
     Args:
         q, k: ``[B, L, Hk, Dk]``, already normalised and scaled (see :func:`l2norm`).
@@ -51,7 +51,7 @@ def gated_delta_rule(
 
 
 def causal_conv(x: mx.array, weight: mx.array, state: mx.array) -> tuple[mx.array, mx.array]:
-    """Depthwise causal convolution, then SiLU; tap K-1 meets the current token.
+    """Applies the depthwise causal convolution, then SiLU; tap K-1 meets the current token.
 
     Args:
         x: ``[B, L, C]``. weight: ``[C, K, 1]`` (MLX's layout). state: ``[B, K-1, C]``, the inputs
@@ -73,31 +73,31 @@ def causal_conv(x: mx.array, weight: mx.array, state: mx.array) -> tuple[mx.arra
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """``x rsqrt(mean(x^2) + eps) weight`` in float32; weight is the effective one (1 + w)."""
+    """Returns ``x rsqrt(mean(x^2) + eps) weight`` in float32; weight is 1 + w of a checkpoint."""
     x = x.astype(mx.float32)
     return x * mx.rsqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight.astype(mx.float32)
 
 
 def gated_rms_norm(x: mx.array, z: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """``weight norm(x) silu(z)`` in float32, norm first; the weight has no ``+ 1``."""
+    """Returns ``weight norm(x) silu(z)`` in float32, norm first; the weight has no ``+ 1``."""
     z = z.astype(mx.float32)
     return rms_norm(x, weight, eps) * z * mx.sigmoid(z)
 
 
 def l2norm(x: mx.array, eps: float = 1e-6) -> mx.array:
-    """``x rsqrt(sum(x^2) + eps)`` in float32. The eps is fixed, it is not ``rms_norm_eps``."""
+    """Returns ``x rsqrt(sum(x^2) + eps)`` in float32. The eps is not ``rms_norm_eps``."""
     x = x.astype(mx.float32)
     return x * mx.rsqrt((x * x).sum(axis=-1, keepdims=True) + eps)
 
 
 def decay(a: mx.array, A_log: mx.array, dt_bias: mx.array) -> mx.array:
-    """``g = -exp(A_log) softplus(a + dt_bias)``, the log decay, float32, shape of ``a``."""
+    """Returns the log decay ``g = -exp(A_log) softplus(a + dt_bias)``, float32, as ``a``."""
     a = a.astype(mx.float32) + dt_bias.astype(mx.float32)
     return -mx.exp(A_log.astype(mx.float32)) * mx.logaddexp(a, mx.array(0.0))
 
 
 def route(logits: mx.array, top_k: int, normalise: bool) -> tuple[mx.array, mx.array]:
-    """Softmax over all experts in float32, then the top k, largest first, ties by lowest index.
+    """Routes by a softmax over all experts in float32: top k, largest first, ties by lowest index.
 
     Args:
         logits: ``[..., E]``.

@@ -26,7 +26,7 @@ from mlx_lm.sample_utils import (
     make_sampler,
 )
 
-from ..group.processes import ALONE, Group
+from ..group import ALONE, Group
 
 # Takes logits [1, vocab] and the drafts [1] before; gives a draft [1], by the rules of the tokens.
 Choose = Callable[[mx.array, list[mx.array]], mx.array]

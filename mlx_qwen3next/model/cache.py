@@ -1,4 +1,4 @@
-"""The model's memory: Gated DeltaNet states beside mlx-lm's KV caches, and rounds on both.
+"""The state of a sequence: Gated DeltaNet states beside mlx-lm's KV caches, and rounds on both.
 
 A cache is a list with one entry a layer: :class:`GatedDeltaCache` for linear layers, mlx-lm's
 ``KVCache`` (or its quantized or batched form) for attention layers. The list works with mlx-lm's
@@ -10,9 +10,9 @@ A *round* is a forward whose tokens may be taken back, in whole or from some tok
         hidden = model.model(tokens, cache)  # n tokens
         round.commit(keep)  # the first `keep` stay; leaving without commit keeps none
 
-Nothing is copied for it. Attention caches roll back by their offset. A linear layer does not
-advance its state in a round: it keeps the state before it and a tape (convolution rows, decay,
-keys and written errors), and the next forward replays the kept prefix first: lazy commit.
+A round copies nothing. Attention caches roll back by their offset. A linear layer does not advance
+its state in a round: it keeps the state before it, the convolution's inputs and a tape (decay, keys
+and written errors), and the next forward replays the kept prefix first: lazy commit.
 
 A plain forward advances at once; :class:`Undo` takes the last one back.
 """
@@ -20,33 +20,16 @@ A plain forward advances at once; :class:`Undo` takes the last one back.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 from ..compute import operations
+from ..compute.gated_delta import LayerState
 
 Cache = list[Any]
-
-
-class Tape(NamedTuple):
-    """What a linear layer remembers of a round of n tokens."""
-
-    rows: mx.array  # [B, K-1 + n, C] inputs of the convolution, those before the round first
-    g: mx.array  # [B, n, Hv] log decay
-    k: mx.array  # [B, n, Hk, Dk] normalised keys
-    delta: mx.array  # [B, n, Hv, Dv] written errors
-
-
-class Memory(NamedTuple):
-    """What a linear layer goes on from: its arrays, and what a round left to be replayed."""
-
-    rows: mx.array  # [B, K-1 + n, C] inputs of the convolution; n = 0 without a round
-    state: mx.array  # [B, Hv, Dv, Dk] float32, before the round
-    tape: tuple[mx.array, ...]  # g, k, delta of the round's n tokens, or nothing
-    keep: int  # how many of them are part of the sequence
 
 
 class GatedDeltaCache(ArraysCache):
@@ -57,52 +40,43 @@ class GatedDeltaCache(ArraysCache):
 
     # Class attributes, since mlx-lm's from_state() builds an entry without __init__.
     _open = False  # a round has begun and was neither committed nor dropped
-    _tape: Tape | None = None  # of the open round
-    _pending: tuple[Tape, int] | None = None  # a committed tape, and how much of it counts
+    _recorded: LayerState | None = None  # after the forward of the open round
+    _pending: LayerState | None = None  # after a committed round, whose tape is not replayed yet
 
     cache: list[mx.array | None]  # type: ignore[assignment]
 
     def __init__(self, size: int = 2, left_padding: list[int] | None = None):
         super().__init__(size, left_padding)
 
-    # --- what the layer does -------------------------------------------------------------------
-    def memory(self) -> Memory | None:
-        """What the next token meets; None before the first."""
+    # --- for the layer -------------------------------------------------------------------------
+    def layer_state(self) -> LayerState | None:
+        """Returns the state that the next token meets; None before the first."""
         self._check_closed()
         if self.left_padding is not None or self.lengths is not None:
-            self._settle()  # what is pending has its part in them
-        return self._memory()
-
-    def _memory(self) -> Memory | None:
+            self._settle()  # a pending round has its part in them
         rows, state = self.cache
-        if self._pending is not None:
-            tape, keep = self._pending
-            if state is None:
-                B, _, Hv, Dv = tape.delta.shape
-                state = mx.zeros((B, Hv, Dv, tape.k.shape[-1]))
-            return Memory(tape.rows, state, (tape.g, tape.k, tape.delta), keep)
-        return None if rows is None or state is None else Memory(rows, state, (), 0)
+        if self._pending is not None or rows is None or state is None:
+            return self._pending
+        return LayerState(rows, state)
 
     @property
     def recording(self) -> bool:
         """Whether the forward belongs to a round, so that a tape is wanted, not a new state."""
         return self._open
 
-    def record(self, tape: Tape, state: mx.array) -> None:
-        """Keeps a round's tape, and the state before the round."""
-        changes: dict[str, Any] = {"_tape": tape, "_pending": None}
+    def store(self, after: LayerState, tokens: int) -> None:
+        """Takes over the state after ``tokens`` more tokens, or a round's record of them."""
+        if after.tape is None:
+            self._replayed({"cache": [after.rows, after.state], "_pending": None}, tokens)
+            return
+        changes: dict[str, Any] = {"_recorded": after, "_pending": None}
         if self._pending is not None or self.cache[0] is not None:
-            taps = tape.rows.shape[1] - tape.g.shape[1]  # K - 1
-            changes["cache"] = [tape.rows[:, :taps], state]
+            changes["cache"] = [after.kept_rows, after.state]  # before the round
         self._replayed(changes)
 
-    def store(self, rows: mx.array, state: mx.array, tokens: int) -> None:
-        """Takes over the rows and state after ``tokens`` more tokens."""
-        self._replayed({"cache": [rows, state], "_pending": None}, tokens)
-
     def _replayed(self, changes: dict[str, Any], more: int = 0) -> None:
-        """Takes over what a forward made of the memory, and of ``more`` tokens after it."""
-        more += 0 if self._pending is None else self._pending[1]
+        """Takes over the changes of a forward that replayed a pending round and ``more`` tokens."""
+        more += 0 if self._pending is None else self._pending.keep
         # At once, so that no interrupt comes between; in new arrays, which an Undo may share.
         vars(self).update(changes, **self._padding_after(more))
 
@@ -122,9 +96,9 @@ class GatedDeltaCache(ArraysCache):
         if not self._open:
             raise RuntimeError("no round is open: call begin() first")
         pending = self._pending
-        if self._tape is not None and keep > 0:
-            pending = self._tape, keep
-        vars(self).update(_tape=None, _pending=pending, _open=False)
+        if self._recorded is not None and keep > 0:
+            pending = self._recorded._replace(keep=keep)
+        vars(self).update(_recorded=None, _pending=pending, _open=False)
 
     def settle(self) -> None:
         """Replays a committed tape now, so that rows and state are those of the sequence."""
@@ -132,16 +106,15 @@ class GatedDeltaCache(ArraysCache):
         self._settle()
 
     def _settle(self) -> None:
-        memory = self._memory()
-        if memory is None or not memory.tape:
+        pending = self._pending
+        if pending is None or pending.tape is None:
             return
-        rows, state, (g, k, delta), keep = memory
-        rows = mx.contiguous(rows[:, keep : keep + rows.shape[1] - g.shape[1]])
-        state = operations.gated_delta_replay(state, g, k, delta, keep)
+        rows = mx.contiguous(pending.kept_rows)
+        state = operations.gated_delta_replay(pending.state, *pending.tape, pending.keep)
         self._replayed({"cache": [rows, state], "_pending": None})
 
     def _check_closed(self) -> None:
-        if self._tape is not None:
+        if self._recorded is not None:
             raise RuntimeError("a round is open: commit or drop it before using its cache")
 
     # --- mlx-lm's cache protocol, on settled arrays --------------------------------------------
@@ -153,10 +126,10 @@ class GatedDeltaCache(ArraysCache):
     @state.setter
     def state(self, value: Any) -> None:
         self.cache, self.left_padding, self.lengths = value
-        vars(self).update(_open=False, _tape=None, _pending=None)
+        vars(self).update(_open=False, _recorded=None, _pending=None)
 
     def make_mask(self, N: int) -> mx.array | None:
-        self.memory()  # settles what is pending if there is padding
+        self.layer_state()  # settles a pending round if there is padding
         return super().make_mask(N)
 
     def prepare(self, lengths: Any = None, **options: Any) -> None:
@@ -188,12 +161,14 @@ class GatedDeltaCache(ArraysCache):
         return super().merge(caches)
 
     def empty(self) -> bool:
-        return self.cache[0] is None and self._tape is None and self._pending is None
+        return self.cache[0] is None and self._recorded is None and self._pending is None
 
     @property
     def nbytes(self) -> int:
-        tape = self._tape or (self._pending[0] if self._pending else ())
-        return super().nbytes + sum(x.nbytes for x in tape)
+        held = self._recorded or self._pending
+        return super().nbytes + (
+            sum(x.nbytes for x in (held.rows, *(held.tape or ()))) if held else 0
+        )
 
 
 class MTPCache(KVCache):
@@ -264,7 +239,7 @@ class Round:
         self._finish()
 
     def _finish(self) -> None:
-        """May be called again after an interrupt."""
+        """Ends the round; may be called again after an interrupt."""
         for c, before in zip(self._cache, self._lengths, strict=True):
             if isinstance(c, GatedDeltaCache):
                 if c.recording:
@@ -315,18 +290,18 @@ class Undo:
 
 
 def settle(cache: Cache) -> None:
-    """Replays what committed rounds left on their tapes, before handing the cache to others."""
+    """Replays the tapes of committed rounds, before the cache is handed to others."""
     for c in cache:
         if isinstance(c, GatedDeltaCache):
             c.settle()
 
 
 def length(entry: Any) -> int:
-    """How many positions an attention layer's cache entry holds (padding included)."""
+    """Returns the number of positions in an attention layer's cache entry (padding included)."""
     offset = getattr(entry, "offset", None)
     return offset if isinstance(offset, int) else entry.size()
 
 
 def tokens_held(cache: Cache) -> int:
-    """How many positions the cache's attention layers hold, 0 if there are none."""
+    """Returns the number of positions in the cache's attention layers, 0 if there are none."""
     return max((length(c) for c in cache if not isinstance(c, ArraysCache)), default=0)

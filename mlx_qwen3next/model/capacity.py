@@ -1,4 +1,4 @@
-"""What a model needs in memory and what this machine can hold."""
+"""The memory that a model needs and the memory that this machine has for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GB = 1e9
 
 
 def cache_bytes(config: Config, context: int, *, mtp: bool, itemsize: int) -> int:
-    """Bytes of one sequence's cache at ``context`` tokens: states, conv rows and keys/values.
+    """Returns the bytes of one sequence's cache at ``context`` tokens.
 
     Args:
         mtp: whether the MTP head's own keys and values count too.
@@ -40,7 +40,7 @@ def check(weights: int, cache: int, context: int) -> None:
         cache: bytes of the cache at ``context`` tokens.
 
     Raises:
-        ValueError: the machine cannot hold it; the message says what would help.
+        ValueError: the machine cannot hold it; the message names remedies.
     """
     need = weights + cache
     total, comfortable = _capacity()
@@ -65,15 +65,15 @@ def check(weights: int, cache: int, context: int) -> None:
 
 
 def spare() -> int:
-    """Bytes that fit into memory well beside what MLX holds now."""
+    """Returns the bytes that fit into memory well beside the arrays that MLX holds now."""
     _, comfortable = _capacity()
     if platform.system() == "Darwin" or mx.default_device() == mx.gpu:
-        comfortable -= mx.get_active_memory()  # what a CPU's reading leaves out already
+        comfortable -= mx.get_active_memory()  # a CPU's reading leaves them out already
     return max(int(comfortable), 0)
 
 
 def _capacity() -> tuple[float, float]:
-    """(what can be held at all, what can be held well) in bytes."""
+    """Returns (bytes that can be held at all, bytes that can be held well)."""
     info: Mapping[str, str | int] = mx.device_info()
     if platform.system() == "Darwin":
         total = float(info.get("memory_size", os.sysconf("SC_PAGE_SIZE") * _pages()))

@@ -1,8 +1,8 @@
 """The model's configuration: one frozen dataclass from either config dialect.
 
 The hub's files (``rope_theta``, ``partial_rotary_factor``, ``full_attention_interval``) and
-transformers 5's (``rope_parameters``, ``layer_types``) describe the same model; :class:`Config`
-is what both mean. Everything that cannot be run is refused here, by name.
+transformers 5's (``rope_parameters``, ``layer_types``) describe the same model, and both become
+a :class:`Config`. A model that cannot be run is refused here, by the value's name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MOE_REQUIRED = (
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
 )
-# Where another bound than "at least 1" holds: a convolution of one tap mixes no tokens.
+# Other bounds than "at least 1": a convolution of one tap mixes no tokens.
 _LEAST = {"linear_conv_kernel_dim": 2, "num_experts": 0, "intermediate_size": 0}
 _MOST = {"num_hidden_layers": 10_000}
 _LARGEST = 2**31 - 1  # of MLX's dimensions
@@ -45,7 +45,7 @@ _LARGEST = 2**31 - 1  # of MLX's dimensions
 
 @dataclass(frozen=True)
 class Config:
-    """What a Qwen3-Next checkpoint's ``config.json`` says, validated.
+    """The contents of a Qwen3-Next checkpoint's ``config.json``, validated.
 
     Names are the checkpoint's. ``layer_types`` holds ``"linear_attention"`` or
     ``"full_attention"`` per layer; ``quantization`` is mlx-lm's mapping (``group_size``, ``bits``,
@@ -156,11 +156,11 @@ class Config:
             raise ValueError(f"layer {dense[0]} is dense, but the config lacks intermediate_size")
 
     def is_linear(self, layer: int) -> bool:
-        """Whether the layer mixes tokens by Gated DeltaNet (else by gated attention)."""
+        """Returns whether the layer mixes tokens by Gated DeltaNet (else by gated attention)."""
         return self.layer_types[layer] == "linear_attention"
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether the layer's MLP is a mixture of experts (else dense)."""
+        """Returns whether the layer's MLP is a mixture of experts (else dense)."""
         return (
             layer not in self.mlp_only_layers
             and self.num_experts > 0
@@ -169,7 +169,7 @@ class Config:
 
     @property
     def rotary_dims(self) -> int:
-        """How many of a head's dimensions RoPE turns."""
+        """The number of a head's dimensions that RoPE turns."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
@@ -188,13 +188,13 @@ class Config:
         return 2 * self.linear_key_dim + self.linear_value_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """As a plain dict that :meth:`from_dict` reads back."""
+        """Returns the config as a plain dict that :meth:`from_dict` reads back."""
         raw = {key: value for key, value in asdict(self).items() if value is not None}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in raw.items()}
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object a JSON file holds.
+    """Returns the object in a JSON file.
 
     Raises:
         ValueError: the file cannot be read or holds none; the message names it.
@@ -211,7 +211,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, float]:
-    """(theta, rotary factor) of either dialect; only the default rope type exists."""
+    """Returns (theta, rotary factor) of either dialect; only the default rope type exists."""
     merged = dict(raw)
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key) or {}

@@ -57,12 +57,12 @@ class MTPHead(nn.Module):
         return self.norm(x)
 
     def make_cache(self) -> Cache:
-        """An empty cache for the head's attention layer."""
+        """Returns an empty cache for the head's attention layer."""
         return [MTPCache()]
 
 
 def attach(model: Model) -> MTPHead:
-    """Gives the model a head (with unset weights) and returns it."""
+    """Gives the model a head with unset weights, and returns the head."""
     # A closure, not the module: the embedding's parameters belong to the trunk alone, and
     # quantization may replace it.
     model.mtp = MTPHead(model.args, lambda tokens: model.model.embed(tokens))

@@ -1,36 +1,37 @@
-"""The model as it runs: weights that meet the same input stacked, several operations a launch.
+"""The model packed for inference: weights of one input stacked, several operations a launch.
 
 Checkpoints, saving and training keep the checkpoint's modules
-(:mod:`mlx_qwen3next.model.qwen3_next`); :func:`pack` puts inference-time layers in their place, one
-after the other. Rows of weights are permuted and stacked, quantized or not, which is exact:
-quantization groups run along the inputs.
+(:mod:`mlx_qwen3next.model.qwen3_next`, on several ranks :mod:`mlx_qwen3next.model.parallel`);
+:func:`pack` puts inference-time layers in their place, one after the other. Rows of weights are
+permuted and stacked, quantized or not, which is exact: quantization groups run along the inputs.
 
 - Gated DeltaNet: qkvz and ba become ``in_proj``, whose output is ``[q | k | v | z | b | a]``.
 - Attention: q, gate, k and v become ``in_proj``, ``[q | k | v | gate]``.
 - Experts: gate and up become ``gate_up_proj``; the shared expert becomes number E, and its gate the
   router's last row.
 
-What cannot be stacked (other bits or group sizes, an adapter's layers) stays as it is.
+Modules that cannot be stacked (other bits or group sizes, an adapter's layers) stay as they are.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
-from ..compute import operations, ops
-from ..compute.cpu_matmul import ColumnLinear, Columns, turned
+from ..compute import operations
+from ..compute.cpu_matmul import TransposedLinear, TransposedWeights, transposed
+from ..compute.experts import sparse_experts
 from ..metal_kernels import Experts
+from .gated_delta_net import GatedDeltaNet
 from .mtp_head import MTPHead
-from .qwen3_next import MLP, DecoderLayer, GatedAttention, GatedDeltaNet, Model, RMSNorm, SparseMoE
-
-M = TypeVar("M", bound=nn.Module)
+from .parallel import ExpertParallelMoE, ParallelDecoderLayer, recast
+from .qwen3_next import MLP, DecoderLayer, GatedAttention, Model, RMSNorm, SparseMoE
 
 
 class PackedRMSNorm(RMSNorm):
@@ -43,7 +44,7 @@ class PackedRMSNorm(RMSNorm):
 class PackedGatedDeltaNet(GatedDeltaNet):
     """Three launches: projection, everything between, projection."""
 
-    step = operations.gated_delta_step  # type: ignore[assignment,has-type]
+    mix = operations.gated_delta_step(GatedDeltaNet.mix)  # type: ignore[assignment,has-type]
 
     def project(self, x: mx.array) -> mx.array:
         return self.in_proj(x) if "in_proj" in self else super().project(x)
@@ -60,42 +61,73 @@ class PackedGatedAttention(GatedAttention):
 
 
 class PackedSparseMoE(SparseMoE):
-    """Router, plan, gate and up, down: four launches, the residual addition included."""
+    """Router, gate and up, down: three launches after the logits', the residual's included."""
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
-        """``x``, ``residual`` ``[B, L, H]`` to ``residual + mixture(x)``."""
+        """Returns ``residual + mixture(x)``; ``x`` and ``residual`` are ``[B, L, H]``."""
         shape = x.shape
         x, residual = x.reshape(-1, shape[-1]), residual.reshape(-1, shape[-1])
-        if self.group.rank > 0:  # one of those that are summed has it
-            residual = mx.zeros_like(residual)
         logits = self.gate(x)
         if "shared_expert" in self:
             shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
             residual = residual + shared
         weights = _experts(self.gate_up_proj), _experts(self.down_proj)
-        options: dict[str, Any] = {
+        return self.add_experts(x, logits, *weights, residual).reshape(shape)
+
+    def add_experts(
+        self,
+        x: mx.array,
+        logits: mx.array,
+        gate_up: Experts | TransposedWeights,
+        down: Experts | TransposedWeights,
+        residual: mx.array,
+    ) -> mx.array:
+        """Returns ``residual`` plus the experts' mixture; see :func:`sparse_experts`."""
+        for_kernels = isinstance(gate_up, Experts) and isinstance(down, Experts)
+        form = operations.sparse_experts if for_kernels else sparse_experts
+        return form(x, logits, gate_up, down, residual, **self.router_options)
+
+    @property
+    def router_options(self) -> dict[str, Any]:
+        """The options of :func:`sparse_experts` about the router."""
+        return {
             "experts": self.num_experts,
             "top_k": self.top_k,
             "normalise": self.norm_topk_prob,
         }
-        if self.own is not None or any(isinstance(w, Columns) for w in weights):  # for no kernel
-            y = ops.sparse_experts(x, logits, *weights, residual, own=self.own, **options)
-        else:
-            y = operations.sparse_experts(x, logits, *weights, residual, **options)
-        return self.group.all_sum(y.reshape(shape))
+
+
+class PackedExpertParallelMoE(PackedSparseMoE):
+    """Packed :class:`ExpertParallelMoE`; no kernel takes a part of the experts."""
+
+    own: range  # the experts that are here
+
+    def add_experts(self, *arguments: Any) -> mx.array:
+        return sparse_experts(*arguments, own=self.own, **self.router_options)
 
 
 class PackedDecoderLayer(DecoderLayer):
     """A decoder layer whose residual additions are part of other launches."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
-        mixer = self.linear_attn if self.is_linear else self.self_attn
         norm = self.post_attention_layernorm
-        y = mixer(self.input_layernorm(x), mask, cache)
+        y = self.mixer(self.input_layernorm(x), mask, cache)
         x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
         if isinstance(self.mlp, PackedSparseMoE):
             return self.mlp(y, x)
         return x + self.mlp(y)
+
+
+class PackedParallelDecoderLayer(ParallelDecoderLayer):
+    """A :class:`PackedDecoderLayer` on several ranks: one sum for the mixer, one for the MLP."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
+        norm = self.post_attention_layernorm
+        y = self.group.all_sum(self.mixer(self.input_layernorm(x), mask, cache))
+        x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
+        if isinstance(self.mlp, PackedSparseMoE):  # one of the summands has the residual
+            return self.group.all_sum(self.mlp(y, x if self.group.rank == 0 else mx.zeros_like(x)))
+        return x + self.group.all_sum(self.mlp(y))
 
 
 def pack(model: Model) -> Model:
@@ -112,28 +144,29 @@ def pack(model: Model) -> Model:
             mx.clear_cache()  # the parts' buffers
         for name, module in stack.children().items():
             if isinstance(module, RMSNorm):
-                stack[name] = _recast(module, PackedRMSNorm)
+                stack[name] = recast(module, PackedRMSNorm)
     model.packed = True
     return model
 
 
-def turn(model: Model) -> None:
-    """Turns around the matrices of a packed model where that is faster (``columns.py``)."""
-    # The layers of others, adapters for one, may look into their parts. No reference to a part is
-    # kept, so that its memory is free once it is turned.
+def transpose(model: Model) -> None:
+    """Transposes the matrices of a packed model where a CPU multiplies them faster that way."""
+    # Other layers, such as an adapter's, may look into their parts. No reference to a part is kept,
+    # so that its memory is free once it is transposed.
     kinds = GatedDeltaNet, GatedAttention, SparseMoE, MLP, Model, MTPHead
     for module in [m for m in model.modules() if isinstance(m, kinds)]:
         for name in list(module.children()):
             part = module[name]
-            if isinstance(part, nn.Module) and (linear := turned(part)) is not None:
+            if isinstance(part, nn.Module) and (linear := transposed(part)) is not None:
                 mx.eval(linear.parameters())
                 module[name] = linear
                 mx.clear_cache()
 
 
 def _pack_layer(layer: DecoderLayer) -> DecoderLayer:
-    packed = _recast(layer, PackedDecoderLayer)
-    packed.input_layernorm = _recast(layer.input_layernorm, PackedRMSNorm)
+    is_parallel = isinstance(layer, ParallelDecoderLayer)
+    packed = recast(layer, PackedParallelDecoderLayer if is_parallel else PackedDecoderLayer)
+    packed.input_layernorm = recast(layer.input_layernorm, PackedRMSNorm)
     if not layer.is_linear:
         packed.self_attn = _pack_attention(layer.self_attn)
     else:
@@ -144,11 +177,11 @@ def _pack_layer(layer: DecoderLayer) -> DecoderLayer:
 
 
 def _pack_delta_net(layer: GatedDeltaNet) -> GatedDeltaNet:
-    return _stack_inputs(_recast(layer, PackedGatedDeltaNet), "in_proj_qkvz", "in_proj_ba")
+    return _stack_inputs(recast(layer, PackedGatedDeltaNet), "in_proj_qkvz", "in_proj_ba")
 
 
 def _pack_attention(layer: GatedAttention) -> GatedAttention:
-    return _stack_inputs(_recast(layer, PackedGatedAttention), "q_proj", "k_proj", "v_proj")
+    return _stack_inputs(recast(layer, PackedGatedAttention), "q_proj", "k_proj", "v_proj")
 
 
 def _pack_experts(layer: SparseMoE) -> SparseMoE:
@@ -158,7 +191,8 @@ def _pack_experts(layer: SparseMoE) -> SparseMoE:
     gate_up = _stack([routed.gate_proj, routed.up_proj], axis=1)
     if gate_up is None or not all(_is_plain(part) for part in (gate_up, routed.down_proj)):
         return layer
-    packed = _recast(layer, PackedSparseMoE)
+    has_some = isinstance(layer, ExpertParallelMoE)
+    packed = recast(layer, PackedExpertParallelMoE if has_some else PackedSparseMoE)
     packed.gate_up_proj, packed.down_proj = gate_up, routed.down_proj
     del packed["switch_mlp"]
     if "shared_expert" not in layer:  # another rank has it
@@ -179,29 +213,21 @@ def _pack_experts(layer: SparseMoE) -> SparseMoE:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is a stack of experts that :class:`Experts` can describe."""
+    """Returns whether a module is a stack of experts that :class:`Experts` can describe."""
     affine = getattr(module, "mode", "affine") == "affine"
     known = isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
     return known and affine and "bias" not in module
 
 
-def _experts(module: nn.Module) -> Experts | Columns:
-    if isinstance(module, ColumnLinear):
-        return module.columns
+def _experts(module: nn.Module) -> Experts | TransposedWeights:
+    if isinstance(module, TransposedLinear):
+        return module.weights
     if "scales" not in module:
         return Experts(module.weight)
     return Experts(module.weight, module.scales, module.biases, module.group_size, module.bits)
 
 
 # --- stacking ------------------------------------------------------------------------------------
-def _recast(module: nn.Module, kind: type[M]) -> M:
-    """A copy of another class, with the same parameters and attributes."""
-    copied = kind.__new__(kind)
-    vars(copied).update(vars(module))
-    dict.update(copied, module)
-    return copied
-
-
 def _stack_inputs(layer: Any, *names: str) -> Any:
     """Puts ``in_proj`` in the place of the named projections, if they can be stacked."""
     if "in_proj" in layer or (stacked := _stack([layer[name] for name in names])) is None:
@@ -218,7 +244,7 @@ def _stack_inputs(layer: Any, *names: str) -> Any:
 
 
 def _stack(modules: Sequence[nn.Module], axis: int = 0) -> Any:
-    """One module with all their rows; None if they are not of one kind."""
+    """Returns one module with the rows of all; None if they are not of one kind."""
     first = modules[0]
     alike = all(_kind(module) == _kind(first) for module in modules) and _has_rows(first)
     if not alike or not isinstance(
@@ -232,7 +258,7 @@ def _stack(modules: Sequence[nn.Module], axis: int = 0) -> Any:
 
 
 def _append(experts: nn.Module, one: nn.Module) -> Any:
-    """A stack of experts with one more; None if that is quantized or shaped otherwise."""
+    """Returns a stack of experts with one more; None if that is quantized or shaped otherwise."""
     parameters, last = _parameters(experts), _parameters(one)
 
     def row(values: dict[str, mx.array], start: int) -> dict[str, Any]:
@@ -255,11 +281,11 @@ def _quantization(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """What must agree for modules to be stacked: the inputs' width, too, by the parameters."""
+    """Returns the properties that must agree for modules to be stacked."""
     widths = {key: (v.shape[-1], v.dtype) for key, v in _parameters(module).items()}
     return type(module), _quantization(module), widths
 
 
 def _has_rows(module: nn.Module) -> bool:
-    """Whether every parameter has one row an output; a scale of a whole matrix has none."""
+    """Returns whether every parameter has one row an output; a whole matrix's scale has none."""
     return all(value.ndim >= 2 for value in _parameters(module).values())

@@ -13,7 +13,8 @@ Glossary (code / config.json)::
 
 Modules and parameters have the checkpoint's names, in mlx-lm's converted layout (experts stacked
 in ``switch_mlp``, convolution weights ``[C, K, 1]``, norm weights with their ``+ 1``), so that
-mlx-lm's tools work on the model. Norm weights, ``A_log`` and ``dt_bias`` are float32.
+mlx-lm's tools work on the model. :mod:`mlx_qwen3next.model.gated_delta_net` has the linear layers'
+mixer. Norm weights, ``A_log`` and ``dt_bias`` are float32.
 
 Sources: transformers' ``modeling_qwen3_next.py``; Yang et al. 2024, "Gated Delta Networks"; Qiu et
 al. 2025, "Gated Attention for Large Language Models".
@@ -32,12 +33,15 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from ..compute import ops
+from ..compute.attention import attention_gate, attention_heads
 from ..compute.cpu_attention import attention
-from ..group.processes import ALONE, Group, connected
+from ..compute.experts import route
+from ..compute.norms import rms_norm
+from ..group import ALONE, Group, connected
 from . import layouts, sharding
-from .cache import Cache, GatedDeltaCache, Memory, Tape
+from .cache import Cache, GatedDeltaCache
 from .config import MODEL_TYPE, Config
+from .gated_delta_net import GatedDeltaNet
 
 
 class RMSNorm(nn.Module):
@@ -49,91 +53,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return ops.rms_norm(x, self.weight, self.eps)
-
-
-class RMSNormGated(nn.Module):
-    """Of ``weight norm(x) silu(z)`` over one value head; the checkpoint's weight has no ``+ 1``.
-
-    Holds the weight; ops.gated_delta_step applies it.
-    """
-
-    def __init__(self, dims: int, eps: float):
-        super().__init__()
-        self.weight = mx.ones((dims,))
-        self.eps = eps
-
-
-class GatedDeltaNet(nn.Module):
-    """Linear attention by the gated delta rule: a fixed-size state instead of a growing cache."""
-
-    step = staticmethod(ops.gated_delta_step)
-    group = ALONE
-
-    def __init__(self, config: Config):
-        super().__init__()
-        H, eps = config.hidden_size, config.rms_norm_eps
-        self.Hk, self.Dk = config.linear_num_key_heads, config.linear_key_head_dim
-        self.Hv, self.Dv = config.linear_num_value_heads, config.linear_value_head_dim
-        self.K, C = config.linear_conv_kernel_dim, config.linear_conv_dim
-        key_dim, value_dim = config.linear_key_dim, config.linear_value_dim
-        self.in_proj_qkvz = nn.Linear(H, 2 * key_dim + 2 * value_dim, bias=False)
-        self.in_proj_ba = nn.Linear(H, 2 * self.Hv, bias=False)
-        # Holds the weight [C, K, 1]; ops.causal_conv applies it.
-        self.conv1d = nn.Conv1d(C, C, self.K, groups=C, bias=False)
-        self.A_log = mx.log(mx.random.uniform(0.01, 16, (self.Hv,)))
-        self.dt_bias = mx.ones((self.Hv,))
-        self.norm = RMSNormGated(self.Dv, eps)
-        self.out_proj = nn.Linear(value_dim, H, bias=False)
-
-    def project(self, x: mx.array) -> mx.array:
-        """``[q | k | v | z | b | a]``, each head after head, ``[B, L, C + Hv Dv + 2 Hv]``."""
-        return self.arrange(self.in_proj_qkvz(x), self.in_proj_ba(x))
-
-    def arrange(self, qkvz: mx.array, ba: mx.array) -> mx.array:
-        """What the projections give, or their rows, head after head instead of per key head.
-
-        Args:
-            qkvz, ba: ``[..., n]``; per key head q Dk, k Dk, v r Dv, z r Dv; b r, a r.
-        """
-        shape, Hk, Dk, rDv = qkvz.shape[:-1], self.Hk, self.Dk, self.Hv // self.Hk * self.Dv
-        parts = mx.split(qkvz.reshape(*shape, Hk, -1), [Dk, 2 * Dk, 2 * Dk + rDv], axis=-1)
-        parts += mx.split(ba.reshape(*shape, Hk, -1), 2, axis=-1)
-        return mx.concatenate([y.reshape(*shape, -1) for y in parts], axis=-1)
-
-    def __call__(
-        self, x: mx.array, mask: mx.array | None = None, cache: GatedDeltaCache | None = None
-    ) -> mx.array:
-        """``x`` ``[B, L, H]``; ``mask`` ``[B, L]``, False at padding, which changes nothing."""
-        B, L, _ = x.shape
-        row = self.project(x)
-        memory = None if cache is None else cache.memory()
-        if memory is None:
-            before = mx.zeros((B, self.K - 1, self.conv1d.weight.shape[0]), row.dtype)
-            memory = Memory(before, mx.zeros((B, self.Hv, self.Dv, self.Dk)), (), 0)
-        o, state, rows, *tape = self.step(
-            row,
-            *memory,
-            *(self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight),
-            eps=self.norm.eps,
-            key_heads=self.Hk,
-            mask=mask,
-            lazy=cache is not None and cache.recording,
-            lengths=None if cache is None else cache.lengths,
-        )
-        if tape and cache is not None:
-            cache.record(Tape(rows, *tape), state)
-        elif cache is not None:
-            cache.store(rows, state, L)
-        return self.group.all_sum(self.out_proj(o))
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GatedAttention(nn.Module):
     """Grouped-query attention with q/k norms, partial RoPE and a sigmoid gate on its output."""
 
-    split_heads = staticmethod(ops.attention_heads)
-    gate = staticmethod(ops.attention_gate)
-    group = ALONE
+    split_heads = staticmethod(attention_heads)
+    gate = staticmethod(attention_gate)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -149,11 +76,11 @@ class GatedAttention(nn.Module):
         self.rotary_dims, self.rope_theta = config.rotary_dims, config.rope_theta
 
     def project(self, x: mx.array) -> mx.array:
-        """``[q | k | v | gate]``, each head after head, ``[B, L, (2 nh + 2 nkv) hd]``."""
+        """Returns ``[q | k | v | gate]``, head after head, ``[B, L, (2 nh + 2 nkv) hd]``."""
         return self.arrange(self.q_proj(x), self.k_proj(x), self.v_proj(x))
 
     def arrange(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """What the projections give, or their rows, with the gates last.
+        """Returns the projections' results, or their rows, with the gates last.
 
         Args:
             q: ``[..., 2 nh hd]``, per head q hd, gate hd. k, v: ``[..., nkv hd]``.
@@ -164,7 +91,7 @@ class GatedAttention(nn.Module):
         return mx.concatenate(parts, axis=-1)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
-        """``x`` ``[B, L, H]``; the mask is mlx-lm's (None, "causal" or an array)."""
+        """Returns ``[B, L, H]``, as ``x``; the mask is mlx-lm's (None, "causal" or an array)."""
         row = self.project(x)
         q, k, v = self.split_heads(
             row,
@@ -179,13 +106,11 @@ class GatedAttention(nn.Module):
             k, v = cache.update_and_fetch(k, v)
         scale = self.hd**-0.5
         o = attention(q, k, v, scale=scale, mask=mask, cache=cache)
-        return self.group.all_sum(self.o_proj(self.gate(o, row, kv_heads=self.nkv)))
+        return self.o_proj(self.gate(o, row, kv_heads=self.nkv))
 
 
 class MLP(nn.Module):
     """SwiGLU: ``down(silu(gate x) up x)``."""
-
-    group = ALONE
 
     def __init__(self, dims: int, width: int):
         super().__init__()
@@ -194,14 +119,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.group.all_sum(self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x))))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class SparseMoE(nn.Module):
     """The top k of E experts by a softmax router, plus one shared expert behind a sigmoid gate."""
-
-    group = ALONE
-    own: range | None = None  # the experts that are here, if not all
 
     def __init__(self, config: Config):
         super().__init__()
@@ -214,14 +136,16 @@ class SparseMoE(nn.Module):
         self.shared_expert_gate = nn.Linear(H, 1, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        experts, weights = ops.route(self.gate(x), self.top_k, self.norm_topk_prob)
-        if self.own is not None:
-            experts, weights = ops.only_own(experts, weights, self.own)
+        experts, weights = self.route(x)
         y = self.switch_mlp(x, experts)  # [B, L, top_k, H]
         y = (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
         if "shared_expert" in self:
             y = y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-        return self.group.all_sum(y)
+        return y
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Returns the experts of each token and their weights, each ``[B, L, top_k]``."""
+        return route(self.gate(x), self.top_k, self.norm_topk_prob)
 
 
 class DecoderLayer(nn.Module):
@@ -240,17 +164,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(H, eps)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
-        mixer = self.linear_attn if self.is_linear else self.self_attn
-        x = x + mixer(self.input_layernorm(x), mask, cache)
+        x = x + self.mixer(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    @property
+    def mixer(self) -> Any:
+        """The token mixer, whichever it is."""
+        return self.linear_attn if self.is_linear else self.self_attn
 
 
 class Trunk(nn.Module):
     """Embedding, the decoder layers and the final norm: tokens to hidden states."""
-
-    vocabulary = ALONE  # the group that has it together…
-    first_token = 0  # …and the first of its tokens that is here
-    pipeline = ALONE  # the group that has the layers one after the other
 
     def __init__(self, config: Config):
         super().__init__()
@@ -267,44 +191,47 @@ class Trunk(nn.Module):
         cache: Cache | None = None,
         between: Callable[[int, mx.array], None] | None = None,
     ) -> mx.array:
-        """Tokens ``[B, L]`` to hidden states ``[B, L, H]`` after the final norm.
+        """Turns tokens ``[B, L]`` into hidden states ``[B, L, H]`` after the final norm.
 
         ``between`` is called with the number and the output of every layer that another follows.
         """
-        x = self.pipeline.from_before(self.embed(tokens))
+        return self.norm(self.run_layers(self.embed(tokens), cache, between))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Turns tokens ``[B, L]`` into their embeddings ``[B, L, H]``."""
+        return self.embed_tokens(tokens)
+
+    def run_layers(
+        self,
+        x: mx.array,
+        cache: Cache | None = None,
+        between: Callable[[int, mx.array], None] | None = None,
+    ) -> mx.array:
+        """Runs one layer after the other; ``x`` and the result are ``[B, L, H]``."""
         caches = [None] * len(self.layers) if cache is None else cache
         pairs = list(zip(self.layers, caches, strict=True))
         # All layers of a kind share one mask, the first one's.
         linear = (c for layer, c in pairs if layer.is_linear and c is not None)
-        linear_mask = next((c.make_mask(tokens.shape[1]) for c in linear), None)
+        linear_mask = next((c.make_mask(x.shape[1]) for c in linear), None)
         full = (c for layer, c in pairs if not layer.is_linear)
         attention_mask = next((create_attention_mask(x, c) for c in full), None)
         for i, (layer, c) in enumerate(pairs):
             if between is not None and i > 0:
                 between(i - 1, x)
             x = layer(x, linear_mask if layer.is_linear else attention_mask, c)
-        return self.norm(self.pipeline.from_last(x))
-
-    def embed(self, tokens: mx.array) -> mx.array:
-        """Tokens ``[B, L]`` to ``[B, L, H]``."""
-        if self.vocabulary.size == 1:
-            return self.embed_tokens(tokens)
-        rows = self.embed_tokens.weight.shape[0]
-        own = tokens.astype(mx.int32) - self.first_token
-        here = (own >= 0) & (own < rows)
-        x = self.embed_tokens(mx.where(here, own, 0))
-        return self.vocabulary.all_sum(mx.where(here[..., None], x, 0))
+        return x
 
 
 class Model(nn.Module):
-    """A Qwen3-Next causal language model, fit for mlx-lm's tools.
+    """A Qwen3-Next causal language model, which mlx-lm's tools take.
 
     ``mtp`` is the multi-token-prediction head (:class:`mlx_qwen3next.model.mtp_head.MTPHead`) or
     None.
     """
 
-    packed = False  # whether it has been through mlx_qwen3next.model.packing
-    group = ALONE  # the processes that run it together
+    packed = False  # whether mlx_qwen3next.model.packing has packed it for inference
+    group = ALONE  # the processes that run this model together
+    vocabulary = ALONE  # the group whose ranks each compute the logits of some tokens
 
     def __init__(self, config: Config):
         super().__init__()
@@ -316,17 +243,17 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
-        """Tokens ``[B, L]`` int to logits ``[B, L, vocab]``; the cache advances by L."""
+        """Turns tokens ``[B, L]`` int into logits ``[B, L, vocab]``; the cache advances by L."""
         return self.logits(self.model(tokens, cache))
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Hidden states ``[..., H]`` (after the final norm) to logits ``[..., vocab]``."""
+        """Turns hidden states ``[..., H]``, after the final norm, into logits ``[..., vocab]``."""
         tied = self.args.tie_word_embeddings
         logits = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
-        return self.model.vocabulary.all_gather(logits)
+        return self.vocabulary.all_gather(logits)
 
     def train(self, mode: bool = True) -> nn.Module:
-        """As ``nn.Module``'s.
+        """Sets training mode, as ``nn.Module.train``.
 
         Raises:
             ValueError: the model is packed for inference.
@@ -336,7 +263,7 @@ class Model(nn.Module):
         return super().train(mode)
 
     def save_weights(self, file: str, **options: Any) -> None:
-        """As ``nn.Module``'s.
+        """Saves the weights, as ``nn.Module.save_weights``.
 
         Raises:
             ValueError: the model is packed for inference.
@@ -350,10 +277,10 @@ class Model(nn.Module):
         mode: sharding.Mode | None = None,
         layers: Sequence[int] | None = None,
     ) -> sharding.Shard:
-        """Leaves what is this rank's, in place; :func:`mlx_qwen3next.load` reads no more than that.
+        """Leaves this rank's part, in place; :func:`mlx_qwen3next.load` reads that part alone.
 
         Args:
-            group: what :func:`mlx_qwen3next.group.join` or ``mx.distributed.init`` gave.
+            group: the one from :func:`mlx_qwen3next.group.join` or ``mx.distributed.init``.
             mode, layers: see :func:`mlx_qwen3next.model.sharding.plan`.
 
         Raises:
@@ -363,7 +290,9 @@ class Model(nn.Module):
         group = connected(group)
         part = sharding.plan(self, group, mode, layers)
         if group.size > 1:
-            sharding.shard(self, group, part)
+            from .parallel import shard  # here, since its modules derive from those above
+
+            shard(self, group, part)
         return part
 
     def _check_unpacked(self, to_do: str) -> None:
@@ -373,10 +302,10 @@ class Model(nn.Module):
             )
 
     def make_cache(self, left_padding: list[int] | None = None) -> Cache:
-        """An empty cache, one entry a layer.
+        """Returns an empty cache, one entry a layer.
 
         Args:
-            left_padding: for a batch of prompts padded on the left, how many pad tokens each has.
+            left_padding: the number of each prompt's pad tokens in a batch padded on the left.
         """
         if left_padding is None:
             return [GatedDeltaCache() if layer.is_linear else KVCache() for layer in self.layers]
@@ -393,11 +322,11 @@ class Model(nn.Module):
         return self.model.layers
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """A checkpoint's tensors, of any known layout, under this module's parameter names."""
+        """Returns a checkpoint's tensors, of any known layout, by this module's parameter names."""
         return layouts.sanitize(weights, self.parameter_shapes(), self.args)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Path -> shape of every parameter, quantized ones in their packed form."""
+        """Returns path -> shape of every parameter, quantized ones in their packed form."""
         leaves: Any = tree_flatten(self.parameters())
         return {path: tuple(leaf.shape) for path, leaf in leaves}
 
@@ -410,5 +339,5 @@ class Model(nn.Module):
 
     @property
     def cast_predicate(self) -> Callable[[str], bool]:
-        """Which parameters follow the model's dtype; the others stay float32."""
+        """mlx-lm's rule: whether a parameter follows the model's dtype or stays float32."""
         return lambda path: not layouts.is_float32(path)

@@ -1,16 +1,17 @@
-"""What each rank of a group has of the model: heads, channels, experts, rows, or whole layers.
+"""The part of a model that each rank of a group has: heads, channels, experts, or whole layers.
 
-Three ways to divide it, after Shoeybi et al. 2019, "Megatron-LM", and Huang et al. 2019, "GPipe":
+There are three modes, after Shoeybi et al. 2019, "Megatron-LM", and Huang et al. 2019, "GPipe":
 
-- ``tensor``: every layer by heads and, its experts (the shared one too), by intermediate channels;
-  one sum over the ranks after each mixer and each MLP.
-- ``expert``: as ``tensor``, but with whole experts; the shared one is rank 0's. There are as many
-  sums, so the traffic is the same, but the work is divided less evenly.
-- ``pipeline``: whole layers, as many as each machine's memory holds; one message a rank and step.
+- ``tensor``: every layer is divided by heads, and its experts (the shared one too) by intermediate
+  channels; one sum over the ranks follows each mixer and each MLP.
+- ``expert``: like ``tensor``, but experts stay whole; the shared one is rank 0's. The sums are the
+  same, so the traffic is the same, but the work is divided less evenly.
+- ``pipeline``: each rank has whole layers, by its machine's memory; one message a rank and step.
 
-In the first two the embedding and the output are divided by vocabulary; in the last every rank has
-them, and the MTP head. A key head stays with its value heads, keys and values stay with their
-queries; where there are fewer of them than ranks, several ranks have the same.
+In the first two modes the embedding and the output are divided by vocabulary; in a pipeline every
+rank has them, and the MTP head. A key head stays with its value heads, and keys and values stay
+with their queries; where there are fewer of them than ranks, several ranks have the same.
+:mod:`mlx_qwen3next.model.parallel` has the modules that run such parts.
 """
 
 from __future__ import annotations
@@ -22,15 +23,14 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from ..group.processes import Group
+from ..group import Group
 from . import capacity
 from .config import Config
 
 Mode = Literal["tensor", "expert", "pipeline"]
-Index = tuple[Any, ...]  # of an array
+Index = tuple[Any, ...]  # as an array's [] takes it
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
@@ -47,10 +47,10 @@ class Shard:
     rank: int = 0
     size: int = 1
     mode: Mode = "tensor"
-    layers: range = range(0)  # of a pipeline: this rank's
+    layers: range = range(0)  # this rank's in a pipeline
 
     def whole_path(self, path: str) -> str:
-        """The whole model's name of a parameter of this rank."""
+        """Returns the whole model's path of a parameter of this rank."""
         match = _LAYER.match(path)
         if self.mode != "pipeline" or match is None:
             return path
@@ -58,20 +58,20 @@ class Shard:
 
     @property
     def has_shared_expert(self) -> bool:
-        """Whole experts are one rank's alone, the shared one rank 0's."""
+        """Whether this rank has (a part of) the shared expert: whole, it is rank 0's."""
         return self.mode != "expert" or self.rank == 0
 
     def has(self, path: str) -> bool:
-        """Whether it has any of one of the whole model's parameters."""
+        """Returns whether this rank has any elements of one of the whole model's parameters."""
         if self.mode == "pipeline" and (layer := _LAYER.match(path)):
             return int(layer[1]) in self.layers
         return self.has_shared_expert or ".shared_expert" not in path
 
     def index(self, path: str, shape: Sequence[int]) -> Index | None:
-        """Which elements of a parameter are this rank's; None for all.
+        """Returns the index of this rank's elements of a parameter; None stands for all.
 
         Args:
-            path, shape: of the whole model's parameter, quantized or not.
+            path, shape: the parameter's in the whole model, quantized or not.
         """
         if self.size == 1 or self.mode == "pipeline":
             return None
@@ -81,7 +81,7 @@ class Shard:
         axis, chosen, total = split
         if axis >= 0:
             return (slice(None),) * axis + (_as_slice(chosen),)
-        # Of the inputs, which may be packed, or stand for a group of them.
+        # Along the inputs, elements may be words of several, or stand for a group of them.
         first, last = (int(n) * shape[-1] for n in (chosen[0], chosen[-1] + 1))
         if first % total or last % total:
             module, width = path.rsplit(".", 1)[0], total // shape[-1]
@@ -92,7 +92,7 @@ class Shard:
         return (..., slice(first // total, last // total))
 
     def _split(self, path: str) -> tuple[int, np.ndarray, int] | None:
-        """Axis (-1: the inputs), the indices along it, and how many there are in all."""
+        """Returns the axis (-1: the inputs), the indices along it, and their number in all."""
         c, (module, leaf) = self.config, path.rsplit(".", 1)
         name = module.rsplit(".", 1)[-1]
         is_weight = leaf != "global_scale"  # which belongs to a whole matrix
@@ -148,39 +148,39 @@ class Shard:
         total = 2 * (c.linear_key_dim + c.linear_value_dim)
         return 0, np.concatenate(rows), total if name == "in_proj_qkvz" else 2 * Hk * r
 
-    # --- what this rank has ---------------------------------------------------------------------
+    # --- this rank's share ----------------------------------------------------------------------
     @property
     def heads(self) -> range:
-        """Of attention."""
+        """This rank's query heads of attention."""
         return self._even(self.config.num_attention_heads, "attention heads")
 
     @property
     def kv_heads(self) -> range:
-        """Of attention's keys and values."""
+        """This rank's key-value heads of attention."""
         return self._shared(self.config.num_key_value_heads, "key-value heads")
 
     @property
     def key_heads(self) -> range:
-        """Of the linear layers."""
+        """This rank's key heads of the linear layers."""
         return self._shared(self.config.linear_num_key_heads, "linear key heads")
 
     @property
     def value_heads(self) -> range:
-        """Of the linear layers."""
+        """This rank's value heads of the linear layers."""
         return self._even(self.config.linear_num_value_heads, "linear value heads")
 
     @property
     def experts(self) -> range:
-        """Routed ones, which are divided in ``expert`` mode."""
+        """This rank's routed experts in ``expert`` mode."""
         return self._even(self.config.num_experts, "experts")
 
     @property
     def vocabulary(self) -> range:
-        """Tokens whose rows of embedding and output it has."""
+        """The tokens whose rows of the embedding and the output this rank has."""
         return self._even(self.config.vocab_size, "tokens of the vocabulary")
 
     def own_config(self) -> Config:
-        """The config of a model of this size."""
+        """Returns the config of a model that has this part alone."""
         c = self.config
         if self.mode == "pipeline":
             return replace(
@@ -201,14 +201,14 @@ class Shard:
         )
 
     def _even(self, count: int, what: str) -> range:
-        """This rank's of so many things, as many as everyone's."""
+        """Returns this rank's share of ``count`` things; all ranks have equal shares."""
         if count % self.size:
             raise ValueError(f"{count} {what} cannot be divided among {self.size} ranks")
         own = count // self.size
         return range(self.rank * own, (self.rank + 1) * own)
 
     def _shared(self, count: int, what: str) -> range:
-        """As :meth:`_even`; one that several ranks have where there are more ranks."""
+        """Returns the share as :meth:`_even`; ranks share a thing where there are more ranks."""
         if count % self.size and self.size % count == 0:
             own = self.rank * count // self.size
             return range(own, own + 1)
@@ -216,7 +216,7 @@ class Shard:
 
 
 def _blocks(ids: Sequence[int], width: int = 1) -> np.ndarray:
-    """The indices of blocks of that width."""
+    """Returns the indices within blocks of that width."""
     return (np.array(ids)[:, None] * width + np.arange(width)).flatten()
 
 
@@ -226,7 +226,7 @@ def _as_slice(indices: np.ndarray) -> slice | np.ndarray:
 
 
 def split_layers(layers: int, shares: Sequence[float]) -> list[range]:
-    """As many layers for each rank as its share of the whole; at least one.
+    """Returns each rank's layers: as many as its share of the whole, at least one.
 
     Raises:
         ValueError: there are more ranks than layers.
@@ -246,54 +246,19 @@ def split_layers(layers: int, shares: Sequence[float]) -> list[range]:
 
 
 def take(array: mx.array, index: Index) -> mx.array:
-    """The elements of an index."""
+    """Returns the elements of an index."""
     return array[tuple(mx.array(i) if isinstance(i, np.ndarray) else i for i in index)]
-
-
-def shard(model: Any, group: Group, part: Shard) -> None:
-    """Leaves of a model, in place, what is this rank's; its parameters may be unset yet.
-
-    Args:
-        model: a :class:`mlx_qwen3next.model.qwen3_next.Model`, not packed.
-        part: this rank's; its config is the model's.
-
-    Raises:
-        ValueError: the model does not divide among so many ranks; nothing is changed then.
-    """
-    config = part.own_config()
-    leaves: Any = tree_flatten(model.parameters())
-    indices = [(path, array, part.index(path, array.shape)) for path, array in leaves]
-    own = [(path, take(array, index)) for path, array, index in indices if index is not None]
-    model.load_weights(own, strict=False)
-    model.args, model.group = config, group
-    if part.mode == "pipeline":
-        model.model.layers = [model.model.layers[i] for i in part.layers]
-        model.model.pipeline = group
-        return
-    model.model.vocabulary, model.model.first_token = group, part.vocabulary.start
-    stacks = [model.model] if model.mtp is None else [model.model, model.mtp]
-    for layer in (layer for stack in stacks for layer in stack.layers):
-        mixer, mlp = layer.linear_attn if layer.is_linear else layer.self_attn, layer.mlp
-        if layer.is_linear:
-            mixer.Hk, mixer.Hv = len(part.key_heads), len(part.value_heads)
-        else:
-            mixer.nh, mixer.nkv = len(part.heads), len(part.kv_heads)
-        mixer.group = mlp.group = group
-        if part.mode == "expert" and "switch_mlp" in mlp:
-            mlp.own = part.experts
-            if not part.has_shared_expert:
-                del mlp["shared_expert"], mlp["shared_expert_gate"]
 
 
 def plan(
     model: Any, group: Group, mode: Mode | None = None, layers: Sequence[int] | None = None
 ) -> Shard:
-    """This rank's part of a model.
+    """Returns this rank's part of a model.
 
     Args:
         model: a :class:`mlx_qwen3next.model.qwen3_next.Model`.
         mode: None for ``tensor``, or ``expert`` where the experts' channels do not divide.
-        layers: of a pipeline, how many each rank has; None for as many as its memory allows.
+        layers: the number of each rank's layers in a pipeline; None divides by memory.
 
     Raises:
         ValueError: the model does not divide that way.

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ..group.processes import ALONE, Group
+from ..group import ALONE, Group
 from ..model.cache import Cache
 from .files import Folder, logger, read_file, write_file
 from .pieces import Piece, assemble, size, take_apart

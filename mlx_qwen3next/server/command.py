@@ -37,7 +37,7 @@ from ..compute.proof import set_kernels
 from ..decoding.sampling import Sampling, check_integer
 from ..decoding.validation import check_kv_quantization
 from ..errors import first_line
-from ..group.processes import ALONE, Group, join
+from ..group import ALONE, Group, join
 from ..model import capacity
 from ..prompt_cache.store import PromptCache
 from . import mlx_lm_interface

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_lm.server import ModelProvider
 
 from ..checkpoint.loading import load
-from ..group.processes import Group
+from ..group import Group
 
 
 class Provider(ModelProvider):

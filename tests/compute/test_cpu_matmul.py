@@ -1,4 +1,4 @@
-"""Matrices that are turned around give what they gave before."""
+"""Transposed matrices give what they gave before."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,7 +9,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_qwen3next import load_model
 from mlx_qwen3next.compute import cpu_matmul
-from mlx_qwen3next.compute.cpu_matmul import ColumnLinear, gather, turn, turned
+from mlx_qwen3next.compute.cpu_matmul import TransposedLinear, gather, transpose, transposed
 
 STORED = [(None, 64), (2, 64), (4, 32), (4, 64), (4, 128), (8, 64)]
 TOLERANCE = 2e-6  # sums in another order
@@ -34,8 +34,8 @@ def stack(bits, group_size, outputs, inputs=256, experts=5):
 def test_linear(bits, group_size, outputs, rows):
     layer = linear(bits, group_size, outputs)
     x = mx.random.normal((*rows, 256))
-    assert turn(layer)(x).shape == layer(x).shape
-    assert relative_error(turn(layer)(x), layer(x)) < TOLERANCE
+    assert transpose(layer)(x).shape == layer(x).shape
+    assert relative_error(transpose(layer)(x), layer(x)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("bits", "group_size"), STORED)
@@ -46,16 +46,16 @@ def test_each_weight_is_where_it_was(bits, group_size):
     else:
         weights = mx.dequantize(layer.weight, layer.scales, layer.biases, group_size, bits)
     # 1 times a weight, and zeros: nothing but the weight's own rounding.
-    assert mx.allclose(turn(layer)(mx.eye(256)), weights.T, rtol=3e-7, atol=3e-7).item()
+    assert mx.allclose(transpose(layer)(mx.eye(256)), weights.T, rtol=3e-7, atol=3e-7).item()
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 @pytest.mark.parametrize(("bits", "group_size"), STORED)
 def test_stack(bits, group_size, pieces, monkeypatch):
-    """One row for several matrices, and a row for each, turned in pieces."""
+    """One row for several matrices, and a row for each, transposed in pieces."""
     monkeypatch.setattr(cpu_matmul, "PIECE", -(-5 // pieces) * 64 * 256)
     layer = stack(bits, group_size, 40)
-    weights = turn(layer).columns
+    weights = transpose(layer).weights
     shared, own = mx.random.normal((3, 1, 1, 256)), mx.random.normal((3, 2, 1, 256))
     indices = mx.array([[4, 0], [1, 1], [3, 2]], mx.uint32)
     for x in (shared, own):
@@ -67,8 +67,8 @@ def test_stack(bits, group_size, pieces, monkeypatch):
 @pytest.mark.parametrize("sums", [1, 40 * 4 * 2, 40 * 4 * 5])
 def test_in_pieces(sums, monkeypatch):
     """A row at a time, two or five; the last piece may be smaller."""
-    weights, x = turn(linear(4, 64, 40)), mx.random.normal((7, 256))
-    experts, each = turn(stack(4, 64, 40)).columns, mx.random.normal((7, 1, 1, 256))
+    weights, x = transpose(linear(4, 64, 40)), mx.random.normal((7, 256))
+    experts, each = transpose(stack(4, 64, 40)).weights, mx.random.normal((7, 1, 1, 256))
     indices = mx.random.randint(0, 5, (7, 2)).astype(mx.uint32)
     whole = weights(x), gather(each, experts, indices)
     monkeypatch.setattr(cpu_matmul, "SUMS", sums)
@@ -79,7 +79,7 @@ def test_in_pieces(sums, monkeypatch):
 
 def test_memory_of_many_rows():
     """Sums over groups are held of some rows only: of all they take 16 times the result, twice."""
-    layer, x = turn(linear(4, 64, 512, inputs=1024)), mx.random.normal((2048, 1024))
+    layer, x = transpose(linear(4, 64, 512, inputs=1024)), mx.random.normal((2048, 1024))
     mx.eval(layer.parameters(), x)
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -112,17 +112,17 @@ def of_bytes():
 )
 def test_what_stays_as_it_is(layer, monkeypatch):
     monkeypatch.setattr(cpu_matmul, "_measure", lambda bits: 2.0)
-    assert turned(layer) is None
-    assert turned(linear(4, 64, 64)) is not None
+    assert transposed(layer) is None
+    assert transposed(linear(4, 64, 64)) is not None
 
 
 def test_only_where_it_pays(monkeypatch):
     monkeypatch.setattr(cpu_matmul, "_measure", lambda bits: 0.9)
-    assert turned(linear(4, 64, 64)) is None
+    assert transposed(linear(4, 64, 64)) is None
     monkeypatch.setattr(cpu_matmul, "_measure", lambda bits: 1.1)
-    assert isinstance(turned(linear(4, 64, 64)), ColumnLinear)
+    assert isinstance(transposed(linear(4, 64, 64)), TransposedLinear)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    assert turned(linear(4, 64, 64)) is None
+    assert transposed(linear(4, 64, 64)) is None
 
 
 def test_the_measurement(monkeypatch):
@@ -132,7 +132,7 @@ def test_the_measurement(monkeypatch):
     def evaluate(y):
         now[0] += y
 
-    monkeypatch.setattr(cpu_matmul, "turn", lambda layer: lambda x: 1.0)
+    monkeypatch.setattr(cpu_matmul, "transpose", lambda layer: lambda x: 1.0)
     monkeypatch.setattr(nn.QuantizedLinear, "__call__", lambda layer, x: 2.0)
     monkeypatch.setattr(mx, "eval", evaluate)
     monkeypatch.setattr(cpu_matmul.time, "perf_counter", lambda: now[0])
@@ -140,20 +140,24 @@ def test_the_measurement(monkeypatch):
 
 
 @pytest.mark.parametrize("model", [None, GOLDENS / "base"], ids=["demo", "golden"])
-def test_all_of_a_model_is_turned(model, monkeypatch):
+def test_all_of_a_model_is_transposed(model, monkeypatch):
     monkeypatch.setattr(cpu_matmul, "_measure", lambda bits: 2.0)
     left = [
         path
         for path, module in load_model(model, dtype=mx.float32).named_modules()
-        if "weight" in module and module.weight.ndim > 1 and not isinstance(module, ColumnLinear)
+        if "weight" in module
+        and module.weight.ndim > 1
+        and not isinstance(module, TransposedLinear)
     ]
     assert sorted(path.split(".")[-1] for path in left if "conv1d" not in path) == ["embed_tokens"]
 
 
 def test_memory():
-    """A turned model is as large as before: what a unit of outputs is padded to aside."""
+    """A transposed model is as large as before: what a unit of outputs is padded to aside."""
     layer = linear(4, 64, 1024, inputs=512)
-    sizes = [sum(a.nbytes for _, a in tree_flatten(m.parameters())) for m in (layer, turn(layer))]
+    sizes = [
+        sum(a.nbytes for _, a in tree_flatten(m.parameters())) for m in (layer, transpose(layer))
+    ]
     assert sizes[0] == sizes[1]
     mx.synchronize()
     before = mx.get_active_memory()

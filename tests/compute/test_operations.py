@@ -3,8 +3,10 @@
 import mlx.core as mx
 import pytest
 
-from mlx_qwen3next.compute import operations, ops
+from mlx_qwen3next.compute import attention, operations
+from mlx_qwen3next.compute.gated_delta import DeltaWeights, LayerState
 from mlx_qwen3next.metal_kernels import Experts
+from mlx_qwen3next.model.packing import PackedGatedDeltaNet
 
 HALF, FULL = mx.bfloat16, mx.float32
 
@@ -22,13 +24,13 @@ def delta(x=HALF, before=HALF, state=FULL, norm_weight=FULL, L=2, Dk=32, keep=0,
     C = 2 * Hk * Dk + Hv * Dv
     arguments = (
         mx.zeros((1, L, C + Hv * Dv + 2 * Hv), x),
-        mx.zeros((1, K - 1, C), before),
-        mx.zeros((1, Hv, Dv, Dk), state),
-        (),
-        keep,
-        *(mx.zeros((C, K, 1), x), mx.zeros((Hv,)), mx.zeros((Hv,)), mx.ones((Dv,), norm_weight)),
+        LayerState(mx.zeros((1, K - 1, C), before), mx.zeros((1, Hv, Dv, Dk), state), None, keep),
+        DeltaWeights(
+            *(mx.zeros((C, K, 1), x), mx.zeros((Hv,)), mx.zeros((Hv,))),
+            mx.ones((Dv,), norm_weight),
+        ),
     )
-    flags = {"key_heads": Hk, "mask": None, "lazy": False, "lengths": None, "eps": 1e-6}
+    flags = {"key_heads": Hk, "mask": None, "recording": False, "lengths": None, "eps": 1e-6}
     return arguments, flags | options
 
 
@@ -63,18 +65,18 @@ def test_norms():
 def test_gated_delta_step():
     arguments, options = delta()
     expected = "bfloat16 rows=2 B=1 Hk=1 Hv=2 Dk=32 Dv=16 K=4"
-    assert kind(operations.gated_delta_step, *arguments, **options) == expected
+    assert kind(PackedGatedDeltaNet.mix, *arguments, **options) == expected
     for other, said in (
-        ({"lazy": True}, " round"),
+        ({"recording": True}, " round"),
         ({"keep": 1}, " replay"),
         ({"mask": 1}, " masked"),
     ):
         arguments, options = delta(**other)
-        assert kind(operations.gated_delta_step, *arguments, **options) == expected + said
+        assert kind(PackedGatedDeltaNet.mix, *arguments, **options) == expected + said
     refusals = {"before": FULL, "state": HALF, "norm_weight": HALF, "Dk": 48, "L": 0, "lengths": 1}
     for name, value in refusals.items():
         arguments, options = delta(**{name: value})
-        assert kind(operations.gated_delta_step, *arguments, **options) is None, name
+        assert kind(PackedGatedDeltaNet.mix, *arguments, **options) is None, name
 
 
 def test_attention():
@@ -127,7 +129,7 @@ def test_exact_heads_are_the_composition(offset):
     _, options = heads()
     results = [
         f(x, weight, weight, offset, **options)
-        for f in (operations._exact_heads, ops.attention_heads)
+        for f in (operations._exact_heads, attention.attention_heads)
     ]
     for exact, composition in zip(*results, strict=True):
         assert (mx.linalg.norm(exact - composition) / mx.linalg.norm(composition)).item() < 1e-5

@@ -9,7 +9,7 @@ import pytest
 from helpers_metal import by_host
 
 from mlx_qwen3next import metal_kernels
-from mlx_qwen3next.compute import ops, proof
+from mlx_qwen3next.compute import proof
 from mlx_qwen3next.compute.proof import Operation
 from mlx_qwen3next.metal_kernels import kernel
 
@@ -279,12 +279,12 @@ def test_without_a_gpu_the_composition_runs():
     assert forms.form_of() == "composition"
     assert proof.findings() == {}
     with pytest.raises(ValueError, match="no Metal GPU in use here; choose 'auto' or 'off'"):
-        ops.set_kernels("on")
+        proof.set_kernels("on")
 
 
 def test_unknown_modes_are_refused():
     with pytest.raises(ValueError, match="one of auto, on, off, got 'fast'"):
-        ops.set_kernels("fast")
+        proof.set_kernels("fast")
 
 
 def test_proofs_take_arguments_of_every_form(file, caplog):
@@ -308,7 +308,7 @@ def test_source_hash_follows_every_file(monkeypatch, tmp_path):
     """Of text and of launches."""
     folder = Path(metal_kernels.__file__).parent
     names = {f.name for f in folder.iterdir() if f.is_file()}
-    assert len(names) == 8
+    assert len(names) == 13
     monkeypatch.setattr(kernel.resources, "files", lambda package: tmp_path)
     hashes = set()
     for changed in [None, *names]:

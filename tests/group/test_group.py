@@ -21,8 +21,8 @@ from helpers_group import TIMEOUT, ended, hostfile, polite, processes, run
 
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.generate import main
-from mlx_qwen3next.group import processes as group_module
-from mlx_qwen3next.group.processes import ALONE, join
+from mlx_qwen3next.group import ALONE, join
+from mlx_qwen3next.group.joining import connect
 
 COMMAND = ["-m", "mlx_qwen3next.generate"]
 QUESTION = ["-p", "How do I use itertools.chain?", "--verbose", "F", "-m", "8"]
@@ -227,9 +227,9 @@ def test_a_killed_process_ends_the_others(tmp_path, endless_dir, when, rank, opt
 def test_waiting_for_others_has_an_end(tmp_path):
     program = (
         "import sys\n"
-        "from mlx_qwen3next.group import processes\n"
+        "from mlx_qwen3next.group import joining\n"
         "from mlx_qwen3next.generate import main\n"
-        "processes.JOIN = 2.0\n"
+        "joining.JOIN = 2.0\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     said = "error: the other processes did not come within 2 s; is the hostfile right?\n"
@@ -274,10 +274,10 @@ def test_a_stranger_is_not_taken_for_another_process():
                 offers.put(x)
             return x if self.rank == 0 else offer
 
-    def connect(rank):
-        connected[rank] = group_module._connect(Ring(rank))
+    def connect_rank(rank):
+        connected[rank] = connect(Ring(rank))
 
-    first = threading.Thread(target=connect, args=(0,))
+    first = threading.Thread(target=connect_rank, args=(0,))
     first.start()
     offer = offers.get(timeout=TIMEOUT)
     port = int.from_bytes(bytes(np.array(offer))[32:36], "big")
@@ -287,7 +287,7 @@ def test_a_stranger_is_not_taken_for_another_process():
             stranger.shutdown(socket.SHUT_WR)
             with suppress(ConnectionResetError):
                 assert stranger.recv(1) == b""
-    connect(1)
+    connect_rank(1)
     first.join(TIMEOUT)
     with connected[0][1] as here, connected[1][0] as there:
         here.sendall(b"hello")
@@ -328,4 +328,4 @@ def test_a_process_that_is_alone_decides_for_itself(monkeypatch):
         assert group is ALONE and (group.rank, group.size) == (0, 1)
         assert group.all_sum(x) is group.all_gather(x) is group.agree(x) is x
         assert group.decide("it", 7) == 7 and group.gather("all", 7) == [7]
-    assert group_module.ALONE.from_before(x) is group_module.ALONE.from_last(x) is x
+    assert ALONE.from_before(x) is ALONE.from_last(x) is x

@@ -11,11 +11,14 @@ from float64 import relative_error
 
 from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.compute import proof
+from mlx_qwen3next.metal_kernels import Kernel, attention, experts, gated_delta, norms, router
+from mlx_qwen3next.metal_kernels import kernel as kernel_module
 
 ON_GPU = metal_kernels.available()
 by_host = pytest.mark.skipif(ON_GPU, reason="about machines without a GPU")
 
-KERNELS = [of for of in vars(metal_kernels).values() if isinstance(of, metal_kernels.Kernel)]
+FAMILIES = (attention, experts, gated_delta, norms, router)
+KERNELS = [of for file in FAMILIES for of in vars(file).values() if isinstance(of, Kernel)]
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 # Between two right computations in float32, twice the largest measured: sums of 640 products in
@@ -34,14 +37,14 @@ BUILDS = ("fma", "check")  # beside fast
 def capture(kernel, **arguments):
     """A launch of one of the package's kernels."""
     mx.eval(arguments["inputs"])
-    return metal_host.capture(metal_kernels.compiled(kernel), **arguments)
+    return metal_host.capture(kernel_module.compiled(kernel), **arguments)
 
 
 @contextmanager
 def launching(launch):
     """While active, ``launch`` is what launches kernels, wherever there is one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metal_kernels, "launch", launch)
+        patch.setattr(Kernel, "launch", launch)
         patch.setattr(metal_kernels, "available", lambda: True)
         before = proof._mode
         proof.set_kernels("on")
@@ -57,7 +60,7 @@ def executed(*, build="fast", **options):
 
     Yields a Counter of the launches by kernel.
     """
-    launches, on_gpu = Counter(), metal_kernels.launch
+    launches, on_gpu = Counter(), Kernel.launch
 
     def launch(kernel, **arguments):
         launches[kernel.name] += 1

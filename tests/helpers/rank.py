@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from mlx_qwen3next.checkpoint.loading import load_model
 from mlx_qwen3next.decoding.generation import generate_step
 from mlx_qwen3next.decoding.speculation import Speculation
-from mlx_qwen3next.group.processes import ALONE, join
+from mlx_qwen3next.group import ALONE, join
 
 HANGS = 180  # seconds; then it says where
 WISHES = (0, 2, 0, 0, 3, 1), (1, 0, 4)  # the depths that rank 0 would draft to; the others
@@ -30,7 +30,7 @@ SENT, SENT_AGAIN = 200, 208  # where TCP_INFO has them
 
 def sent(group):
     """Bytes that this process has sent to its neighbours, as the kernel counts them."""
-    total, decisions = 0, {peer.fileno() for peer in group._peers.values()}
+    total, decisions = 0, {peer.fileno() for peer in group.control.peers.values()}
     for name in map(int, os.listdir("/proc/self/fd")):
         try:
             if name in decisions or not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):

@@ -24,18 +24,18 @@ T = mx.bfloat16
 def traffic(call):
     """Kernel name -> buffer name -> Traffic, of the launches that ``call()`` makes."""
     counted = {}
-    launch = metal_kernels.launch
+    launch = metal_kernels.Kernel.launch
 
     def counting(kernel, **arguments):
         result = metal_host.run(capture(kernel, **arguments), "check")
         counted[kernel.name] = result.counters
         return result.outputs
 
-    metal_kernels.launch = counting
+    metal_kernels.Kernel.launch = counting
     try:
         call()
     finally:
-        metal_kernels.launch = launch
+        metal_kernels.Kernel.launch = launch
     return counted
 
 
@@ -51,9 +51,9 @@ def quantized(*shape):
     return metal_kernels.Experts(words, random(*groups), random(*groups), 64, 4)
 
 
-def gated_delta(rows, lazy):
+def gated_delta(rows, recording):
     """A plain step, or a round after one of which half was kept."""
-    n = rows if lazy else 0
+    n = rows if recording else 0
     tape = (
         -mx.random.uniform(shape=(1, n, HV)),
         random(1, n, HK, D, dtype=mx.float32),
@@ -62,12 +62,12 @@ def gated_delta(rows, lazy):
     return traffic(
         lambda: metal_kernels.gated_delta_step(
             *(random(1, rows, P), random(1, K - 1 + n, C), random(1, HV, D, D, dtype=mx.float32)),
-            *(tape if lazy else (), n // 2, random(C, K, 1), mx.zeros((HV,)), mx.zeros((HV,))),
+            *(tape if recording else (), n // 2, random(C, K, 1), mx.zeros((HV,)), mx.zeros((HV,))),
             mx.ones((D,)),
             eps=1e-6,
             key_heads=HK,
             mask=None,
-            lazy=lazy,
+            recording=recording,
         )
     )
 

@@ -36,15 +36,17 @@ def test_rows_share_what_they_can():
     assert kernel_bytes.chosen(4) * one == (TOP + 1) * four
 
 
-@pytest.mark.parametrize("rows, lazy", [(1, False), (5, False), (1, True), (4, True), (9, True)])
-def test_the_state_goes_in_and_out_once(rows, lazy):
-    (buffers,) = kernel_bytes.gated_delta(rows, lazy).values()
+@pytest.mark.parametrize(
+    "rows, recording", [(1, False), (5, False), (1, True), (4, True), (9, True)]
+)
+def test_the_state_goes_in_and_out_once(rows, recording):
+    (buffers,) = kernel_bytes.gated_delta(rows, recording).values()
     for name in ("state", "state_out"):
         assert_moved_once(buffers[name], STATE)
     assert buffers["state"].read == buffers["state_out"].written == STATE
     assert buffers["x"].unique_read == rows * P * 2
     assert buffers["before"].unique_read == (K - 1) * C * 2
-    kept = K - 1 + rows if lazy else K - 1
+    kept = K - 1 + rows if recording else K - 1
     assert buffers["rows_out"].unique_written == kept * C * 2
     small = sum(b.lines_read + b.lines_written for n, b in buffers.items() if "state" not in n)
     assert small < 0.3 * 2 * STATE  # up to nine rows, the state is what costs

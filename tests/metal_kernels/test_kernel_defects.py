@@ -61,10 +61,10 @@ class Delta:
         )
         self.taps = normal(self.C, self.K, 1)
 
-    def step(self, x, before, state, tape=(), keep=0, mask=None, lazy=False):
+    def step(self, x, before, state, tape=(), keep=0, mask=None, recording=False):
         return metal_kernels.gated_delta_step(
             *(x, before, state, tape, keep, self.taps, self.A_log, self.dt_bias, self.weight),
-            **{"eps": EPS, "key_heads": self.Hk, "mask": mask, "lazy": lazy},
+            **{"eps": EPS, "key_heads": self.Hk, "mask": mask, "recording": recording},
         )
 
 
@@ -81,13 +81,13 @@ def delta_round(dtype):
     shapes = ((d.Hv,), (d.Hk, d.Dk), (d.Hv, d.Dv))
     g, k, delta = (d.normal(d.B, 3, *shape, kind=mx.float32) for shape in shapes)
     before = mx.concatenate([d.before, d.normal(d.B, 3, d.C)], 1)
-    d.step(d.x, before, d.state, (-mx.abs(g), 0.1 * k, delta), 3, lazy=True)
+    d.step(d.x, before, d.state, (-mx.abs(g), 0.1 * k, delta), 3, recording=True)
 
 
 def delta_replay(dtype):
     """Two of three tokens kept, by a step and by the replay alone, against two plain tokens."""
     d = Delta(4, dtype)
-    _, state, rows, *tape = d.step(d.x[:, :3], d.before, d.state, lazy=True)
+    _, state, rows, *tape = d.step(d.x[:, :3], d.before, d.state, recording=True)
     _, kept_state, kept_rows = d.step(d.x[:, :2], d.before, d.state)
     replayed = metal_kernels.gated_delta_replay(state, *tape, 2)
     after = d.step(d.x[:, 3:], rows, state, tape, 2)
@@ -113,12 +113,12 @@ def gate(dtype):
 EXPERTS, TOP = 64, 3
 
 
-def plan(dtype):
+def routed(dtype):
     """Three rows that share experts. Row 0's third best is a tie in a lane, row 1's of lanes."""
     logits = np.random.default_rng(4).normal(0, 1, (3, EXPERTS + 1))
     logits[:, [7, 20]] = [[9, 8], [8, 9], [9, 8]]
     logits[0, [5, 37]] = logits[1, [12, 11]] = 6
-    return metal_kernels.router(
+    return metal_kernels.route(
         mx.array(logits).astype(mx.bfloat16).astype(dtype),
         **{"experts": EXPERTS, "top_k": TOP, "normalise": True},
     )
@@ -134,7 +134,7 @@ def stack(normal, outputs, bits):
 
 def gate_up(dtype, bits=4):
     normal = numbers_from(5, dtype)
-    metal_kernels.expert_gate_up(normal(3, 256), stack(normal, 24, bits), plan(dtype))
+    metal_kernels.expert_gate_up(normal(3, 256), stack(normal, 24, bits), routed(dtype))
 
 
 def gate_up_16(dtype):
@@ -144,7 +144,7 @@ def gate_up_16(dtype):
 def down(dtype):
     normal = numbers_from(6, dtype)
     x, residual = normal(3 * (TOP + 1), 256), normal(3, 24)
-    metal_kernels.expert_down(x, stack(normal, 24, 4), plan(dtype), residual)
+    metal_kernels.expert_down(x, stack(normal, 24, 4), routed(dtype), residual)
 
 
 # ---- running them, with the text changed ----
@@ -183,8 +183,8 @@ def execute(case, defect, dtype=mx.float32, build="fast", order=0):
         return result.outputs
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metal_kernels, "launch", launch)
-        patch.setattr(metal_kernels, "compiled", lambda kernel: changed(kernel, defect))
+        patch.setattr(metal_kernels.Kernel, "launch", launch)
+        patch.setattr(metal_kernels.kernel, "compiled", lambda kernel: changed(kernel, defect))
         returned = case(dtype)
     assert not defect or defect.family in [kernel.family for kernel, *_ in ran]
     return ran, returned
@@ -336,7 +336,7 @@ o_shared = v_shared + Chunk * Dv; => o_shared = q_shared;
 heads that share a key all write its rows | delta_step | run | race: write .* of rows_out, .*another
 owns_key = at.head % r == 0; => owns_key = true;
 heads that share a key all write its tape | delta_round | run | race: write .* of k_out, .*another
-Lazy && part == 1 && owns_key => Lazy && part == 1
+Recording && part == 1 && owns_key => Recording && part == 1
 convolution's inputs a row late | delta_round | run | out of bounds read .* of 'before'
 keep + (K - 1 + t) => keep + (K + t)
 wrong stride of the input | delta_step | numbers | o is wrong
@@ -348,9 +348,9 @@ too little threadgroup memory | delta_step | run | out of bounds write .* of thr
 too much threadgroup memory | delta_step | run | threadgroup memory, which is over 32 KiB
 shared[CHUNK * => shared[8 * CHUNK *
 state not written in a round | delta_round | run | output 'state_out' was not fully written
-if (Lazy) {\n    store_state => if (!Lazy) {\n    store_state
+if (Recording) {\n    store_state => if (!Recording) {\n    store_state
 state written twice in a round | delta_round | numbers | state_out is wrong
-if (!Lazy) { => {
+if (!Recording) { => {
 no decay | delta_step | numbers | o is wrong
 decay_row(S[j], gamma_shared[t]); =>
 no Dk^-0.5 | delta_step | numbers | o is wrong
@@ -404,21 +404,21 @@ gate's product in T | gate | rounded | y was rounded
 value * sigmoid(gate) => static_cast<T>(value) * static_cast<T>(sigmoid(gate))
 
 == router
-no barrier between keys and rank | plan | run | UNORDERED
+no barrier between keys and rank | routed | run | UNORDERED
 E));\n    }\n  }\n  threadgroup_barrier(mem_flags::mem_threadgroup); => E)); } }
-no barrier between rank and starts | plan | run | UNORDERED
+no barrier between rank and starts | routed | run | UNORDERED
 pair_weights[i];\n  }\n  threadgroup_barrier(mem_flags::mem_threadgroup); => pair_weights[i]; }
-end written behind the starts | plan | run | out of bounds write of 4 bytes at byte 52 of 'starts'
+end written behind the starts | routed | run | out of bounds write of 4 bytes at byte 52 of 'starts'
 starts[N] = N; => starts[N + 1] = N;
-unused experts not written | plan | run | output 'experts' was not fully written: first byte 24
+unused experts not written | routed | run | output 'experts' was not fully written: first byte 24
 experts[i] = 0; =>
-tie in a lane to the highest index | plan | numbers | experts is wrong
+tie in a lane to the highest index | routed | numbers | experts is wrong
 values[v] > best => values[v] >= best
-tie of lanes to the highest index | plan | numbers | experts is wrong
+tie of lanes to the highest index | routed | numbers | experts is wrong
 simd_min(best == top ? index : static_cast<uint>(E - 1)) => simd_max(best == top ? index : 0u)
-shared expert's weight without sigmoid | plan | numbers | weights is wrong
+shared expert's weight without sigmoid | routed | numbers | weights is wrong
 sigmoid(load(from, E)) => load(from, E)
-sum of a diverged simdgroup | plan | run | divergent synchronisation: .* simd operation
+sum of a diverged simdgroup | routed | run | divergent synchronisation: .* simd operation
 if (Normalise) { => if (lane < 3) {
 expert listed for every pair | gate_up | reads | weights read
 sorted[i] / R != sorted[i - 1] / R) { => true) { distinct = i + 1; all = N;

@@ -87,7 +87,7 @@ class Layer:
             self.mask = (columns >= lengths + 1) & (columns % 7 != 5) & (columns != 15 - lengths)
         mx.eval(self.x)
 
-    def step(self, start, stop, before=None, state=None, tape=(), keep=0, *, lazy=False):
+    def step(self, start, stop, before=None, state=None, tape=(), keep=0, *, recording=False):
         return kernels.gated_delta_step(
             self.x[:, start:stop],
             self.before if before is None else before,
@@ -96,7 +96,7 @@ class Layer:
             eps=EPS,
             key_heads=self.key_heads,
             mask=None if self.mask is None else self.mask[:, start:stop],
-            lazy=lazy,
+            recording=recording,
         )
 
     def expected(self, stop):
@@ -135,7 +135,7 @@ def prove_case(case, dtype, builds=BUILDS):
     layer = Layer(case, dtype)
 
     def call():
-        return [*layer.step(0, ROWS), *layer.step(0, ROWS, lazy=True)]
+        return [*layer.step(0, ROWS), *layer.step(0, ROWS, recording=True)]
 
     expected = layer.expected(ROWS)
     got = prove(call, expected, builds)
@@ -183,10 +183,10 @@ def test_results_do_not_depend_on_the_length_of_a_step(case, dtype, build):
     start, before, state = 0, layer.before, layer.state
     with executed(build=build):
         o, *after = layer.step(0, MOST_ROWS)
-        _, _, rows, *tape = layer.step(0, MOST_ROWS, lazy=True)
+        _, _, rows, *tape = layer.step(0, MOST_ROWS, recording=True)
         for T in (1, 2, 3, 5, 9):
             stop = start + T
-            again, _, some_rows, *part = layer.step(start, stop, before, state, lazy=True)
+            again, _, some_rows, *part = layer.step(start, stop, before, state, recording=True)
             out, state, before = layer.step(start, stop, before, state)
             assert_same_bits(f"o, T={T}", out, o[:, start:stop])
             assert_same_bits(f"round's o, T={T}", again, out)
@@ -216,7 +216,7 @@ REPLAYS = [
 def test_a_taken_back_round_leaves_the_very_bits_of_the_kept_tokens(case, n, dtype, build):
     layer = Layer(case, dtype)
     with executed(build=build) as launches:
-        _, _, rows, *tape = layer.step(0, n, lazy=True)
+        _, _, rows, *tape = layer.step(0, n, recording=True)
         for keep in range(n + 1):
             state, before = layer.state, layer.before
             if keep:
@@ -230,7 +230,7 @@ def test_a_taken_back_round_leaves_the_very_bits_of_the_kept_tokens(case, n, dty
             for (name, value), result in zip(named, got, strict=True):
                 assert_same_bits(f"{name}, keep={keep}", result, value)
             o, same_state, new_rows, *_ = layer.step(
-                n, n + 3, rows, layer.state, tape, keep, lazy=True
+                n, n + 3, rows, layer.state, tape, keep, recording=True
             )
             assert_same_bits(f"round's o, keep={keep}", o, expected[0])
             assert_same_bits(f"round's state, keep={keep}", same_state, state)
@@ -253,14 +253,14 @@ def test_replay_in_every_order_and_rounding(case):
     prove(lambda: [kernels.gated_delta_replay(layer.state, *tape, 4)], {"state": state})
 
 
-@pytest.mark.parametrize("lazy", [False, True], ids=["step", "round"])
-def test_padding_may_hold_anything(lazy):
+@pytest.mark.parametrize("recording", [False, True], ids=["step", "round"])
+def test_padding_may_hold_anything(recording):
     layer = Layer(CASES[1], mx.bfloat16)
     valid = layer.mask[:, :ROWS, None]
     with executed():
-        expected = layer.step(0, ROWS, lazy=lazy)
+        expected = layer.step(0, ROWS, recording=recording)
         layer.x = mx.where(layer.mask[..., None], layer.x, mx.array(mx.nan, layer.x.dtype))
-        got = layer.step(0, ROWS, lazy=lazy)
+        got = layer.step(0, ROWS, recording=recording)
     expected[0], got[0] = (mx.where(valid, o, 0) for o in (expected[0], got[0]))
     for i, (result, value) in enumerate(zip(got, expected, strict=True)):
         assert_same_bits(f"output {i}", result, value)
@@ -269,9 +269,9 @@ def test_padding_may_hold_anything(lazy):
 def test_a_sequence_does_not_spoil_another():
     layer = Layer(CASES[2], mx.float16)
     with executed():
-        expected = layer.step(0, 3, lazy=True)
+        expected = layer.step(0, 3, recording=True)
         layer.x[1] = mx.inf
-        got = layer.step(0, 3, lazy=True)
+        got = layer.step(0, 3, recording=True)
     for i, (result, value) in enumerate(zip(got, expected, strict=True)):
         for b in (0, 2):
             assert_same_bits(f"output {i} of sequence {b}", result[b], value[b])
@@ -285,9 +285,9 @@ def test_text():
             few = case.masked or case == CASES[0]  # masks and tapes of fewer than 8 elements
             for T in (1, ROWS) if few else (ROWS,):
                 layer.step(0, T)
-                _, _, rows, *tape = layer.step(0, T, lazy=True)
+                _, _, rows, *tape = layer.step(0, T, recording=True)
                 layer.step(0, T, rows, layer.state, tape, 1)
-                layer.step(0, T, rows, layer.state, tape, 1, lazy=True)
+                layer.step(0, T, rows, layer.state, tape, 1, recording=True)
                 kernels.gated_delta_replay(layer.state, *tape, 1)
 
         return call

@@ -20,7 +20,7 @@ from helpers_metal import (
 
 from mlx_qwen3next import metal_kernels as kernels
 from mlx_qwen3next.compute import reference
-from mlx_qwen3next.metal_kernels import Experts, Plan
+from mlx_qwen3next.metal_kernels import Experts, Routing
 
 pytestmark = pytest.mark.metal
 
@@ -59,7 +59,7 @@ class Routed(NamedTuple):
 
 
 ROUTED = [
-    Routed(1, 8, 2, False, True),  # a plan of fewer than 8 pairs
+    Routed(1, 8, 2, False, True),  # a routing of fewer than 8 pairs
     Routed(2, 8, 8, True, False),
     Routed(3, 33, 4, True, True),
     Routed(5, 40, 10, False, False),
@@ -73,18 +73,18 @@ LIMITS = [  # the most pairs, of the most experts; the model's own shape for the
 ]
 
 
-def plan_of(logits, case):
-    """The plan by the reference."""
+def routing_of(logits, case):
+    """The routing by the reference."""
     chosen, weights = reference.route(logits[:, : case.E], case.top, case.normalise)
     if case.shared:
         chosen = mx.concatenate([chosen, mx.full((case.R, 1), case.E, mx.int32)], axis=1)
         gate = mx.sigmoid(logits[:, case.E :].astype(mx.float32))
         weights = mx.concatenate([weights, gate], axis=1)
-    return plan_of_choice(chosen.tolist(), weights.tolist())
+    return routing_of_choice(chosen.tolist(), weights.tolist())
 
 
-def plan_of_choice(chosen, weights):
-    """The plan for experts of each row and their weights."""
+def routing_of_choice(chosen, weights):
+    """The routing for experts of each row and their weights."""
     pairs = sorted(
         (expert, row, weight)
         for row, (experts, of_row) in enumerate(zip(chosen, weights, strict=True))
@@ -93,7 +93,7 @@ def plan_of_choice(chosen, weights):
     N, distinct = len(pairs), sorted({expert for expert, *_ in pairs})
     starts = [[expert for expert, *_ in pairs].index(e) for e in distinct]
     unused = N - len(distinct)
-    return Plan(
+    return Routing(
         mx.array(distinct + [0] * unused, mx.uint32),
         mx.array(starts + [N] * (unused + 1), mx.uint32),
         mx.array([row for _, row, _ in pairs], mx.uint32),
@@ -103,8 +103,8 @@ def plan_of_choice(chosen, weights):
 
 def prove_router(case, dtype, builds=BUILDS):
     logits = case.logits(dtype)
-    expected = plan_of(logits, case)._asdict()
-    got = prove(lambda: kernels.router(logits, **case.options), expected, builds)
+    expected = routing_of(logits, case)._asdict()
+    got = prove(lambda: kernels.route(logits, **case.options), expected, builds)
     for name in ("experts", "starts", "rows"):
         assert got[name].tolist() == expected[name].tolist(), name
 
@@ -141,8 +141,8 @@ def test_a_row_without_numbers_does_not_spoil_another(spoiled, width, normalise)
     logits = case.logits(mx.float32)
 
     def pairs():
-        plan = kernels.router(logits, **case.options)
-        experts, starts, rows, weights = (np.array(x) for x in plan)
+        routing = kernels.route(logits, **case.options)
+        experts, starts, rows, weights = (np.array(x) for x in routing)
         assert starts[-1] == 15 and sorted(rows.tolist()) == [0] * 5 + [1] * 5 + [2] * 5
         used = int((starts < 15).sum())
         owners = np.repeat(experts[:used], np.diff(starts[: used + 1]))
@@ -185,7 +185,7 @@ SHAPES = [  # columns: a step of a simdgroup and a bit, several
     *((True, 12, 544, 32, MIXED), (True, 20, 320, 64, ALIKE)),
     *((False, 24, 544, 32, MIXED), (False, 40, 320, 64, ALIKE)),
 ]
-SMALL = [  # less than a step, plans of fewer than 8 pairs
+SMALL = [  # less than a step, routings of fewer than 8 pairs
     *((True, 4, 32, 32, ALONE), (True, 8, 96, 32, APART)),
     *((False, 8, 32, 32, ALONE), (False, 16, 96, 32, APART)),
 ]
@@ -214,24 +214,24 @@ class Layer:
             scales = [s.astype(mx.float32) for s in scales]
             self.exact = mx.dequantize(words, *scales, group_size=stack.G, bits=bits)
         weights = mx.random.uniform(0.1, 1, (self.R, len(stack.chosen[0]))).tolist()
-        self.plan = plan_of_choice(stack.chosen, weights)
+        self.routing = routing_of_choice(stack.chosen, weights)
         self.x = normal(self.R if stack.gated else self.N, stack.columns, dtype=dtype)
         self.residual = normal(self.R, stack.outputs, dtype=dtype)
 
     def __call__(self):
         if self.stack.gated:
-            return [kernels.expert_gate_up(self.x, self.weights, self.plan)]
-        return [kernels.expert_down(self.x, self.weights, self.plan, self.residual)]
+            return [kernels.expert_gate_up(self.x, self.weights, self.routing)]
+        return [kernels.expert_down(self.x, self.weights, self.routing, self.residual)]
 
     def expected(self):
         x = self.x.astype(mx.float32)
         experts = mx.array(sorted(e for row in self.stack.chosen for e in row))
         if self.stack.gated:
-            y = (self.exact[experts] @ x[self.plan.rows, :, None])[..., 0]
+            y = (self.exact[experts] @ x[self.routing.rows, :, None])[..., 0]
             gate, up = mx.split(y, 2, axis=-1)
             return {"y": gate * mx.sigmoid(gate) * up}
-        y = (self.exact[experts] @ x[..., None])[..., 0] * self.plan.weights[:, None]
-        return {"y": self.residual.astype(mx.float32).at[self.plan.rows].add(y)}
+        y = (self.exact[experts] @ x[..., None])[..., 0] * self.routing.weights[:, None]
+        return {"y": self.residual.astype(mx.float32).at[self.routing.rows].add(y)}
 
 
 def every_stack(shapes):
@@ -285,9 +285,9 @@ def test_takes_experts(bits, G, outputs, columns, taken):
 
 
 def mixture(x, logits, gate_up, down, residual, case):
-    plan = kernels.router(logits, **case.options)
-    y = kernels.expert_gate_up(x, gate_up, plan)
-    return kernels.expert_down(y, down, plan, residual)
+    routing = kernels.route(logits, **case.options)
+    y = kernels.expert_gate_up(x, gate_up, routing)
+    return kernels.expert_down(y, down, routing, residual)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_the_mixture():
 def test_text():
     def calls(dtype):
         for case in ROUTED + LIMITS:
-            kernels.router(case.logits(dtype), **case.options)
+            kernels.route(case.logits(dtype), **case.options)
         for shape in SHAPES + SMALL:
             for bits in BITS:
                 Layer(Stack(*shape), bits, dtype)()

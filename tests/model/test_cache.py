@@ -103,7 +103,7 @@ def test_replay_is_bit_identical_to_token_by_token_decoding():
         model()(tokens()[:, 20:24], cache)
         round.commit(3)
     first = cache[0]
-    (tape, _), before = first._pending, first.cache[1]
+    tape, before = first._pending.tape, first.cache[1]
     settle(cache)
     S = before
     keys = mx.repeat(tape.k, tape.g.shape[2] // tape.k.shape[2], axis=2)
@@ -317,7 +317,9 @@ def test_nbytes_counts_states_and_a_pending_tape():
     with Round(cache, 4) as round:
         model()(tokens()[:, 20:24], cache)
         round.commit(2)
-    assert entry.nbytes == settled + sum(x.nbytes for x in entry._pending[0])
+    assert entry.nbytes == settled + sum(
+        x.nbytes for x in (entry._pending.rows, *entry._pending.tape)
+    )
     settle(cache)
     assert entry.nbytes == settled
 

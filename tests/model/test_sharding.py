@@ -15,11 +15,12 @@ from machines import sent_a_step
 from mlx_qwen3next.bench import shapes
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.checkpoint.loading import load_model
-from mlx_qwen3next.group.processes import Group
+from mlx_qwen3next.group import Group
 from mlx_qwen3next.model import mtp_head
 from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.parallel import shard
 from mlx_qwen3next.model.qwen3_next import Model
-from mlx_qwen3next.model.sharding import Shard, plan, shard, split_layers, take
+from mlx_qwen3next.model.sharding import Shard, plan, split_layers, take
 
 BASE = checkpoints.GOLDENS / "base"
 

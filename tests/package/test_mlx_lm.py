@@ -32,7 +32,8 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from mlx_qwen3next import generate_step, load_model, stream_generate
-from mlx_qwen3next.compute import ops, reference
+from mlx_qwen3next.compute import attention, reference
+from mlx_qwen3next.model import gated_delta_net, qwen3_next
 from mlx_qwen3next.model.cache import Round, tokens_held
 from mlx_qwen3next.model.qwen3_next import DecoderLayer
 
@@ -345,12 +346,13 @@ def test_gradients_are_those_of_the_reference(case, length, monkeypatch):
     model.mtp = None  # not part of the loss
     tokens = expected["tokens"][None, : length + 1]
     found = gradients(model, tokens)
-    monkeypatch.setattr(ops, "gated_delta", reference.gated_delta_rule)
-    monkeypatch.setattr(ops, "rms_norm", reference.rms_norm)
-    monkeypatch.setattr(ops, "gated_rms_norm", reference.gated_rms_norm)
-    monkeypatch.setattr(ops, "l2norm", lambda x, scale=1.0: scale * reference.l2norm(x))
-    monkeypatch.setattr(ops, "decay", reference.decay)
-    monkeypatch.setattr(ops, "route", route)
+    monkeypatch.setattr(gated_delta_net, "gated_delta_rule", reference.gated_delta_rule)
+    for module in (qwen3_next, attention):
+        monkeypatch.setattr(module, "rms_norm", reference.rms_norm)
+    monkeypatch.setattr(gated_delta_net, "gated_rms_norm", reference.gated_rms_norm)
+    monkeypatch.setattr(gated_delta_net, "l2norm", lambda x, scale=1.0: scale * reference.l2norm(x))
+    monkeypatch.setattr(gated_delta_net, "decay", reference.decay)
+    monkeypatch.setattr(qwen3_next, "route", route)
     exact = gradients(model, tokens)
     assert exact.keys() == found.keys()
     assert any("in_proj_ba" in path for path in exact)

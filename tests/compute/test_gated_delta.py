@@ -1,11 +1,18 @@
-"""Every form the model may use computes what the reference equations compute."""
+"""Every form of the delta rule computes the reference equations, as do its inputs."""
 
 import mlx.core as mx
 import pytest
 from float64 import relative_error
 
-from mlx_qwen3next.compute import ops, reference
-from mlx_qwen3next.metal_kernels import Experts
+from mlx_qwen3next.compute import gated_delta, reference
+from mlx_qwen3next.compute.gated_delta import (
+    causal_conv,
+    decay,
+    gated_delta_chunked,
+    gated_delta_replay,
+    gated_delta_rule,
+    gated_delta_steps,
+)
 
 LENGTHS = [1, 2, 3, 31, 32, 33, 63, 64, 65, 100, 130]
 SHAPES = [  # B, Hk, Hv, Dk, Dv
@@ -36,7 +43,7 @@ def assert_close(name, result, expected, bound=5e-6):
 
 @pytest.mark.parametrize("L", LENGTHS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", [ops.gated_delta, ops.gated_delta_chunked, ops.gated_delta_steps])
+@pytest.mark.parametrize("form", [gated_delta_rule, gated_delta_chunked, gated_delta_steps])
 def test_gated_delta(form, shape, L):
     inputs = segment(shape, L)
     o, state = reference.gated_delta_rule(*inputs)
@@ -48,10 +55,10 @@ def test_gated_delta(form, shape, L):
 @pytest.mark.parametrize("L", [1, 40])
 def test_mlx_own_kernel_gets_its_arguments_right(monkeypatch, L):
     """Where there is no GPU, MLX computes the same function in plain ops."""
-    monkeypatch.setattr(ops, "available", lambda: True)
+    monkeypatch.setattr(gated_delta, "available", lambda: True)
     inputs = segment((2, 2, 6, 32, 16), L)
     o, state = reference.gated_delta_rule(*inputs)
-    result = ops.gated_delta(*inputs)
+    result = gated_delta_rule(*inputs)
     assert_close("o", result[0], o)
     assert_close("state", result[1], state)
 
@@ -60,7 +67,7 @@ def test_mlx_own_kernel_gets_its_arguments_right(monkeypatch, L):
 def test_chunk_size_does_not_matter(chunk):
     inputs = segment((1, 2, 6, 32, 16), 100)
     o, state = reference.gated_delta_rule(*inputs)
-    result = ops.gated_delta_chunked(*inputs, chunk=chunk)
+    result = gated_delta_chunked(*inputs, chunk=chunk)
     assert_close("o", result[0], o)
     assert_close("state", result[1], state)
 
@@ -70,7 +77,7 @@ def test_chunked_form_is_stable_when_keys_repeat():
     q, k, v, g, _, state = segment((1, 1, 2, 32, 16), 128, alike=0.9999)
     inputs = (q, k, v, g * 1e-3, mx.full(g.shape, 0.999), state)
     o, after = reference.gated_delta_rule(*inputs)
-    result = ops.gated_delta_chunked(*inputs)
+    result = gated_delta_chunked(*inputs)
     assert_close("o", result[0], o, 2e-5)
     assert_close("state", result[1], after, 2e-5)
 
@@ -79,7 +86,7 @@ def test_chunked_form_does_not_overflow_under_strong_decay():
     q, k, v, g, beta, state = segment((1, 2, 6, 32, 16), 65)
     inputs = (q, k, v, g - 40, beta, state)  # exp(-g) summed over a chunk would be infinite
     o, after = reference.gated_delta_rule(*inputs)
-    result = ops.gated_delta_chunked(*inputs)
+    result = gated_delta_chunked(*inputs)
     assert_close("o", result[0], o)
     assert_close("state", result[1], after)
 
@@ -95,11 +102,11 @@ def test_gradients_flow_through_the_chunked_form(argument):
         return (o * weights).sum() + (state * state).sum()
 
     expected = mx.grad(lambda x: loss(reference.gated_delta_rule, x))(inputs[argument])
-    result = mx.grad(lambda x: loss(ops.gated_delta_chunked, x))(inputs[argument])
+    result = mx.grad(lambda x: loss(gated_delta_chunked, x))(inputs[argument])
     assert_close("gradient", result, expected, 2e-5)
 
 
-@pytest.mark.parametrize("form", [ops.gated_delta_chunked, ops.gated_delta_steps])
+@pytest.mark.parametrize("form", [gated_delta_chunked, gated_delta_steps])
 def test_padding_tokens_change_nothing(form):
     q, k, v, g, beta, state = segment((2, 2, 6, 32, 16), 40)
     keep = (mx.arange(40) % 3 != 0)[None, :, None]
@@ -114,10 +121,10 @@ def test_padding_tokens_change_nothing(form):
 @pytest.mark.parametrize("keep", [0, 1, 3, 7])
 def test_replay_gives_the_very_bits_of_the_steps(keep):
     q, k, v, g, beta, state = segment((2, 2, 6, 32, 16), 7)
-    _, _, delta = ops.gated_delta_steps(q, k, v, g, beta, state)
+    _, _, delta = gated_delta_steps(q, k, v, g, beta, state)
     kept = [x[:, :keep] for x in (q, k, v, g, beta)]
-    expected = ops.gated_delta_steps(*kept, state)[1] if keep else state
-    assert mx.array_equal(ops.gated_delta_replay(state, g, k, delta, keep), expected)
+    expected = gated_delta_steps(*kept, state)[1] if keep else state
+    assert mx.array_equal(gated_delta_replay(state, g, k, delta, keep), expected)
 
 
 @pytest.mark.parametrize("K", [2, 3, 4])
@@ -126,67 +133,13 @@ def test_causal_conv(K, L):
     x, history = mx.random.normal((2, L, 6)), mx.random.normal((2, K - 1, 6))
     weight = mx.random.normal((6, K, 1))
     expected, _ = reference.causal_conv(x, weight, history)
-    result = ops.causal_conv(mx.concatenate([history, x], axis=1), weight)
+    result = causal_conv(mx.concatenate([history, x], axis=1), weight)
     assert_close("y", result, expected)
-
-
-def test_norms():
-    x, z, w = (mx.random.normal((3, 7, 16)) for _ in range(3))
-    w = w[0, 0]
-    assert_close("rms", ops.rms_norm(x, w, 1e-2), reference.rms_norm(x, w, 1e-2))
-    expected = reference.gated_rms_norm(x, z, w, 1e-2)
-    assert_close("gated", ops.gated_rms_norm(x, z, w, 1e-2), expected)
-    tiny = x * 1e-4  # where the eps decides
-    assert_close("l2", ops.l2norm(tiny, scale=0.25), reference.l2norm(tiny) * 0.25)
-
-
-def test_norms_are_computed_in_float32():
-    x, w = mx.random.normal((4, 64)).astype(mx.bfloat16), 1 + 1e-3 * mx.random.normal((64,))
-    result = ops.rms_norm(x, w, 1e-6)
-    assert result.dtype == mx.bfloat16
-    assert mx.array_equal(result, reference.rms_norm(x, w, 1e-6).astype(mx.bfloat16))
 
 
 def test_decay():
     a, A_log, dt_bias = 4 * mx.random.normal((5, 6)), mx.random.normal((6,)), mx.random.normal((6,))
     expected = reference.decay(a, A_log, dt_bias)
-    assert_close("g", ops.decay(a, A_log, dt_bias), expected)
-    half = ops.decay(a.astype(mx.bfloat16), A_log, dt_bias)
+    assert_close("g", decay(a, A_log, dt_bias), expected)
+    half = decay(a.astype(mx.bfloat16), A_log, dt_bias)
     assert half.dtype == mx.float32
-
-
-@pytest.mark.parametrize("normalise", [True, False])
-@pytest.mark.parametrize("top_k", [1, 3, 8])
-def test_route(top_k, normalise):
-    logits = mx.random.normal((2, 5, 8))
-    experts, weights = reference.route(logits, top_k, normalise)
-    got_experts, got_weights = ops.route(logits, top_k, normalise)
-    order = mx.argsort(-got_weights, axis=-1)
-    assert mx.array_equal(mx.take_along_axis(got_experts, order, -1), experts)
-    assert_close("weights", mx.take_along_axis(got_weights, order, -1), weights)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 40])
-@pytest.mark.parametrize("shared", [False, True])
-def test_parts_of_the_experts_add_up_to_all(rows, shared):
-    """Few rows, and so many that they are sorted; one part has no token's experts."""
-    E, k, H, width = 9, 2, 32, 16
-    mx.random.seed(rows)
-    x, residual = mx.random.normal((rows, H)), mx.random.normal((rows, H))
-    logits = mx.random.normal((rows, E + shared))
-    logits[:, 6:9] -= 100
-    gate_up = mx.random.normal((E + shared, 2 * width, H)) * 0.2
-    down = mx.random.normal((E + shared, H, width)) * 0.2
-    options = {"experts": E, "top_k": k, "normalise": True}
-
-    def mixture(logits, ids, residual, **more):
-        chosen = mx.array(list(ids))
-        weights = Experts(gate_up[chosen]), Experts(down[chosen])
-        return ops.sparse_experts(x, logits, *weights, residual, **options, **more)
-
-    whole = mixture(logits, range(E + shared), residual)
-    first = [0, 1, 2] + [E] * shared
-    parts = mixture(logits, first, residual, own=range(0, 3))
-    for own in (range(3, 6), range(6, 9)):
-        parts = parts + mixture(logits[:, :E], own, mx.zeros_like(residual), own=own)
-    assert relative_error(parts, whole) < 1e-6

@@ -1,0 +1,126 @@
+"""Kernels of the experts' products, on weights as they are stored."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .kernel import LANES, Kernel, constant
+from .router import Routing
+
+EXPERT_GATE_UP = Kernel(
+    "expert_gate_up",
+    "experts",
+    inputs=("x", "weight", "scales", "biases", "experts", "starts", "rows"),
+    outputs=("y",),
+    body="""
+    const Weights<T> weights = {(const device uint*)weight, scales, biases};
+    expert_gate_up<T, BITS, G, H, I, SG>(
+        x, weights, experts, starts, rows, y, threadgroup_position_in_grid.x,
+        threadgroup_position_in_grid.y, thread_index_in_simdgroup,
+        simdgroup_index_in_threadgroup);
+    """,
+)
+EXPERT_DOWN = Kernel(
+    "expert_down",
+    "experts",
+    inputs=(
+        *("x", "weight", "scales", "biases", "experts", "starts", "rows", "pair_weights"),
+        "residual",
+    ),
+    outputs=("y",),
+    body="""
+    const Weights<T> weights = {(const device uint*)weight, scales, biases};
+    expert_down<T, BITS, G, H, I, SG>(
+        x, weights, experts, starts, rows, pair_weights, residual, y, x_shape[0],
+        residual_shape[0], threadgroup_position_in_grid.x, thread_index_in_simdgroup,
+        simdgroup_index_in_threadgroup);
+    """,
+)
+OUTPUTS = 4  # kPairs and kOutputs in experts.metal
+
+
+class Experts(NamedTuple):
+    """A stack of linear layers ``[E, outputs, inputs]``, quantized as MLX does it, or not."""
+
+    weight: mx.array  # uint32 words, or the weights themselves
+    scales: mx.array | None = None  # [E, outputs, inputs / group_size]
+    biases: mx.array | None = None
+    group_size: int = 0
+    bits: int = 16  # 4 or 8; 16 stands for unquantized
+
+
+def takes_experts(shape: tuple[int, ...], bits: int, group_size: int) -> bool:
+    """Returns whether the expert kernels take weights stored in this shape and quantization."""
+    _, outputs, words = shape
+    columns = words if bits == 16 else words * 32 // bits
+    known = bits == 16 or (bits in (4, 8) and group_size in (32, 64, 128))
+    return known and outputs % (2 * OUTPUTS) == 0 and columns % 32 == 0
+
+
+def expert_gate_up(x: mx.array, weights: Experts, routing: Routing) -> mx.array:
+    """Returns ``silu(gate x) up x`` for every pair of the routing, in one launch.
+
+    Args:
+        x: ``[R, H]`` T, R at most 16.
+        weights: ``[E, 2 I, H]``, gate's rows, then up's; scales, biases or unquantized: T.
+
+    Returns:
+        ``[N, I]`` T, in the routing's order. A pair's result depends on its row alone, bit for bit.
+        Limits: :func:`takes_experts`.
+    """
+    N, I = routing.rows.size, weights.weight.shape[1] // 2
+    groups = min(2, I // OUTPUTS)
+    (y,) = EXPERT_GATE_UP.launch(
+        inputs=[x, *_stored(weights, x.dtype), routing.experts, routing.starts, routing.rows],
+        template=_expert_template(weights, x.dtype, H=x.shape[1], I=I, groups=groups),
+        grid=(LANES * groups * -(-I // (OUTPUTS * groups)), N, 1),
+        threadgroup=(LANES * groups, 1, 1),
+        output_shapes=[(N, I)],
+        output_dtypes=[x.dtype],
+    )
+    return y
+
+
+def expert_down(x: mx.array, weights: Experts, routing: Routing, residual: mx.array) -> mx.array:
+    """Adds the weighted sum of ``down x`` over each row's experts to ``residual``, in one launch.
+
+    Args:
+        x: ``[N, I]`` T, the result of :func:`expert_gate_up`.
+        weights: ``[E, H, I]``. residual: ``[R, H]`` T, R at most 16.
+
+    Returns:
+        ``[R, H]`` T. The order of the sum is that of the experts' numbers. Limits:
+        :func:`takes_experts`.
+    """
+    H = residual.shape[1]
+    groups = min(4, H // OUTPUTS)
+    (y,) = EXPERT_DOWN.launch(
+        inputs=[
+            *(x, *_stored(weights, x.dtype), routing.experts, routing.starts, routing.rows),
+            *(routing.weights, residual),
+        ],
+        template=_expert_template(weights, x.dtype, H=H, I=x.shape[1], groups=groups),
+        grid=(LANES * groups * -(-H // (OUTPUTS * groups)), 1, 1),
+        threadgroup=(LANES * groups, 1, 1),
+        output_shapes=[residual.shape],
+        output_dtypes=[x.dtype],
+    )
+    return y
+
+
+def _stored(weights: Experts, dtype: mx.Dtype) -> list[mx.array]:
+    none = constant(0, dtype, 8)
+    if weights.scales is None or weights.biases is None:
+        return [weights.weight, none, none]
+    return [weights.weight, weights.scales, weights.biases]
+
+
+def _expert_template(
+    weights: Experts, dtype: mx.Dtype, *, H: int, I: int, groups: int
+) -> list[tuple[str, Any]]:
+    return [
+        *(("T", dtype), ("BITS", weights.bits), ("G", weights.group_size or 1)),
+        *(("H", H), ("I", I), ("SG", groups)),
+    ]

@@ -1,0 +1,165 @@
+"""Kernels of a whole Gated DeltaNet layer between its projections, and of a round's replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import mlx.core as mx
+
+from .kernel import LANES, THREADGROUP_BYTES, Kernel, constant
+
+_DELTA_INPUTS = (
+    "x before taps A_log dt_bias norm_weight eps mask state tape_g tape_k tape_delta keep"
+)
+_DELTA_BODY = """
+    threadgroup float shared[CHUNK * (2 * DK + 2 * DV + 2)];
+    const Tape tape = %s;
+    const Place at = {
+        threadgroup_position_in_grid.y, threadgroup_position_in_grid.z,
+        thread_index_in_threadgroup, thread_index_in_simdgroup,
+        simdgroup_index_in_threadgroup};
+    gated_delta_step<T, W, HK, HV, DK, DV, K, SG, CHUNK, %s, MASKED>(
+        x, before, taps, A_log, dt_bias, norm_weight, eps, mask, state, tape_g, tape_k,
+        tape_delta, x_shape[1], before_shape[1], keep[0], o, state_out, rows_out, tape, shared,
+        at);
+    """
+GATED_DELTA_STEP = Kernel(
+    "gated_delta_step",
+    "gated_delta",
+    inputs=tuple(_DELTA_INPUTS.split()),
+    outputs=("o", "state_out", "rows_out"),
+    body=_DELTA_BODY % ("{nullptr, nullptr, nullptr}", "false"),
+)
+GATED_DELTA_ROUND = Kernel(
+    "gated_delta_round",
+    "gated_delta",
+    inputs=tuple(_DELTA_INPUTS.split()),
+    outputs=("o", "state_out", "rows_out", "g_out", "k_out", "delta_out"),
+    body=_DELTA_BODY % ("{g_out, k_out, delta_out}", "true"),
+)
+GATED_DELTA_REPLAY = Kernel(
+    "gated_delta_replay",
+    "gated_delta",
+    inputs=("state", "tape_g", "tape_k", "tape_delta", "keep"),
+    outputs=("state_out",),
+    body="""
+    const Place at = {
+        threadgroup_position_in_grid.y, threadgroup_position_in_grid.z,
+        thread_index_in_threadgroup, thread_index_in_simdgroup,
+        simdgroup_index_in_threadgroup};
+    gated_delta_replay<HK, HV, DK, DV, SG>(
+        state, tape_g, tape_k, tape_delta, tape_k_shape[1], keep[0], state_out, at);
+    """,
+)
+
+
+def takes_gated_delta(L: int, Dk: int, Dv: int) -> bool:
+    """Returns whether the kernels take a step of L tokens with heads of these widths."""
+    return (
+        L >= 1
+        and Dk % LANES == 0
+        and Dv >= 8
+        and _simdgroups(Dk, Dv) > 0
+        and 4 * (2 * Dk + 2 * Dv + 2) <= THREADGROUP_BYTES
+    )
+
+
+def gated_delta_step(
+    x: mx.array,
+    before: mx.array,
+    state: mx.array,
+    tape: Sequence[mx.array],
+    keep: int,
+    taps: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    norm_weight: mx.array,
+    *,
+    eps: float,
+    key_heads: int,
+    mask: mx.array | None,
+    recording: bool,
+) -> list[mx.array]:
+    """Runs a Gated DeltaNet layer between its projections, for any number of tokens, in one launch.
+
+    It is for steps of few tokens; they go one after the other, eight staged at a time.
+
+    Args:
+        x: ``[B, L, P]`` T, rows ``[q | k | v | z | b | a]``, each head after head.
+        before: ``[B, K-1 + n, C]`` T, the convolution's inputs: those before a round of n tokens
+            and the round's (n is 0 if there was none).
+        state: ``[B, Hv, Dv, Dk]`` float32, before that round.
+        tape: the round's record: g ``[B, n, Hv]``, k ``[B, n, Hk, Dk]``, delta
+            ``[B, n, Hv, Dv]``, float32; empty if n is 0.
+        keep: the number of the round's tokens that are part of the sequence.
+        taps: ``[C, K, 1]``, of any dtype. A_log, dt_bias: ``[Hv]`` float32. norm_weight: ``[Dv]``
+            float32.
+        mask: ``[B, L]`` bool, False at padding, which changes nothing; or None.
+        recording: whether this is a round, whose tokens may be taken back.
+
+    Returns:
+        ``o`` ``[B, L, Hv Dv]`` T; the state after the new tokens, or of a round the one before them
+        (and after the replay); the convolution's last K-1 inputs, or of a round all K-1 + L; and of
+        a round the new tape g, k, delta. A token's results do not depend on L, bit for bit. Limits:
+        :func:`takes_gated_delta`.
+    """
+    B, L, _ = x.shape
+    Hv, Dv, Dk = state.shape[1:]
+    C, K = taps.shape[:2]
+    groups = _simdgroups(Dk, Dv)
+    chunk = min(8, THREADGROUP_BYTES // (4 * (2 * Dk + 2 * Dv + 2)))
+    none = constant(0, mx.float32, 8)
+    outputs = [((B, L, Hv * Dv), x.dtype), (state.shape, mx.float32)]
+    outputs.append(((B, K - 1 + L if recording else K - 1, C), x.dtype))
+    if recording:
+        widths = ((Hv,), (key_heads, Dk), (Hv, Dv))
+        outputs += [((B, L, *width), mx.float32) for width in widths]
+    kernel = GATED_DELTA_ROUND if recording else GATED_DELTA_STEP
+    return kernel.launch(
+        inputs=[
+            *(x, before, taps, A_log, dt_bias, norm_weight, constant(eps, mx.float32)),
+            constant(1, mx.bool_, 8) if mask is None else mask,
+            *(state, *(tape or (none, none, none)), constant(keep, mx.int32)),
+        ],
+        template=[
+            *(("T", x.dtype), ("W", taps.dtype), ("HK", key_heads), ("HV", Hv), ("DK", Dk)),
+            *(("DV", Dv), ("K", K), ("SG", groups), ("CHUNK", chunk)),
+            ("MASKED", mask is not None),
+        ],
+        grid=(LANES * groups, Hv, B),
+        threadgroup=(LANES * groups, 1, 1),
+        output_shapes=[shape for shape, _ in outputs],
+        output_dtypes=[dtype for _, dtype in outputs],
+    )
+
+
+def gated_delta_replay(
+    state: mx.array, g: mx.array, k: mx.array, delta: mx.array, keep: int
+) -> mx.array:
+    """Returns the state after the first ``keep`` tokens of a tape, with the bits of the round.
+
+    Arguments as :func:`gated_delta_step`.
+    """
+    B, Hv, Dv, Dk = state.shape
+    groups = _simdgroups(Dk, Dv)
+    (after,) = GATED_DELTA_REPLAY.launch(
+        inputs=[state, g, k, delta, constant(keep, mx.int32)],
+        template=[("HK", k.shape[2]), ("HV", Hv), ("DK", Dk), ("DV", Dv), ("SG", groups)],
+        grid=(LANES * groups, Hv, B),
+        threadgroup=(LANES * groups, 1, 1),
+        output_shapes=[state.shape],
+        output_dtypes=[mx.float32],
+    )
+    return after
+
+
+@cache
+def _simdgroups(Dk: int, Dv: int) -> int:
+    """Returns the simdgroups of a head, which share its rows evenly; 0 if no number fits.
+
+    16 where they can hold the state in 32 registers a lane: threads that need more registers may
+    not be as many as 1,024 in a threadgroup.
+    """
+    shares = [n for n in range(1, 33) if Dv % n == 0 and Dv // n * Dk <= 32 * LANES]
+    return next((n for n in shares if n >= 16), shares[-1] if shares else 0)

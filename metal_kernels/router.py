@@ -1,0 +1,70 @@
+"""The router's kernel, which sorts the pairs of rows and experts for the experts' kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .kernel import LANES, Kernel
+
+MAX_ROWS = 16  # rows that the router and the experts take at once
+ROUTER = Kernel(
+    "router",
+    "router",
+    inputs=("logits",),
+    outputs=("experts", "starts", "rows", "weights"),
+    body="""
+    threadgroup uint keys[PAIRS];
+    threadgroup uint sorted[PAIRS];
+    threadgroup float pair_weights[PAIRS];
+    route<T, E, TOP, SHARED, NORMALISE>(
+        logits, experts, starts, rows, weights, keys, sorted, pair_weights, logits_shape[0],
+        thread_index_in_threadgroup, threads_per_threadgroup.x, thread_index_in_simdgroup,
+        simdgroup_index_in_threadgroup);
+    """,
+)
+
+
+class Routing(NamedTuple):
+    """The experts of some rows: N pairs (row, expert), sorted by expert, then row."""
+
+    experts: mx.array  # [N] uint32, the distinct ones
+    starts: mx.array  # [N + 1] uint32, where each one's pairs begin; N after the last
+    rows: mx.array  # [N] uint32, of each pair
+    weights: mx.array  # [N] float32, of each pair
+
+
+def takes_router(rows: int, experts: int, top_k: int) -> bool:
+    """Returns whether the router kernel takes so many rows, experts, and experts a row.
+
+    MLX places inputs of fewer than 8 elements in another address space.
+    """
+    fits = 1 <= rows <= MAX_ROWS and top_k <= experts <= 1024 and top_k < LANES
+    return fits and rows * experts >= 8
+
+
+def route(logits: mx.array, *, experts: int, top_k: int, normalise: bool) -> Routing:
+    """Returns the top k experts of up to 16 rows and their weights, sorted, in one launch.
+
+    Args:
+        logits: ``[R, E]`` or ``[R, E + 1]`` T: the shared expert's gate last, if it is one more
+            expert, number E, of weight sigmoid(gate).
+        normalise: whether a row's top-k weights sum to one.
+
+    Ties go to the lowest index. Limits: :func:`takes_router`.
+    """
+    R, columns = logits.shape
+    N = R * (top_k + columns - experts)
+    outputs = ROUTER.launch(
+        inputs=[logits],
+        template=[
+            *(("T", logits.dtype), ("E", experts), ("TOP", top_k)),
+            *(("SHARED", columns > experts), ("NORMALISE", normalise), ("PAIRS", N)),
+        ],
+        grid=(LANES * R, 1, 1),
+        threadgroup=(LANES * R, 1, 1),
+        output_shapes=[(N,), (N + 1,), (N,), (N,)],
+        output_dtypes=[mx.uint32, mx.uint32, mx.uint32, mx.float32],
+    )
+    return Routing(*outputs)

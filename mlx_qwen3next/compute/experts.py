@@ -1,0 +1,131 @@
+"""The router and the mixture of experts, in MLX's own operations.
+
+:func:`route` has its equation in :mod:`mlx_qwen3next.compute.reference`; the tests hold the two
+together.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import mlx.core as mx
+from mlx_lm.models.activations import swiglu
+
+from ..metal_kernels import Experts
+from . import cpu_matmul
+from .cpu_matmul import TransposedWeights
+
+MANY = 64  # pairs of rows and experts from which on they are sorted, as in mlx-lm
+
+
+def route(logits: mx.array, top_k: int, normalise: bool) -> tuple[mx.array, mx.array]:
+    """Returns the top k experts of each token and their weights; ties go to the lowest index.
+
+    Args:
+        logits: ``[..., E]``.
+
+    Returns:
+        ``(experts, weights)``, each ``[..., top_k]``; weights float32, softmax over all experts,
+        summing to one if ``normalise``.
+    """
+    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
+    experts = mx.argsort(-probabilities, axis=-1)[..., :top_k]
+    experts = mx.stop_gradient(experts)
+    weights = mx.take_along_axis(probabilities, experts, axis=-1)
+    if normalise:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    return experts, weights
+
+
+def only_own(experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array, mx.array]:
+    """Returns the experts of each token that are in ``own``, counted from its start, with weights.
+
+    Experts outside ``own`` become the first one, with weight 0.
+    """
+    here = (experts >= own.start) & (experts < own.stop)
+    return mx.where(here, experts - own.start, 0), mx.where(here, weights, 0)
+
+
+def sparse_experts(
+    x: mx.array,
+    logits: mx.array,
+    gate_up: Experts | TransposedWeights,
+    down: Experts | TransposedWeights,
+    residual: mx.array,
+    *,
+    experts: int,
+    top_k: int,
+    normalise: bool,
+    own: range | None = None,
+) -> mx.array:
+    """Returns ``residual`` plus the mixture of experts, on packed weights.
+
+    Args:
+        x, residual: ``[R, H]``.
+        logits: ``[R, E]``, or ``[R, E + 1]`` where the shared expert is number E, its gate last.
+        gate_up: ``[E, 2 I, H]``, gate's rows first; down: ``[E, H, I]``.
+        experts: E; top_k, normalise: as for :func:`route`.
+        own: the experts that ``gate_up`` and ``down`` have, if not all.
+
+    Returns:
+        ``[R, H]``.
+    """
+    indices, weights = route(logits[:, :experts], top_k, normalise)
+    if own is not None:
+        indices, weights = only_own(indices, weights, own)
+    if logits.shape[1] > experts:
+        shared = mx.full((x.shape[0], 1), len(own or range(experts)), indices.dtype)
+        indices = mx.concatenate([indices, shared], axis=1)
+        gate = mx.sigmoid(logits[:, experts:].astype(mx.float32))
+        weights = mx.concatenate([weights, gate], axis=1)
+    if indices.size < MANY:
+        y = _mixed(x[:, None, None], gate_up, down, indices, is_sorted=False)  # [R, k, 1, H]
+        return residual + (y.squeeze(-2) * weights[..., None].astype(y.dtype)).sum(axis=-2)
+    # Sorted by expert, so that MLX reads an expert's weights once.
+    k, indices, weights = indices.shape[1], indices.flatten(), weights.flatten()
+    if own is None:
+        order = mx.argsort(indices)
+        y = _mixed(x[order // k, None, None], gate_up, down, indices[order, None], is_sorted=True)
+        y = y[mx.argsort(order)].reshape(-1, k, x.shape[-1])
+        return residual + (y * weights.reshape(-1, k, 1).astype(y.dtype)).sum(axis=-2)
+    # Pairs without weight belong to other ranks; their number has to be known here.
+    here = weights > 0
+    order = mx.argsort(mx.where(here, indices, experts))
+    order = order[: int(cast(int, here.sum().item()))]
+    if order.size == 0:
+        return residual
+    rows = order // k
+    y = _mixed(x[rows, None, None], gate_up, down, indices[order, None], is_sorted=True)
+    y = y.reshape(-1, x.shape[-1]) * weights[order, None].astype(y.dtype)
+    return residual.at[rows].add(y)
+
+
+def _mixed(
+    rows: mx.array,
+    gate_up: Experts | TransposedWeights,
+    down: Experts | TransposedWeights,
+    indices: mx.array,
+    is_sorted: bool,
+) -> mx.array:
+    """Returns each row through its experts; ``rows`` ``[R, 1, 1, H]``, ``indices`` ``[R, k]``."""
+    gate, up = mx.split(_gather(rows, gate_up, indices, is_sorted), 2, axis=-1)
+    return _gather(swiglu(gate, up), down, indices, is_sorted)
+
+
+def _gather(
+    x: mx.array, weights: Experts | TransposedWeights, indices: mx.array, is_sorted: bool
+) -> mx.array:
+    if isinstance(weights, TransposedWeights):
+        return cpu_matmul.gather(x, weights, indices)
+    if weights.scales is None:
+        return mx.gather_mm(
+            x, weights.weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=is_sorted
+        )
+    return mx.gather_qmm(
+        *(x, weights.weight, weights.scales, weights.biases),
+        rhs_indices=indices,
+        transpose=True,
+        group_size=weights.group_size,
+        bits=weights.bits,
+        sorted_indices=is_sorted,
+    )
