@@ -25,6 +25,7 @@ from ..group import ALONE, Group
 from ..model import capacity, layouts, mtp_head, packing
 from ..model.config import Config
 from ..model.layouts import Origin
+from ..model.parallel import divide
 from ..model.qwen3_next import Model
 from ..model.sharding import Mode, Shard, take
 from ..storage import safetensors
@@ -116,7 +117,7 @@ def load_model(
             (:func:`mlx_qwen3next.model.packing.pack`). To train, save or inspect the model under
             the checkpoint's names, pass False.
         group, mode, layers: the ranks that divide the model, and the way to divide it: see
-            :meth:`mlx_qwen3next.model.qwen3_next.Model.shard`. Each rank reads and holds its part
+            :func:`mlx_qwen3next.model.parallel.divide`. Each rank reads and holds its part
             alone.
 
     Raises:
@@ -140,7 +141,7 @@ def load_model(
     origins = _match(model, tensors, directory)
     if group.size > 1:
         _check_same(directory, group, dtype)
-    part = model.shard(group, mode, layers)
+    part = divide(model, group, mode, layers)
     _check_memory(model, dtype, context)
 
     model.eval()

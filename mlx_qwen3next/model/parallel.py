@@ -1,6 +1,6 @@
 """The modules of a model that several ranks run together, which take the plain ones' places.
 
-:mod:`mlx_qwen3next.model.sharding` says which part of the weights a rank has; :func:`shard` leaves
+:mod:`mlx_qwen3next.model.sharding` says which part of the weights a rank has; :func:`divide` leaves
 a model that part. A mixer or an MLP with a part of the heads or channels computes one summand of
 its output, so a :class:`ParallelDecoderLayer` sums over the ranks: once after each mixer and each
 MLP. A :class:`ParallelTrunk` sums the embedding's rows, and ``Model.logits`` gathers the logits. A
@@ -9,7 +9,7 @@ MLP. A :class:`ParallelTrunk` sums the embedding's rows, and ``Model.logits`` ga
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -17,10 +17,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..compute.experts import only_own
-from ..group import Group
+from ..group import Group, connected
 from .cache import Cache
 from .qwen3_next import DecoderLayer, Model, SparseMoE, Trunk
-from .sharding import Shard, take
+from .sharding import Mode, Shard, plan, take
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -77,6 +77,30 @@ def recast(module: nn.Module, kind: type[M], **attributes: Any) -> M:
     vars(copied).update(vars(module), **attributes)
     dict.update(copied, module)
     return copied
+
+
+def divide(
+    model: Model,
+    group: Group | mx.distributed.Group,
+    mode: Mode | None = None,
+    layers: Sequence[int] | None = None,
+) -> Shard:
+    """Leaves this rank's part of a model, in place; a loader reads no more than that part.
+
+    Args:
+        model: not packed.
+        group: the one from :func:`mlx_qwen3next.group.join` or ``mx.distributed.init``.
+        mode, layers: see :func:`mlx_qwen3next.model.sharding.plan`.
+
+    Raises:
+        ValueError: the model is packed, or does not divide among so many ranks.
+    """
+    model.check_unpacked("shard")
+    group = connected(group)
+    part = plan(model, group, mode, layers)
+    if group.size > 1:
+        shard(model, group, part)
+    return part
 
 
 def shard(model: Model, group: Group, part: Shard) -> None:

@@ -22,7 +22,7 @@ al. 2025, "Gated Attention for Large Language Models".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -37,8 +37,8 @@ from ..compute.attention import attention_gate, attention_heads
 from ..compute.cpu_attention import attention
 from ..compute.experts import route
 from ..compute.norms import rms_norm
-from ..group import ALONE, Group, connected
-from . import layouts, sharding
+from ..group import ALONE
+from . import layouts
 from .cache import Cache, GatedDeltaCache
 from .config import MODEL_TYPE, Config
 from .gated_delta_net import GatedDeltaNet
@@ -259,7 +259,7 @@ class Model(nn.Module):
             ValueError: the model is packed for inference.
         """
         if mode:
-            self._check_unpacked("train")
+            self.check_unpacked("train")
         return super().train(mode)
 
     def save_weights(self, file: str, **options: Any) -> None:
@@ -268,34 +268,15 @@ class Model(nn.Module):
         Raises:
             ValueError: the model is packed for inference.
         """
-        self._check_unpacked("save")
+        self.check_unpacked("save")
         super().save_weights(file, **options)
 
-    def shard(
-        self,
-        group: Group | mx.distributed.Group,
-        mode: sharding.Mode | None = None,
-        layers: Sequence[int] | None = None,
-    ) -> sharding.Shard:
-        """Leaves this rank's part, in place; :func:`mlx_qwen3next.load` reads that part alone.
-
-        Args:
-            group: the one from :func:`mlx_qwen3next.group.join` or ``mx.distributed.init``.
-            mode, layers: see :func:`mlx_qwen3next.model.sharding.plan`.
+    def check_unpacked(self, to_do: str) -> None:
+        """Checks that the model has the checkpoint's own modules.
 
         Raises:
-            ValueError: the model is packed, or does not divide among so many ranks.
+            ValueError: it is packed for inference.
         """
-        self._check_unpacked("shard")
-        group = connected(group)
-        part = sharding.plan(self, group, mode, layers)
-        if group.size > 1:
-            from .parallel import shard  # here, since its modules derive from those above
-
-            shard(self, group, part)
-        return part
-
-    def _check_unpacked(self, to_do: str) -> None:
         if self.packed:
             raise ValueError(
                 f"this model is packed for inference; load it with pack=False to {to_do} it"

@@ -18,7 +18,7 @@ from mlx_qwen3next.checkpoint.loading import load_model
 from mlx_qwen3next.group import Group
 from mlx_qwen3next.model import mtp_head
 from mlx_qwen3next.model.config import Config
-from mlx_qwen3next.model.parallel import shard
+from mlx_qwen3next.model.parallel import divide, shard
 from mlx_qwen3next.model.qwen3_next import Model
 from mlx_qwen3next.model.sharding import Shard, plan, split_layers, take
 
@@ -171,7 +171,7 @@ def test_a_rank_reads_what_dividing_the_whole_leaves_it(path_of, case, mode):
         )
         whole = load_model(path_of(case), dtype=mx.float32, pack=False)
         parameters = checkpoints.parameters(whole)
-        part = whole.shard(group, mode)
+        part = divide(whole, group, mode)
         divided = checkpoints.parameters(whole)
         assert own.keys() == divided.keys()
         for path, value in own.items():
@@ -200,7 +200,7 @@ def test_what_does_not_divide_is_refused(changes, size, what):
     before = model.parameter_shapes()
     mode = "expert" if "num_experts" in changes else "tensor"
     with pytest.raises(ValueError, match=f"^{what} cannot be divided among {size} ranks$"):
-        model.shard(Ranks(0, size), mode)
+        divide(model, Ranks(0, size), mode)
     assert model.parameter_shapes() == before
 
 
@@ -224,7 +224,7 @@ def test_without_a_mode_experts_are_divided_where_their_channels_cannot_be(path_
 
 def test_a_packed_model_is_not_divided():
     with pytest.raises(ValueError, match=r"packed for inference; load it with pack=False to shard"):
-        load_model(BASE).shard(Ranks(0, 2))
+        divide(load_model(BASE), Ranks(0, 2))
 
 
 # --- pipelines -----------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_more_ranks_than_layers_are_refused():
     with pytest.raises(ValueError, match=r"^4 layers cannot be divided among 5 ranks$"):
         split_layers(4, [1] * 5)
     with pytest.raises(ValueError, match=r"^4 layers cannot be divided among 5 ranks$"):
-        Model(config_of(BASE)).shard(Ranks(0, 5), "pipeline")
+        divide(Model(config_of(BASE)), Ranks(0, 5), "pipeline")
 
 
 def test_each_rank_of_a_pipeline_has_its_layers_and_their_config():
@@ -261,7 +261,7 @@ def test_each_rank_of_a_pipeline_has_its_layers_and_their_config():
     for r in range(3):
         model = Model(config)
         mtp_head.attach(model)
-        part = model.shard(Ranks(r, 3), "pipeline", [1, 3, 1])
+        part = divide(model, Ranks(r, 3), "pipeline", [1, 3, 1])
         kinds = [(layer.is_linear, "switch_mlp" in layer.mlp) for layer in model.layers]
         own = model.args
         assert kinds == [(config.is_linear(i), config.is_sparse(i)) for i in part.layers]
@@ -279,7 +279,7 @@ def test_each_rank_of_a_pipeline_has_its_layers_and_their_config():
 def test_wrong_counts_of_layers_are_refused(counts):
     said = rf"^--pipeline {','.join(map(str, counts))} must give each of 2 ranks a layer or more, 4"
     with pytest.raises(ValueError, match=said):
-        Model(config_of(BASE)).shard(Ranks(1, 2), "pipeline", counts)
+        divide(Model(config_of(BASE)), Ranks(1, 2), "pipeline", counts)
 
 
 # --- running -------------------------------------------------------------------------------------
