@@ -288,7 +288,7 @@ PLAIN, DRAFTS, CHANCE = ("off", 0.0), (3, 0.0), (3, 0.9)
 OTHER_WISHES = ("auto", 0.0)  # each rank would draft to other depths
 
 
-def case(model, mode, *kinds, pack=True, layers=None, prompt=40, tokens=10):
+def case(model, mode, *kinds, pack=True, layers=None, prompt, tokens=10):
     numbers = np.random.default_rng(prompt)
     return {
         "name": f"{model}-{mode}-{pack}",
@@ -303,21 +303,21 @@ def case(model, mode, *kinds, pack=True, layers=None, prompt=40, tokens=10):
     }
 
 
-TWO = [
-    case("demo", "tensor", PLAIN, DRAFTS, CHANCE, OTHER_WISHES),
-    case("demo", "expert", PLAIN, DRAFTS),
-    case("demo", "pipeline", PLAIN, DRAFTS, CHANCE, OTHER_WISHES, layers=[3, 1]),
-    case("base", "tensor", PLAIN, DRAFTS),
-    case("base", "tensor", pack=False),
-    case("base", "expert", PLAIN, DRAFTS),
-    case("base", "pipeline", PLAIN, DRAFTS, layers=[1, 3]),
-    case("dense", "tensor", PLAIN, DRAFTS),
-    case("dense", "expert", PLAIN, DRAFTS, pack=False),
-    case("permutation", "tensor"),
-    case("quantized", "expert", pack=False),
-    case("eps", "pipeline", PLAIN, DRAFTS, layers=[4, 2]),
-]
 FEW = {"prompt": 8, "tokens": 6}
+TWO = [
+    case("demo", "tensor", PLAIN, DRAFTS, CHANCE, OTHER_WISHES, prompt=20),
+    case("demo", "expert", PLAIN, DRAFTS, **FEW),
+    case("demo", "pipeline", PLAIN, DRAFTS, CHANCE, OTHER_WISHES, **FEW, layers=[3, 1]),
+    case("base", "tensor", PLAIN, DRAFTS, prompt=40),
+    case("base", "tensor", **FEW, pack=False),
+    case("base", "expert", PLAIN, DRAFTS, **FEW),
+    case("base", "pipeline", PLAIN, DRAFTS, **FEW, layers=[1, 3]),
+    case("dense", "tensor", PLAIN, DRAFTS, **FEW),
+    case("dense", "expert", PLAIN, DRAFTS, **FEW, pack=False),
+    case("permutation", "tensor", **FEW),
+    case("quantized", "expert", **FEW, pack=False),
+    case("eps", "pipeline", PLAIN, DRAFTS, **FEW, layers=[4, 2]),
+]
 FOUR = [
     case("wide", "tensor", PLAIN, DRAFTS, **FEW),
     case("base", "tensor", PLAIN, DRAFTS, **FEW),
