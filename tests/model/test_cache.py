@@ -17,6 +17,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_qwen3next import load_model
+from mlx_qwen3next.compute.gated_delta import LayerState, Tape
 from mlx_qwen3next.model.cache import GatedDeltaCache, Round, Undo, settle, tokens_held
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -394,3 +395,14 @@ def test_a_state_put_in_leaves_nothing_pending():
     for entry, source in zip(cache, other, strict=True):
         entry.state = source.state
     assert_same_bits([model()(text[:, :1], cache)], [model()(text[:, :1], other)])
+
+
+def test_padding_shrinks_by_the_tokens_that_a_round_keeps():
+    """A round on a row that is padded on the left: only its kept tokens use the padding up."""
+    entry = GatedDeltaCache(left_padding=[5])
+    zeros = mx.zeros
+    tape = Tape(zeros((1, 3, 2)), zeros((1, 3, 1, 4)), zeros((1, 3, 2, 4)))
+    entry.begin()
+    entry.store(LayerState(zeros((1, 6, 8)), zeros((1, 2, 4, 4)), tape), 3)
+    entry.commit(2)
+    assert entry.make_mask(5).tolist() == [[False] * 3 + [True] * 2]
