@@ -9,6 +9,7 @@ from helpers_metal import (
     by_host,
     executed,
     ids,
+    in_turns,
     mistakes_in_text,
     normal,
     prove,
@@ -42,7 +43,11 @@ def norm_inputs(shape, dtype):
 def test_rms_norm(shape, dtype):
     x, _, weight = norm_inputs(shape, dtype)
     expected = {"normed": reference.rms_norm(x, weight, EPS)}
-    got = prove(lambda: [kernels.rms_norm(x, weight, EPS)], expected)
+    got = prove(
+        lambda: [kernels.rms_norm(x, weight, EPS)],
+        expected,
+        in_turns((NORMS, shape), (DTYPES, dtype)),
+    )
     assert got["normed"].dtype == dtype
 
 
@@ -55,7 +60,11 @@ def test_add_rms_norm(shape, dtype):
         "sum": total.astype(mx.float32),
         "normed": reference.rms_norm(total, weight, EPS),
     }
-    got = prove(lambda: kernels.add_rms_norm(x, y, weight, EPS), expected)
+    got = prove(
+        lambda: kernels.add_rms_norm(x, y, weight, EPS),
+        expected,
+        in_turns((NORMS, shape), (DTYPES, dtype)),
+    )
     assert_same_bits("sum", got["sum"], total)
     with executed():
         assert_same_bits("normed", got["normed"], kernels.rms_norm(total, weight, EPS))
@@ -140,7 +149,7 @@ class Attention:
 @every_dtype
 def test_attention_heads(shape, dtype):
     attention = Attention(shape, dtype)
-    got = prove(attention.heads, attention.expected())
+    got = prove(attention.heads, attention.expected(), in_turns((HEADS, shape), (DTYPES, dtype)))
     v = attention.split()[2].astype(dtype).transpose(0, 2, 1, 3)
     assert_same_bits("v", got["v"], v)
     assert got["q"].dtype == got["k"].dtype == dtype
@@ -153,7 +162,7 @@ def test_attention_gate(shape, dtype):
     gate = attention.split()[3]
     y = attention.o.astype(mx.float32).transpose(0, 2, 1, 3) * mx.sigmoid(gate)
     expected = {"y": y.reshape(attention.B, attention.T, -1)}
-    got = prove(lambda: [attention.gate()], expected)
+    got = prove(lambda: [attention.gate()], expected, in_turns((GATES, shape), (DTYPES, dtype)))
     assert got["y"].dtype == dtype
 
 

@@ -5,13 +5,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import pytest
 from helpers_metal import (
-    BUILDS,
     DTYPES,
     assert_close,
     assert_same_bits,
     by_host,
     executed,
     ids,
+    in_turns,
     mistakes_in_text,
     normal,
     prove,
@@ -131,7 +131,7 @@ class Layer:
         return {**plain, "round's o": o, "round's state": self.state, "round's rows": rows, **tape}
 
 
-def prove_case(case, dtype, builds=BUILDS):
+def prove_case(case, dtype, builds):
     layer = Layer(case, dtype)
 
     def call():
@@ -149,7 +149,7 @@ def prove_case(case, dtype, builds=BUILDS):
 @every_case
 @every_dtype
 def test_step_and_round(case, dtype):
-    prove_case(case, dtype)
+    prove_case(case, dtype, in_turns((CASES, case), (DTYPES, dtype)))
 
 
 @pytest.mark.parametrize("case", LIMITS, ids=str)

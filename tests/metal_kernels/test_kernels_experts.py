@@ -6,13 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers_metal import (
-    BUILDS,
     DTYPES,
     assert_close,
     assert_same_bits,
     by_host,
     executed,
     ids,
+    in_turns,
     mistakes_in_text,
     normal,
     prove,
@@ -101,7 +101,7 @@ def routing_of_choice(chosen, weights):
     )
 
 
-def prove_router(case, dtype, builds=BUILDS):
+def prove_router(case, dtype, builds):
     logits = case.logits(dtype)
     expected = routing_of(logits, case)._asdict()
     got = prove(lambda: kernels.route(logits, **case.options), expected, builds)
@@ -112,7 +112,7 @@ def prove_router(case, dtype, builds=BUILDS):
 @pytest.mark.parametrize("case", ROUTED, ids=str)
 @every_dtype
 def test_router(case, dtype):
-    prove_router(case, dtype)
+    prove_router(case, dtype, in_turns((ROUTED, case), (DTYPES, dtype)))
 
 
 @pytest.mark.parametrize("case", LIMITS, ids=str)
@@ -243,7 +243,7 @@ PAIRS = [*zip(BITS, DTYPES, strict=True)]
 PAIR_IDS = ["4-float32", "8-bfloat16", "16-float16"]
 
 
-def prove_stack(stack, bits, dtype, builds=BUILDS):
+def prove_stack(stack, bits, dtype, builds):
     layer = Layer(stack, bits, dtype)
     got = prove(layer, layer.expected(), builds)
     assert got["y"].dtype == dtype
@@ -253,7 +253,8 @@ def prove_stack(stack, bits, dtype, builds=BUILDS):
 @pytest.mark.parametrize("bits", BITS)
 @every_dtype
 def test_experts(stack, bits, dtype):
-    prove_stack(stack, bits, dtype)
+    turn = (SHAPES, tuple(stack)), (BITS, bits), (DTYPES, dtype)
+    prove_stack(stack, bits, dtype, in_turns(*turn))
 
 
 @every_stack(SMALL)

@@ -40,7 +40,7 @@ def prompt():
 
 
 def tokens(model, mtp):
-    steps = generate_step(prompt(), model, max_tokens=32, mtp=mtp)
+    steps = generate_step(prompt(), model, max_tokens=16, mtp=mtp)
     return [(step.token, step.from_draft) for step in steps]
 
 
@@ -208,10 +208,10 @@ def test_every_proof_succeeds(dtype, monkeypatch, caplog):
     monkeypatch.setattr(proof, "_time", lambda form, *_: 2.0 - (form.__name__ == "kernel"))
     with executed() as launches:
         proof.set_kernels("auto")
-        steps = list(generate_step(prompt(), model, max_tokens=16, mtp=3))
+        steps = list(generate_step(prompt(), model, max_tokens=8, mtp=3))
         findings = proof.findings()
     proof._findings.cache_clear()
-    assert len(steps) == 16 and caplog.messages == []
+    assert len(steps) == 8 and caplog.messages == []
     assert all(finding.used for finding in findings.values())
     kinds = {key.split()[0] for key in findings}
     assert kinds >= {"rms_norm", "gated_delta_step", "attention_heads", "sparse_experts"}
