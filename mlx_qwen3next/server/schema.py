@@ -20,6 +20,7 @@ from .checks import (
     Check,
     RequestError,
     boolean,
+    filled_string,
     integer,
     list_of,
     load_json,
@@ -36,6 +37,10 @@ DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of the server
 _MAX_TOP_LOGPROBS = 11  # mlx-lm's limit
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 1000
 
+# Options for the end of the prompt; they may be fields of the request as well.
+_ENDING: dict[str, Check] = {"continue_final_message": boolean, "add_generation_prompt": boolean}
+# Options beside the variables of the template.
+_TEMPLATE_OPTIONS = _ENDING | {"chat_template": filled_string}
 # Names that transformers passes to a template itself, or takes as options of its own.
 _NOT_FOR_TEMPLATES = {"messages", "conversations"} | set(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
@@ -93,6 +98,8 @@ def normalise(
 
     if fields.get("tool_choice") == "none":
         fields.pop("tools", None)
+    if ending := {name: fields.pop(name) for name in _ENDING if name in fields}:
+        fields["chat_template_kwargs"] = fields.get("chat_template_kwargs", {}) | ending
     # In OpenAI's completions `logprobs` itself is the number.
     if type(count := fields.get("logprobs")) is int:
         fields |= {"logprobs": True, "top_logprobs": count}
@@ -187,7 +194,10 @@ def _role_mapping(path: str, value: Any) -> dict[str, str]:
 
 def _template_options(path: str, value: Any) -> dict[str, Any]:
     options = mapping(path, value)
-    if taken := sorted(options.keys() & _NOT_FOR_TEMPLATES):
+    for name, check in _TEMPLATE_OPTIONS.items():
+        if name in options:
+            check(f"{path}.{name}", options[name])
+    if taken := sorted(options.keys() & _NOT_FOR_TEMPLATES - _TEMPLATE_OPTIONS.keys()):
         raise RequestError(
             f"{path} must not hold {taken[0]}: it is no variable of the template", path
         )
@@ -223,20 +233,26 @@ _COMMON: dict[str, Check] = {
     "n": _ONE_CHOICE,
     "best_of": _ONE_CHOICE,
 }
-_CHAT = _COMMON | {
-    "messages": list_of(message, least=1),
-    "tools": list_of(tool),
-    "tool_choice": _NO_TOOL_FORCED,
-    "functions": one_of([], hint="; use tools"),
-    "function_call": _NO_TOOL_FORCED,
-    "modalities": one_of(["text"], hint=": the model generates only text"),
-    "audio": _unsupported,
-    "prediction": _unsupported,
-    "web_search_options": _unsupported,
-    "response_format": one_of({"type": "text"}, hint=": the server cannot enforce other formats"),
-    "chat_template_kwargs": _template_options,
-    "role_mapping": _role_mapping,
-}
+_CHAT = (
+    _COMMON
+    | _ENDING
+    | {
+        "messages": list_of(message, least=1),
+        "tools": list_of(tool),
+        "tool_choice": _NO_TOOL_FORCED,
+        "functions": one_of([], hint="; use tools"),
+        "function_call": _NO_TOOL_FORCED,
+        "modalities": one_of(["text"], hint=": the model generates only text"),
+        "audio": _unsupported,
+        "prediction": _unsupported,
+        "web_search_options": _unsupported,
+        "response_format": one_of(
+            {"type": "text"}, hint=": the server cannot enforce other formats"
+        ),
+        "chat_template_kwargs": _template_options,
+        "role_mapping": _role_mapping,
+    }
+)
 _TEXT = _COMMON | {
     "prompt": _prompt,
     "logprobs": _text_logprobs,

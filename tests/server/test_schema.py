@@ -138,7 +138,10 @@ def test_wrong_values_are_refused_by_name(field, values):
         ("web_search_options", [{}]),
         ("response_format", ["text", {"type": "json_object"}, {"type": "text", "x": 1}]),
         ("chat_template_kwargs", [[], "x", {"tools": []}, {"messages": []}, {"tokenize": False}]),
-        ("chat_template_kwargs", [{"chat_template": "x"}, {"self": 1}, {"conversations": []}]),
+        ("chat_template_kwargs", [{"chat_template": ""}, {"self": 1}, {"conversations": []}]),
+        ("chat_template_kwargs", [{"continue_final_message": "x"}, {"add_generation_prompt": 1}]),
+        ("continue_final_message", [1, "content", []]),
+        ("add_generation_prompt", [0, "false"]),
         ("role_mapping", [[], {"user": 1}]),
     ],
 )
@@ -338,6 +341,15 @@ def test_tools_are_kept_unless_none_is_to_be_called():
     assert chat(tools=[TOOL | {"function": nulls}])["tools"] == [TOOL]
     assert chat(tools=[TOOL], tool_choice="auto")["tools"] == [TOOL]
     assert "tools" not in chat(tools=[TOOL], tool_choice="none")
+
+
+def test_options_for_the_end_of_the_prompt_are_the_template_s():
+    ending = {"continue_final_message": True, "add_generation_prompt": False}
+    fields = chat(**ending, chat_template_kwargs={"enable_thinking": True})
+    assert fields == chat(chat_template_kwargs=ending | {"enable_thinking": True})
+    assert fields["chat_template_kwargs"] == ending | {"enable_thinking": True}
+    assert chat(**ending)["chat_template_kwargs"] == ending
+    assert "chat_template_kwargs" not in chat(continue_final_message=None)
 
 
 @pytest.mark.parametrize("check", [chat, text])
