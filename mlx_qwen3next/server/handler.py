@@ -36,7 +36,7 @@ from mlx_lm.server import (
 from ..errors import ContextLengthError, first_line
 from . import logprobs
 from .http_server import RETRY, Incoming
-from .schema import RequestError, normalise, parse, unknown_model
+from .schema import RequestError, normalise, parse, served_name
 
 _LARGE = 2**20  # bytes of a large body; the parsed body may take 30 times as many
 _large_bodies = threading.Semaphore(2)  # how many large bodies are parsed at a time
@@ -175,8 +175,7 @@ class Handler(APIHandler):
             )
 
     def _model(self, name: str) -> dict[str, Any]:
-        if name not in self.settings.names:
-            raise unknown_model(name, self.settings.names)
+        name = served_name(name, self.settings.names)
         return {"id": name, "object": "model", "created": self.created, "owned_by": "local"}
 
     def _complete(self, path: str) -> None:

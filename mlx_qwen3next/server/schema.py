@@ -33,6 +33,9 @@ from .checks import (
 from .messages import message, tool
 
 DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of the server
+# Names of other models that clients use unless they are told another one, and beginnings of such.
+_FIXED_NAMES = (DEFAULT_MODEL, "default", "local-model")
+_FIXED_PREFIXES = ("gpt-", "o3", "o4", "claude-", "qwen")
 
 _MAX_TOP_LOGPROBS = 11  # mlx-lm's limit
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 1000
@@ -71,7 +74,7 @@ def normalise(
     Args:
         body: the result of :func:`parse`.
         chat: whether the request completes the messages of a chat, or else a prompt.
-        names: the names of the model that a request may use, besides ``default_model``.
+        names: the names of the model, for :func:`served_name`.
         adapter: the name of the adapter that a request may use.
 
     Returns:
@@ -84,8 +87,7 @@ def normalise(
     model = body.get("model", DEFAULT_MODEL)
     if not isinstance(model, str):
         raise unfit("model", model, "a name")
-    if model not in (DEFAULT_MODEL, *names):
-        raise unknown_model(model, names)
+    served_name(model, names)
     one_of(DEFAULT_MODEL)("draft_model", body.get("draft_model", DEFAULT_MODEL))
     adapters = (DEFAULT_MODEL,) if adapter is None else (DEFAULT_MODEL, adapter)
     one_of(*adapters)("adapters", body.get("adapters", DEFAULT_MODEL))
@@ -108,34 +110,51 @@ def normalise(
     return fields
 
 
-def unknown_model(model: str, names: Sequence[str]) -> RequestError:
-    """Makes the error that answers a request for a model other than ``names``."""
+def served_name(model: str, names: Sequence[str]) -> str:
+    """Returns the name under which the server has the model that a client asks for.
+
+    Args:
+        model: one of ``names``, or a name that clients have built in: ``default``,
+            ``default_model``, ``local-model``, ``gpt-…``, ``o3…``, ``o4…``, ``claude-…``,
+            ``qwen…``. These stand for the first of ``names``.
+        names: the names of the model.
+
+    Raises:
+        RequestError: it is another name.
+    """
+    if model in names:
+        return model
+    if model in _FIXED_NAMES or model.lower().startswith(_FIXED_PREFIXES):
+        return names[0]
     message = f"the model {shown(model)} is not served here; use {' or '.join(names)}"
-    return RequestError(message, "model", status=404, code="model_not_found")
+    raise RequestError(message, "model", status=404, code="model_not_found")
 
 
 def _limit(path: str, value: Any) -> int:
-    if type(value) is int and value == -1:
-        return MAX_INTEGER
-    if type(value) is not int or not 1 <= value <= MAX_INTEGER:
-        raise unfit(path, value, f"an integer from 1 to {MAX_INTEGER}, or -1 for no limit")
-    return value
+    if type(value) is not int or (value < 1 and value != -1):
+        raise unfit(path, value, "an integer of at least 1, or -1 for no limit")
+    return MAX_INTEGER if value == -1 else min(value, MAX_INTEGER)
 
 
 def _seed(path: str, value: Any) -> int:
     return integer(-(2**63), 2**64 - 1)(path, value) % 2**64
 
 
+def _temperature(path: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 2:
+        raise unfit(path, value, "a number from 0 to 2")
+    return float(value)
+
+
 def _sampling(path: str, value: Any) -> float:
     if type(value) not in (int, float):
         raise unfit(path, value, "a number")
-    name = "temp" if path == "temperature" else path
     try:
-        Sampling(**{name: value})
+        Sampling(**{path: value})
     except ValueError as error:
-        raise RequestError(str(error).replace(name, path, 1), path) from None
+        raise RequestError(first_line(error), path) from None
     # mlx-lm accepts no integer in place of a float.
-    return integer(0)(path, value) if type(getattr(Sampling, name)) is int else float(value)
+    return integer(0)(path, value) if type(getattr(Sampling, path)) is int else float(value)
 
 
 def _top_k(path: str, value: Any) -> float:
@@ -218,7 +237,7 @@ _COMMON: dict[str, Check] = {
     "logit_bias": _logit_bias,
     "logprobs": boolean,
     "top_logprobs": integer(0, _MAX_TOP_LOGPROBS),
-    "temperature": _sampling,
+    "temperature": _temperature,
     "top_p": _sampling,
     "top_k": _top_k,
     "min_p": _sampling,
@@ -233,26 +252,19 @@ _COMMON: dict[str, Check] = {
     "n": _ONE_CHOICE,
     "best_of": _ONE_CHOICE,
 }
-_CHAT = (
-    _COMMON
-    | _ENDING
-    | {
-        "messages": list_of(message, least=1),
-        "tools": list_of(tool),
-        "tool_choice": _NO_TOOL_FORCED,
-        "functions": one_of([], hint="; use tools"),
-        "function_call": _NO_TOOL_FORCED,
-        "modalities": one_of(["text"], hint=": the model generates only text"),
-        "audio": _unsupported,
-        "prediction": _unsupported,
-        "web_search_options": _unsupported,
-        "response_format": one_of(
-            {"type": "text"}, hint=": the server cannot enforce other formats"
-        ),
-        "chat_template_kwargs": _template_options,
-        "role_mapping": _role_mapping,
-    }
-)
+_CHAT = _COMMON | {
+    "messages": list_of(message, least=1),
+    "tools": list_of(tool),
+    "tool_choice": _NO_TOOL_FORCED,
+    "functions": one_of([], hint="; use tools"),
+    "function_call": _NO_TOOL_FORCED,
+    "modalities": one_of(["text"], hint=": the model generates only text"),
+    "audio": _unsupported,
+    "response_format": one_of({"type": "text"}, hint=": the server cannot enforce other formats"),
+    "chat_template_kwargs": _template_options,
+    "role_mapping": _role_mapping,
+    **_ENDING,
+}
 _TEXT = _COMMON | {
     "prompt": _prompt,
     "logprobs": _text_logprobs,

@@ -42,6 +42,9 @@ def test_the_routes_of_get():
         for path in ("/v1/models/org/demo", "/v1/models/org%2Fdemo?x"):
             status, _, raw = exchange(server, "GET", path)
             assert (status, json.loads(raw)["id"]) == (200, "org/demo")
+        for path in ("/v1/models/gpt-4o", "/v1/models/Qwen%2FQwen3-Coder-Next"):
+            status, _, raw = exchange(server, "GET", path)
+            assert (status, json.loads(raw)["id"]) == (200, "demo")
         with connected(server, b"HEAD /health HTTP/1.0\r\n\r\n") as connection:
             raw = everything(connection)
         assert raw.startswith(b"HTTP/1.0 200 ") and raw.endswith(b"Content-Length: 16\r\n\r\n")

@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers_server import CHAT, MESSAGES, bodies, tokenizer
 
-from mlx_qwen3next.server.schema import RequestError, normalise, parse
+from mlx_qwen3next.server.schema import RequestError, normalise, parse, served_name
 
 NAMES = ("demo", "org/demo")
 FUNCTION = {"name": "f", "parameters": {"properties": {"x": {"type": "string"}}}}
@@ -86,10 +86,10 @@ def test_valid_json_is_parsed():
     [
         ("stream", [1, 0, "true", []]),
         ("stream_options", [True, [], {"include_usage": 1}]),
-        ("max_tokens", [0, -2, -1.0, True, 1.0, "5", 2**31, 10**400]),
+        ("max_tokens", [0, -2, -1.0, True, 1.0, "5"]),
         ("max_completion_tokens", [0, 2.5]),
         ("num_draft_tokens", [-1, True]),
-        ("temperature", [-0.1, 1e7, True, "1", [1], float("inf"), 10**400]),
+        ("temperature", [-0.1, 2.1, 3, True, "1", [1], float("inf"), 10**400]),
         ("top_p", [-0.1, 1.1, False]),
         ("min_p", [-0.1, 1.1]),
         ("top_k", [-2, -1.0, 1.5, True, 2**31]),
@@ -134,8 +134,6 @@ def test_wrong_values_are_refused_by_name(field, values):
         ("function_call", ["required", {"name": "f"}]),
         ("modalities", [["text", "audio"], ["audio"], [], "text"]),
         ("audio", [{"voice": "alloy", "format": "wav"}, {}]),
-        ("prediction", [{"type": "content", "content": "x"}]),
-        ("web_search_options", [{}]),
         ("response_format", ["text", {"type": "json_object"}, {"type": "text", "x": 1}]),
         ("chat_template_kwargs", [[], "x", {"tools": []}, {"messages": []}, {"tokenize": False}]),
         ("chat_template_kwargs", [{"chat_template": ""}, {"self": 1}, {"conversations": []}]),
@@ -362,12 +360,15 @@ def test_null_is_the_same_as_absent(check):
 @pytest.mark.parametrize("check", [chat, text])
 def test_hints_and_unknown_fields_are_ignored(check):
     hints = {"parallel_tool_calls": False, "verbosity": "low", "reasoning_effort": "high"}
-    assert check(user="me", metadata={}, store=True, **hints) == check()
+    hints |= {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex"}
+    hints |= {"prompt_cache_key": "x", "safety_identifier": "s"}
+    hints |= {"prediction": {"type": "content", "content": "x"}, "web_search_options": {}}
+    assert check(**hints) == check()
 
 
 def test_options_may_have_the_value_of_the_default():
     for call in ("auto", "none"):
-        chat(function_call=call, modalities=["text"], audio=None, web_search_options=None)
+        chat(function_call=call, modalities=["text"], audio=None)
 
 
 @pytest.mark.parametrize(("check", "field"), [(chat, "messages"), (text, "prompt")])
@@ -397,6 +398,7 @@ def test_limits_themselves_are_allowed():
         "logit_bias": {"0": -100, "7": 100},
         "top_logprobs": 11,
     }
+    assert chat(temperature=2)["temperature"] == 2.0
     fields |= {"temperature": 0, "top_p": 1, "stop": ["x" * 1000] * 16, "n": 1}
     assert chat(**fields).items() >= fields.items()
     assert text(suffix="", echo=False, best_of=1) == text() | {
@@ -416,6 +418,8 @@ def test_numbers_get_the_types_that_mlx_lm_wants():
     ("field", "given", "taken"),
     [
         ("max_tokens", -1, 2**31 - 1),
+        ("max_tokens", 2**53 - 1, 2**31 - 1),
+        ("max_tokens", 10**400, 2**31 - 1),
         ("max_completion_tokens", -1, 2**31 - 1),
         ("top_k", -1, 0),
         ("seed", -1, 2**64 - 1),
@@ -448,11 +452,26 @@ def test_log_probabilities_have_one_form():
     assert text(logprobs=False)["logprobs"] is False
 
 
-def test_other_models_are_not_found():
-    error = refused(chat, model="gpt-4")
+@pytest.mark.parametrize("model", ["", "llama-3", "o1", "gpt", "org/other", "not-qwen", "demo2"])
+def test_other_models_are_not_found(model):
+    error = refused(chat, model=model)
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
-    assert "gpt-4" in str(error)
+    assert f'"{model}"' in str(error)
     assert "demo or org/demo" in str(error)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("default", "default_model", "local-model", "gpt-4o", "gpt-5-codex", "o3", "o3-mini"),
+        *("o4-mini", "claude-sonnet-4-5", "qwen3-coder-plus", "Qwen/Qwen3-Next-80B-A3B-Instruct"),
+    ],
+)
+def test_names_that_clients_have_built_in_are_the_served_model(model):
+    assert chat(model=model) == chat()
+    assert served_name(model, NAMES) == "demo"
+    assert [served_name(name, NAMES) for name in NAMES] == [*NAMES]
+    assert served_name(model, ("other", model)) == model
 
 
 @pytest.mark.parametrize("check", [chat, text])
