@@ -7,12 +7,15 @@ from queue import Queue
 
 import pytest
 from helpers_generate import bundled
-from helpers_serving import TOOLS, arguments, assistant, chat, user
+from helpers_server import Fake, ask, serving
+from helpers_serving import TOOLS, arguments, assistant, chat, running, served, user
 from mlx_lm.server import CompletionRequest
 from mlx_lm.tokenizer_utils import load
 
+from mlx_qwen3next import stream_generate
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.errors import ContextLengthError
+from mlx_qwen3next.server import command
 from mlx_qwen3next.server.request import read_request, tokenized
 
 QUESTION = user("What does math.sqrt do?")
@@ -189,3 +192,42 @@ def test_a_prompt_beyond_the_context_is_refused_in_openai_s_words():
         read_completion(tokenized([5] * (limit + 1)))
     with pytest.raises(ContextLengthError, match=rf"{words}messages resulted in \d+ tokens"):
         read(user("x " * limit))
+
+
+@pytest.mark.parametrize(("flags", "length"), [((), 2**31 - 1), (("--max-tokens", "7"), 7)])
+def test_without_a_limit_an_answer_may_fill_the_context(flags, length):
+    generator = Fake(max_tokens=command.parser().parse_args(flags).max_tokens)
+    with serving(generator) as listening:
+        ask(listening)
+        ask(listening, max_tokens=2**31 - 1)
+    given, asked = (arguments.max_tokens for _, arguments in generator.requests)
+    assert (given, asked) == (length, 2**31 - 1)
+
+
+# --- over HTTP ----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def listening():
+    with running() as engine, served(engine) as server:
+        yield server
+
+
+@pytest.mark.parametrize("place", ["the request", "chat_template_kwargs"])
+def test_a_message_is_continued_over_http(listening, place):
+    model, tokenizer = bundled()
+    begun = "The function "
+    tokens = [*chat(QUESTION), *tokenizer.encode(begun, add_special_tokens=False)]
+    want = "".join(r.text for r in stream_generate(model, tokenizer, tokens, 12, mtp="off"))
+    ending = {"continue_final_message": True, "add_generation_prompt": False}
+    fields = {"messages": [QUESTION, assistant(begun)], "temperature": 0, "max_tokens": 12}
+    fields |= ending if place == "the request" else {place: ending}
+    status, answer = ask(listening, **fields)
+    assert (status, answer["usage"]["prompt_tokens"]) == (200, len(tokens))
+    assert answer["choices"][0]["message"]["content"].strip() == want.strip()
+
+
+def test_an_overflow_has_openai_s_code(listening):
+    status, answer = ask(listening, messages=[user("word " * 9000)])
+    error = answer["error"]
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert error["code"] == "context_length_exceeded"
+    assert "maximum context length is 8192 tokens" in error["message"]

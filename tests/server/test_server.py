@@ -14,7 +14,7 @@ import openai
 import pytest
 from helpers_generate import bundled, endless, forced, process
 from helpers_group import free_port
-from helpers_server import CALL, CHAT, TEXT, Fake, ask, bodies, exchange, serving, until
+from helpers_server import CALL, CHAT, TEXT, ask, bodies, exchange, until
 from helpers_serving import TOOLS, running, served, user
 from mlx_lm import server as stock
 from mlx_lm.generate import BatchGenerator, GenerationBatch
@@ -265,51 +265,6 @@ def test_a_completion_its_stream_and_a_stop_word(over_http):
     word = want[10:14]
     stopped = client.completions.create(**request, stop=[word, "never"]).choices[0]
     assert (stopped.text, stopped.finish_reason) == (want[: want.find(word)], "stop")
-
-
-def test_a_message_is_continued(over_http):
-    _, _, client = over_http
-    model, tokenizer = bundled()
-    begun = "The function "
-    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
-    tokens = tokenizer.encode(prompt + begun, add_special_tokens=False)
-    want = "".join(r.text for r in stream_generate(model, tokenizer, tokens, 12, mtp="off"))
-    ending = {"continue_final_message": True, "add_generation_prompt": False}
-    for extra in (ending, {"chat_template_kwargs": ending}):
-        answer = client.chat.completions.create(
-            model="gpt-4o",
-            messages=[*QUESTION, {"role": "assistant", "content": begun}],
-            temperature=0,
-            max_tokens=12,
-            extra_body=extra,
-        )
-        assert answer.choices[0].message.content.strip() == want.strip()
-        assert answer.usage.prompt_tokens == len(tokens)
-
-
-def test_an_overflow_is_told_in_openai_s_words(over_http):
-    _, listening, _ = over_http
-    status, answer = ask(listening, messages=[user("word " * 9000)])
-    error = answer["error"]
-    assert (status, error["code"]) == (400, "context_length_exceeded")
-    assert error["type"] == "invalid_request_error"
-    assert re.match(
-        r"This model's maximum context length is 8192 tokens\. However, your messages resulted in "
-        r"\d{4,} tokens\.",
-        error["message"],
-    )
-
-
-@pytest.mark.parametrize(("flags", "length"), [((), 8192), (("--max-tokens", 7), 7)])
-def test_without_a_limit_an_answer_may_fill_the_context(flags, length):
-    args = server.parser().parse_args(list(map(str, flags)))
-    generator = Fake(max_tokens=args.max_tokens)
-    with serving(generator) as listening:
-        ask(listening)
-        ask(listening, max_tokens=10**9)
-    given, asked = (arguments.max_tokens for _, arguments in generator.requests)
-    limit = bundled()[0].args.max_position_embeddings
-    assert (min(given, limit), min(asked, limit)) == (length, 8192)
 
 
 def test_log_probabilities(over_http):
