@@ -41,6 +41,7 @@ from ..group import ALONE, Group, join
 from ..model import capacity
 from ..prompt_cache.store import PromptCache
 from . import mlx_lm_interface
+from .checks import MAX_INTEGER
 from .engine import Engine
 from .handler import Handler, Settings
 from .http_server import MAX_CONNECTIONS, Server
@@ -92,6 +93,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="Name of the model in /v1/models and in answers; requests may use it as well "
         "(default: the repository, or the name of the directory).",
+    )
+    essential.add_argument(
+        "--max-tokens",
+        type=count,
+        default=MAX_INTEGER,
+        metavar="N",
+        help="Most tokens of an answer if the request does not say (default: as many as the "
+        "context takes).",
     )
     add_speed_options(essential)
     add_group_options(result)
@@ -256,7 +265,6 @@ def _check(args: argparse.Namespace) -> None:
         ValueError: a value is out of its range.
     """
     least = {
-        "max_tokens": 1,
         "decode_concurrency": 1,
         "prompt_concurrency": 1,
         "prefill_step_size": 1,

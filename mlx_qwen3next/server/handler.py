@@ -35,8 +35,9 @@ from mlx_lm.server import (
 
 from ..errors import ContextLengthError, first_line
 from . import logprobs
+from .body import read_body
 from .http_server import RETRY, Incoming
-from .schema import RequestError, normalise, parse, unknown_model
+from .schema import RequestError, normalise, parse, served_name
 
 _LARGE = 2**20  # bytes of a large body; the parsed body may take 30 times as many
 _large_bodies = threading.Semaphore(2)  # how many large bodies are parsed at a time
@@ -175,14 +176,14 @@ class Handler(APIHandler):
             )
 
     def _model(self, name: str) -> dict[str, Any]:
-        if name not in self.settings.names:
-            raise unknown_model(name, self.settings.names)
+        name = served_name(name, self.settings.names)
         return {"id": name, "object": "model", "created": self.created, "owned_by": "local"}
 
     def _complete(self, path: str) -> None:
         """Checks the body, and passes the checked one to mlx-lm's handler."""
         names, adapter = self.settings.names, self.settings.adapter
-        raw = self._read_body()
+        raw = read_body(self.headers, self.rfile, self.settings.max_body_bytes)
+        self._is_unread = False
         with _large_bodies if len(raw) > _LARGE else nullcontext():
             fields = normalise(parse(raw), chat="chat" in path, names=names, adapter=adapter)
             raw = json.dumps(fields).encode()
@@ -192,21 +193,6 @@ class Handler(APIHandler):
         del self.headers["Content-Length"]
         self.headers["Content-Length"] = str(len(raw))
         super().do_POST()
-
-    def _read_body(self) -> bytes:
-        length, limit = self.headers.get("Content-Length"), self.settings.max_body_bytes
-        if length is None:
-            raise RequestError("a request must have the header Content-Length", status=411)
-        if not (length.isascii() and length.isdigit()):
-            raise RequestError(f"Content-Length must be a number of bytes, got {length[:40]!r}")
-        if len(length) > 15 or int(length) > limit:
-            message = f"the body must be of at most {limit} bytes, got {length[:40]}"
-            raise RequestError(message, status=413)
-        self._is_unread = False
-        raw = self.rfile.read(int(length))
-        if len(raw) < int(length):
-            raise ClientGone(f"the body ended after {len(raw)} of {length} bytes")
-        return raw
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Completes a text or a chat with mlx-lm's handler, whose generator is ``_generate``."""

@@ -7,7 +7,10 @@ from typing import Any
 
 from mlx_lm.server import Response
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+# The characters that stand for bytes in the vocabulary of a byte-level tokenizer, such as GPT-2's.
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 _LEAST = -9999.0  # OpenAI's number for minus infinity, which JSON lacks
 
 
@@ -59,6 +62,18 @@ def _entry(tokenizer: TokenizerWrapper, token: int, logprob: float) -> dict[str,
         "id": token,
         "token": text,
         "logprob": max(_LEAST, logprob),  # in this order it replaces NaN as well
-        # A token that is a part of a character has no text, so its bytes are unknown.
-        "bytes": None if "\ufffd" in text else list(text.encode()),
+        "bytes": _bytes(tokenizer, token, text),
     }
+
+
+def _bytes(tokenizer: TokenizerWrapper, token: int, text: str) -> list[int] | None:
+    """The bytes of a token, or None if the tokenizer does not tell them.
+
+    A token that is a part of a character has no text of its own, but its name in the vocabulary
+    spells its bytes.
+    """
+    if "\ufffd" not in text:
+        return list(text.encode())
+    name = tokenizer.convert_ids_to_tokens(token)
+    spelled = bytes(_BYTES[character] for character in name if character in _BYTES)
+    return list(spelled) if spelled.decode(errors="replace") == text else None

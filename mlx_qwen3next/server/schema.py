@@ -8,61 +8,46 @@ the content of the answer. Hints and unknown fields are ignored. ``_COMMON``, ``
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
 from ..decoding.sampling import Sampling
 from ..errors import first_line
-
-# Maps the path of a field ("messages[0].role") and its value to the value for mlx-lm.
-Check = Callable[[str, Any], Any]
+from .checks import (
+    MAX_INTEGER,
+    Check,
+    RequestError,
+    boolean,
+    filled_string,
+    integer,
+    list_of,
+    load_json,
+    mapping,
+    one_of,
+    shown,
+    string,
+    unfit,
+)
+from .messages import message, tool
 
 DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of the server
+# Names of other models that clients use unless they are told another one, and beginnings of such.
+_FIXED_NAMES = (DEFAULT_MODEL, "default", "local-model")
+_FIXED_PREFIXES = ("gpt-", "o3", "o4", "claude-", "qwen")
 
-_MAX_DEPTH = 100  # of nested lists and objects; chat templates recurse into them
-_MAX_INTEGER = 2**31 - 1  # the largest index in MLX
 _MAX_TOP_LOGPROBS = 11  # mlx-lm's limit
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 1000
 
+# Options for the end of the prompt; they may be fields of the request as well.
+_ENDING: dict[str, Check] = {"continue_final_message": boolean, "add_generation_prompt": boolean}
+# Options beside the variables of the template.
+_TEMPLATE_OPTIONS = _ENDING | {"chat_template": filled_string}
 # Names that transformers passes to a template itself, or takes as options of its own.
 _NOT_FOR_TEMPLATES = {"messages", "conversations"} | set(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 )
-
-
-class RequestError(Exception):
-    """An error that answers a request.
-
-    Args:
-        message: names the fault, the value that came and the remedy.
-        param: the path of the field at fault.
-        status: the HTTP status.
-        code: OpenAI's code of the error, if there is one.
-        headers: headers of the answer.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        param: str | None = None,
-        *,
-        status: int = 400,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.param, self.status, self.code = param, status, code
-        self.headers = headers or {}
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The error in OpenAI's form."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
 
 
 def parse(raw: bytes) -> dict[str, Any]:
@@ -73,11 +58,11 @@ def parse(raw: bytes) -> dict[str, Any]:
             more than JSON's definition.
     """
     try:
-        body = _load(raw.decode())
+        body = load_json(raw.decode())
     except ValueError as error:
         raise RequestError(f"the body must be JSON in UTF-8: {first_line(error)}") from None
     if not isinstance(body, dict):
-        raise _unfit("the body", body, "a JSON object")
+        raise unfit("the body", body, "a JSON object")
     return body
 
 
@@ -89,7 +74,7 @@ def normalise(
     Args:
         body: the result of :func:`parse`.
         chat: whether the request completes the messages of a chat, or else a prompt.
-        names: the names of the model that a request may use, besides ``default_model``.
+        names: the names of the model, for :func:`served_name`.
         adapter: the name of the adapter that a request may use.
 
     Returns:
@@ -98,15 +83,14 @@ def normalise(
     Raises:
         RequestError: a field is missing, has a wrong type or value, or is not supported.
     """
-    body = _object("the body", body)
+    body = mapping("the body", body)
     model = body.get("model", DEFAULT_MODEL)
     if not isinstance(model, str):
-        raise _unfit("model", model, "a name")
-    if model not in (DEFAULT_MODEL, *names):
-        raise unknown_model(model, names)
-    _one_of(DEFAULT_MODEL)("draft_model", body.get("draft_model", DEFAULT_MODEL))
+        raise unfit("model", model, "a name")
+    served_name(model, names)
+    one_of(DEFAULT_MODEL)("draft_model", body.get("draft_model", DEFAULT_MODEL))
     adapters = (DEFAULT_MODEL,) if adapter is None else (DEFAULT_MODEL, adapter)
-    _one_of(*adapters)("adapters", body.get("adapters", DEFAULT_MODEL))
+    one_of(*adapters)("adapters", body.get("adapters", DEFAULT_MODEL))
 
     required = "messages" if chat else "prompt"
     if required not in body:
@@ -116,6 +100,8 @@ def normalise(
 
     if fields.get("tool_choice") == "none":
         fields.pop("tools", None)
+    if ending := {name: fields.pop(name) for name in _ENDING if name in fields}:
+        fields["chat_template_kwargs"] = fields.get("chat_template_kwargs", {}) | ending
     # In OpenAI's completions `logprobs` itself is the number.
     if type(count := fields.get("logprobs")) is int:
         fields |= {"logprobs": True, "top_logprobs": count}
@@ -124,121 +110,51 @@ def normalise(
     return fields
 
 
-def unknown_model(model: str, names: Sequence[str]) -> RequestError:
-    """Makes the error that answers a request for a model other than ``names``."""
-    message = f"the model {_show(model)} is not served here; use {' or '.join(names)}"
-    return RequestError(message, "model", status=404, code="model_not_found")
+def served_name(model: str, names: Sequence[str]) -> str:
+    """Returns the name under which the server has the model that a client asks for.
 
-
-def _load(text: str) -> Any:
-    """Parses JSON.
+    Args:
+        model: one of ``names``, or a name that clients have built in: ``default``,
+            ``default_model``, ``local-model``, ``gpt-…``, ``o3…``, ``o4…``, ``claude-…``,
+            ``qwen…``. These stand for the first of ``names``.
+        names: the names of the model.
 
     Raises:
-        ValueError: the text is no JSON, cannot be encoded in UTF-8, or is nested too deeply.
+        RequestError: it is another name.
     """
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    level: list[Any] = [[value]]
-    for _ in range(_MAX_DEPTH + 1):
-        inside = (x.values() if isinstance(x, dict) else x for x in level)
-        level = [y for x in inside for y in x if isinstance(y, (dict, list))]
-    if level:
-        raise ValueError(f"it is nested too deeply, beyond {_MAX_DEPTH} levels")
-    json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half a surrogate pair
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
-
-
-def _unfit(path: str, value: Any, expected: str) -> RequestError:
-    return RequestError(f"{path} must be {expected}, got {_show(value)}", path)
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:59]}…"
-
-
-def _integer(least: int, most: int = _MAX_INTEGER) -> Check:
-    def check(path: str, value: Any) -> int:
-        if type(value) is not int or not least <= value <= most:
-            raise _unfit(path, value, f"an integer from {least} to {most}")
-        return value
-
-    return check
+    if model in names:
+        return model
+    if model in _FIXED_NAMES or model.lower().startswith(_FIXED_PREFIXES):
+        return names[0]
+    message = f"the model {shown(model)} is not served here; use {' or '.join(names)}"
+    raise RequestError(message, "model", status=404, code="model_not_found")
 
 
 def _limit(path: str, value: Any) -> int:
-    if type(value) is int and value == -1:
-        return _MAX_INTEGER
-    if type(value) is not int or not 1 <= value <= _MAX_INTEGER:
-        raise _unfit(path, value, f"an integer from 1 to {_MAX_INTEGER}, or -1 for no limit")
-    return value
+    if type(value) is not int or (value < 1 and value != -1):
+        raise unfit(path, value, "an integer of at least 1, or -1 for no limit")
+    return MAX_INTEGER if value == -1 else min(value, MAX_INTEGER)
 
 
 def _seed(path: str, value: Any) -> int:
-    return _integer(-(2**63), 2**64 - 1)(path, value) % 2**64
+    return integer(-(2**63), 2**64 - 1)(path, value) % 2**64
 
 
-def _one_of(*allowed: Any, hint: str = "") -> Check:
-    """Makes a check for one of these values; a value of another type, as True for 1, fails."""
-
-    def check(path: str, value: Any) -> Any:
-        if not any(type(value) is type(x) and value == x for x in allowed):
-            raise _unfit(path, value, " or ".join(map(json.dumps, allowed)) + hint)
-        return value
-
-    return check
-
-
-def _boolean(path: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _unfit(path, value, "true or false")
-    return value
-
-
-def _text(path: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _unfit(path, value, "a string")
-    return value
-
-
-def _name(path: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise _unfit(path, value, "a string that is not empty")
-    return value
-
-
-def _object(path: str, value: Any) -> dict[str, Any]:
-    """Checks an object and drops its nulls, which mean the same as missing fields."""
-    if not isinstance(value, dict):
-        raise _unfit(path, value, "an object")
-    return {key: entry for key, entry in value.items() if entry is not None}
-
-
-def _list(check: Check, least: int = 0) -> Check:
-    def check_all(path: str, value: Any) -> list[Any]:
-        if not isinstance(value, list) or len(value) < least:
-            raise _unfit(path, value, "a list that is not empty" if least else "a list")
-        return [check(f"{path}[{i}]", entry) for i, entry in enumerate(value)]
-
-    return check_all
+def _temperature(path: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 2:
+        raise unfit(path, value, "a number from 0 to 2")
+    return float(value)
 
 
 def _sampling(path: str, value: Any) -> float:
     if type(value) not in (int, float):
-        raise _unfit(path, value, "a number")
-    name = "temp" if path == "temperature" else path
+        raise unfit(path, value, "a number")
     try:
-        Sampling(**{name: value})
+        Sampling(**{path: value})
     except ValueError as error:
-        raise RequestError(str(error).replace(name, path, 1), path) from None
+        raise RequestError(first_line(error), path) from None
     # mlx-lm accepts no integer in place of a float.
-    return _integer(0)(path, value) if type(getattr(Sampling, name)) is int else float(value)
+    return integer(0)(path, value) if type(getattr(Sampling, path)) is int else float(value)
 
 
 def _top_k(path: str, value: Any) -> float:
@@ -247,32 +163,32 @@ def _top_k(path: str, value: Any) -> float:
 
 
 def _logit_bias(path: str, value: Any) -> dict[str, float]:
-    bias = _object(path, value)
+    bias = mapping(path, value)
     for token, x in bias.items():
         if not (token.isascii() and token.isdigit() and len(token) <= 10):
-            raise _unfit(path, token, "an object whose keys are token ids")
-        _integer(0)(f"{path}'s token id", int(token))
+            raise unfit(path, token, "an object whose keys are token ids")
+        integer(0)(f"{path}'s token id", int(token))
         if type(x) not in (int, float) or not abs(x) <= 100:
-            raise _unfit(f"{path}.{token}", x, "a number from -100 to 100")
+            raise unfit(f"{path}.{token}", x, "a number from -100 to 100")
     return bias
 
 
 def _stop(path: str, value: Any) -> list[str]:
-    stops = _list(_text)(path, [value] if isinstance(value, str) else value)
+    stops = list_of(string)(path, [value] if isinstance(value, str) else value)
     stops = [stop for stop in stops if stop]
     if len(stops) > _MAX_STOPS or any(len(stop) > _MAX_STOP_LENGTH for stop in stops):
         expected = f"at most {_MAX_STOPS} strings of at most {_MAX_STOP_LENGTH} characters"
-        raise _unfit(path, value, expected)
+        raise unfit(path, value, expected)
     return stops
 
 
 def _stream_options(path: str, value: Any) -> dict[str, bool]:
-    usage = _object(path, value).get("include_usage", False)
-    return {"include_usage": _boolean(f"{path}.include_usage", usage)}
+    usage = mapping(path, value).get("include_usage", False)
+    return {"include_usage": boolean(f"{path}.include_usage", usage)}
 
 
 def _text_logprobs(path: str, value: Any) -> bool | int:
-    return value if isinstance(value, bool) else _integer(0, _MAX_TOP_LOGPROBS)(path, value)
+    return value if isinstance(value, bool) else integer(0, _MAX_TOP_LOGPROBS)(path, value)
 
 
 def _prompt(path: str, value: Any) -> str | list[int]:
@@ -281,79 +197,10 @@ def _prompt(path: str, value: Any) -> str | list[int]:
     tokens = value if isinstance(value, list) else []
     if not value or not (
         isinstance(value, str)
-        or (tokens and all(type(x) is int and 0 <= x <= _MAX_INTEGER for x in tokens))
+        or (tokens and all(type(x) is int and 0 <= x <= MAX_INTEGER for x in tokens))
     ):
-        raise _unfit(path, value, "one text or one list of token ids, and not empty")
+        raise unfit(path, value, "one text or one list of token ids, and not empty")
     return value
-
-
-def _message(path: str, value: Any) -> dict[str, Any]:
-    message = _object(path, value)
-    roles = _one_of("system", "developer", "user", "assistant", "tool")
-    role = roles(f"{path}.role", message.get("role"))
-    message["role"] = "system" if role == "developer" else role
-    missing = "" if role == "assistant" else None
-    message["content"] = _content(f"{path}.content", message.get("content", missing))
-    if "tool_calls" in message:
-        message["tool_calls"] = _list(_tool_call)(f"{path}.tool_calls", message["tool_calls"])
-    return message
-
-
-def _content(path: str, value: Any) -> str:
-    if isinstance(value, list):
-        return "".join(_list(_part)(path, value))
-    if not isinstance(value, str):
-        raise _unfit(path, value, "a string or a list of parts of type 'text'")
-    return value
-
-
-def _part(path: str, value: Any) -> str:
-    part = _object(path, value)
-    kinds = _one_of("text", "input_text", "refusal", hint="; other types are not supported")
-    kind = kinds(f"{path}.type", part.get("type"))
-    name = "refusal" if kind == "refusal" else "text"
-    return _text(f"{path}.{name}", part.get(name))
-
-
-def _tool_call(path: str, value: Any) -> dict[str, Any]:
-    call = _object(path, value)
-    path = f"{path}.function"
-    function = _object(path, call.get("function"))
-    _name(f"{path}.name", function.get("name"))
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = _load(arguments)
-        except ValueError:
-            raise _unfit(f"{path}.arguments", arguments, "the JSON text of an object") from None
-    if not isinstance(arguments, dict):
-        raise _unfit(f"{path}.arguments", arguments, "the JSON text of an object")
-    return call | {"function": function | {"arguments": arguments}}
-
-
-def _tool(path: str, value: Any) -> dict[str, Any]:
-    tool = _object(path, value)
-    _one_of("function")(f"{path}.type", tool.get("type"))
-    path = f"{path}.function"
-    function = _described(path, tool.get("function"))
-    _name(f"{path}.name", function.get("name"))
-    if "parameters" in function:
-        path = f"{path}.parameters"
-        function["parameters"] = parameters = _object(path, function["parameters"])
-        if "properties" in parameters:
-            path = f"{path}.properties"
-            parameters["properties"] = {
-                name: _described(f"{path}.{name}", schema)
-                for name, schema in _object(path, parameters["properties"]).items()
-            }
-    return tool | {"function": function}
-
-
-def _described(path: str, value: Any) -> dict[str, Any]:
-    """Checks an object, whose description must be a string because templates concatenate it."""
-    described = _object(path, value)
-    _text(f"{path}.description", described.get("description", ""))
-    return described
 
 
 def _unsupported(path: str, value: Any) -> NoReturn:
@@ -361,33 +208,36 @@ def _unsupported(path: str, value: Any) -> NoReturn:
 
 
 def _role_mapping(path: str, value: Any) -> dict[str, str]:
-    return {key: _text(f"{path}.{key}", text) for key, text in _object(path, value).items()}
+    return {key: string(f"{path}.{key}", text) for key, text in mapping(path, value).items()}
 
 
 def _template_options(path: str, value: Any) -> dict[str, Any]:
-    options = _object(path, value)
-    if taken := sorted(options.keys() & _NOT_FOR_TEMPLATES):
+    options = mapping(path, value)
+    for name, check in _TEMPLATE_OPTIONS.items():
+        if name in options:
+            check(f"{path}.{name}", options[name])
+    if taken := sorted(options.keys() & _NOT_FOR_TEMPLATES - _TEMPLATE_OPTIONS.keys()):
         raise RequestError(
             f"{path} must not hold {taken[0]}: it is no variable of the template", path
         )
     return options
 
 
-_ONE_CHOICE = _one_of(1, hint=": a request has one choice")
-_NO_TOOL_FORCED = _one_of("auto", "none", hint=": the server cannot force a call")
+_ONE_CHOICE = one_of(1, hint=": a request has one choice")
+_NO_TOOL_FORCED = one_of("auto", "none", hint=": the server cannot force a call")
 
 _COMMON: dict[str, Check] = {
-    "stream": _boolean,
+    "stream": boolean,
     "stream_options": _stream_options,
     "max_tokens": _limit,
     "max_completion_tokens": _limit,
-    "num_draft_tokens": _integer(0),
+    "num_draft_tokens": integer(0),
     "seed": _seed,
     "stop": _stop,
     "logit_bias": _logit_bias,
-    "logprobs": _boolean,
-    "top_logprobs": _integer(0, _MAX_TOP_LOGPROBS),
-    "temperature": _sampling,
+    "logprobs": boolean,
+    "top_logprobs": integer(0, _MAX_TOP_LOGPROBS),
+    "temperature": _temperature,
     "top_p": _sampling,
     "top_k": _top_k,
     "min_p": _sampling,
@@ -403,22 +253,21 @@ _COMMON: dict[str, Check] = {
     "best_of": _ONE_CHOICE,
 }
 _CHAT = _COMMON | {
-    "messages": _list(_message, least=1),
-    "tools": _list(_tool),
+    "messages": list_of(message, least=1),
+    "tools": list_of(tool),
     "tool_choice": _NO_TOOL_FORCED,
-    "functions": _one_of([], hint="; use tools"),
+    "functions": one_of([], hint="; use tools"),
     "function_call": _NO_TOOL_FORCED,
-    "modalities": _one_of(["text"], hint=": the model generates only text"),
+    "modalities": one_of(["text"], hint=": the model generates only text"),
     "audio": _unsupported,
-    "prediction": _unsupported,
-    "web_search_options": _unsupported,
-    "response_format": _one_of({"type": "text"}, hint=": the server cannot enforce other formats"),
+    "response_format": one_of({"type": "text"}, hint=": the server cannot enforce other formats"),
     "chat_template_kwargs": _template_options,
     "role_mapping": _role_mapping,
+    **_ENDING,
 }
 _TEXT = _COMMON | {
     "prompt": _prompt,
     "logprobs": _text_logprobs,
-    "echo": _one_of(False, hint=": the server does not return the prompt"),
-    "suffix": _one_of("", hint=": the server does not insert text"),
+    "echo": one_of(False, hint=": the server does not return the prompt"),
+    "suffix": one_of("", hint=": the server does not insert text"),
 }

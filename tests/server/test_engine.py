@@ -108,7 +108,7 @@ def test_log_probabilities(engine):
     [
         ([5, 4096], {}, "outside 0…4095"),
         ("", {}, "empty"),
-        ([5] * 8193, {}, "max_position_embeddings"),
+        ([5] * 8193, {}, "maximum context length is 8192 tokens"),
         ("x", {"top_k": 4096}, "top_k"),
         ("x", {"logit_bias": {4096: 1.0}}, "logit_bias"),
         ([{"role": "nobody", "content": "x"}], {}, "unknown role"),

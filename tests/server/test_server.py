@@ -33,12 +33,13 @@ def flags(parser):
 
 
 def test_every_flag_of_mlx_lm_s_server_is_there_with_its_default():
-    """Two defaults differ: mlx-lm's server is open to all web pages and limits its cached texts."""
+    """Three defaults differ: mlx-lm's server is open to all web pages, and limits its cached texts
+    and its answers."""
     stock_flags, ours = flags(mlx_lm_interface.stock_parser()), flags(server.parser())
     assert len(stock_flags) > 25
     assert stock_flags.keys() <= ours.keys()
     differ = {flag for flag, default in stock_flags.items() if ours[flag] != default}
-    assert differ == {"--allowed-origins", "--prompt-cache-size"}
+    assert differ == {"--allowed-origins", "--prompt-cache-size", "--max-tokens"}
     assert ours["--allowed-origins"] == []
 
 
