@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen3next.checkpoint import match
+from mlx_qwen3next.checkpoint import foreign, match
 from mlx_qwen3next.checkpoint.files import find_files, read_headers
 from mlx_qwen3next.checkpoint.quantized import quantization
 from mlx_qwen3next.model import layouts
@@ -25,7 +25,6 @@ from .quantize import dequantize
 
 # The files of a model besides its weights.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "README.md", "LICENSE*", "tokenizer.model")
-_FLOATS = ("BF16", "F16", "F32")
 _FP8 = "F8_E4M3"
 
 
@@ -50,12 +49,11 @@ class Source:
     def _open(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         self.directory, self.tensors = directory, tensors
         self.raw_config = read_json(directory / "config.json")
-        self._block = _fp8_block(self.raw_config, directory)
-        try:
-            config = {k: v for k, v in self.raw_config.items() if k != "quantization_config"}
-            self.config = Config.from_dict(config)
-        except ValueError as error:
-            raise ValueError(f"{directory / 'config.json'}: {error}") from None
+        self.config = Config.from_file(directory / "config.json")
+        foreign.refuse_foreign(tensors, directory)
+        self._block = (1, 1)
+        if foreign.find_fp8(tensors) is not None:
+            self._block = _fp8_block(self.raw_config, directory)
         self._quantization: dict[str, dict[str, Any]] = {}
 
     @property
@@ -122,9 +120,9 @@ class Source:
         elif tensor is not None and tensor.dtype == _FP8 and len(shape) > 1:
             blocks = (-(-n // b) for n, b in zip(shape[-2:], self._block, strict=True))
             self._check_stored(name, shape, (_FP8,))
-            self._check_stored(name + "_scale_inv", (*shape[:-2], *blocks), _FLOATS)
+            self._check_stored(name + "_scale_inv", (*shape[:-2], *blocks), match.FLOATS)
         else:
-            self._check_stored(name, shape, _FLOATS)
+            self._check_stored(name, shape, match.FLOATS)
 
     def _check_stored(self, name: str, shape: Shape, dtypes: tuple[str, ...]) -> None:
         match.check_tensor(name, self.tensors, shape, dtypes, self.directory)
@@ -181,20 +179,20 @@ class Source:
 
 
 def _fp8_block(raw: Mapping[str, Any], directory: Path) -> tuple[int, int]:
-    """Rows and columns that share a factor; 1 x 1 where the checkpoint is not FP8.
+    """The rows and columns of FP8 weights that share a factor; 1 x 1 if the config is silent.
 
     Raises:
-        ValueError: the checkpoint is quantized in a way that is not read here.
+        ValueError: the config says something else.
     """
     fp8 = raw.get("quantization_config")
-    if not fp8 or raw.get("quantization"):
+    if not fp8:
         return 1, 1
     method = fp8.get("quant_method") if isinstance(fp8, Mapping) else fp8
     block = fp8.get("weight_block_size") if method == "fp8" else None
     if not isinstance(block, list) or [type(n) for n in block] != [int, int] or min(block) < 1:
         raise ValueError(
             f"{directory / 'config.json'}: quantization_config has quant_method {method!r} and "
-            f"weight_block_size {block!r}; of quantized checkpoints, FP8 in blocks such as "
-            "[128, 128] and MLX's own can be read"
+            f"weight_block_size {block!r}; the FP8 weights beside it need 'fp8' and blocks such "
+            "as [128, 128]"
         )
     return block[0], block[1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
+
 from ..storage.safetensors import Tensor, read_header
 
 INDEX_FILE = "model.safetensors.index.json"  # lists the trunk's files where there are several
@@ -40,15 +42,24 @@ def read_index(index: Path) -> list[str]:
     Raises:
         ValueError: the index cannot be read or lists none.
     """
+    return sorted(set(read_weight_map(index).values()))
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> name of its file, as an index says.
+
+    Raises:
+        ValueError: the index cannot be read or lists none.
+    """
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except OSError as error:
         raise ValueError(f"{index} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index} is not a safetensors index") from None
-    if not names or not all(isinstance(name, str) for name in names):
+    if not files or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{index} is not a safetensors index: its weight_map lists no files")
-    return sorted(names)
+    return files
 
 
 def read_headers(files: list[Path]) -> dict[str, Tensor]:
@@ -64,3 +75,17 @@ def read_headers(files: list[Path]) -> dict[str, Tensor]:
                 raise ValueError(f"{name} is in both {tensors[name].file} and {file}")
             tensors[name] = tensor
     return tensors
+
+
+def open_file(file: Path) -> dict[str, mx.array]:
+    """The tensors of a file, which are read when they are evaluated.
+
+    Raises:
+        ValueError: MLX cannot read it.
+    """
+    try:
+        arrays = mx.load(str(file))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    assert isinstance(arrays, dict)
+    return arrays

@@ -7,6 +7,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
+from .adapter import CONFIG_FILE, WEIGHT_FILE
 from .files import find_files, read_headers
 
 _VERSION = "1"  # of what this package computes from the same files
@@ -58,6 +59,6 @@ def adapter_digest(directory: str | Path | None) -> str:
     """
     digest = hashlib.blake2b()
     if directory is not None:
-        for name in ("adapter_config.json", "adapters.safetensors"):
+        for name in (CONFIG_FILE, WEIGHT_FILE):
             digest.update((Path(directory) / name).read_bytes())
     return digest.hexdigest()

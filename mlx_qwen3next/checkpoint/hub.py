@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from ..errors import first_line
-from ..model.config import Config
+from ..model.config import Config, read_json
+from . import foreign
+from .files import INDEX_FILE, read_weight_map
 
 BUNDLED = Path(__file__).parents[1] / "bundled"  # the demo model's directory
 
@@ -38,7 +40,7 @@ def resolve(path_or_repo: str | Path | None, revision: str | None = None) -> Pat
 
 
 def read_config(path_or_repo: str | Path | None = None) -> Config:
-    """The config of a model. Nothing else of a repository is fetched.
+    """The config of a model. No weights of a repository are fetched.
 
     Args:
         path_or_repo: as for :func:`resolve`.
@@ -47,10 +49,25 @@ def read_config(path_or_repo: str | Path | None = None) -> Config:
         ValueError: there is no such model, or it is none that this package runs.
     """
     directory = BUNDLED if path_or_repo is None else local_directory(path_or_repo)
-    if directory is None:
-        with hub_errors(str(path_or_repo)):
-            directory = Path(hf_hub_download(str(path_or_repo), "config.json")).parent
-    return Config.from_file(directory / "config.json")
+    if directory is not None:
+        return Config.from_file(directory / "config.json")
+    repo = str(path_or_repo)
+    with hub_errors(repo):
+        file = hf_hub_download(repo, "config.json")
+    config, raw = Config.from_file(file), read_json(file)
+    if raw.get("quantization_config") and not raw.get("quantization"):
+        foreign.refuse_unloadable_names(repo, _fetch_names(repo), raw)
+    return config
+
+
+def _fetch_names(repo: str) -> list[str]:
+    """The names of the tensors that a repository's index lists; none where it has no index."""
+    with hub_errors(repo):
+        try:
+            index = Path(hf_hub_download(repo, INDEX_FILE))
+        except EntryNotFoundError:
+            return []
+    return list(read_weight_map(index))
 
 
 def local_directory(path_or_repo: str | Path) -> Path | None:

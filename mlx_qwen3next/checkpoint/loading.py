@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_adapters, load_tokenizer
+from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
 from ..errors import first_line
@@ -30,7 +30,8 @@ from ..model.qwen3_next import Model
 from ..model.sharding import Mode, Shard, take
 from ..storage import safetensors
 from ..storage.safetensors import Tensor
-from . import files, match
+from . import files, foreign, match
+from .adapter import add_adapter, read_adapter
 from .fingerprint import fingerprint
 from .hub import resolve
 from .quantized import quantize
@@ -80,17 +81,10 @@ def load(
         return model, tokenizer
     if group.size > 1:
         raise ValueError("an adapter cannot be divided among ranks; fuse it with mlx_lm.fuse first")
+    adapter = read_adapter(adapter_path)  # a fault in it shows before the model is read
     model = load_model(directory, dtype=dtype, context=context, pack=False)
-    _load_adapter(model, adapter_path)
+    add_adapter(model, adapter)
     return _for_inference(model) if pack else model, tokenizer
-
-
-def _load_adapter(model: Model, path: str | Path) -> None:
-    try:
-        load_adapters(model, str(path))
-    except (RuntimeError, KeyError, AttributeError, TypeError, OSError) as error:
-        raise ValueError(f"{path} holds no usable adapter: {first_line(error)}") from error
-    model.eval()  # no dropout in the adapter's new layers
 
 
 def load_model(
@@ -127,6 +121,8 @@ def load_model(
     config = Config.from_file(directory / "config.json")
     context = min(context, config.max_position_embeddings)
     tensors = files.read_headers(files.find_files(directory))
+    foreign.refuse_foreign(tensors, directory)
+    foreign.refuse_fp8(tensors)
     dtype = dtype or default_dtype()
     if dtype not in (mx.float32, mx.bfloat16, mx.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -199,7 +195,8 @@ def _match(model: Model, tensors: Mapping[str, Tensor], directory: Path) -> dict
     used: set[str] = set()
     for path, array in parameters.items():
         for name in origins[path].names:
-            match.check_tensor(name, tensors, origins[path].shape, _stored_dtypes(array), directory)
+            dtypes = match.stored_dtypes(array)
+            match.check_tensor(name, tensors, origins[path].shape, dtypes, directory)
             used.add(name)
     match.refuse_surplus(tensors, used, model.args)
     return origins
@@ -209,13 +206,6 @@ def _parameters(model: Model) -> list[tuple[str, mx.array]]:
     """Path and array of every parameter."""
     leaves: Any = tree_flatten(model.parameters())
     return leaves
-
-
-def _stored_dtypes(array: mx.array) -> tuple[str, ...]:
-    """safetensors' names of the dtypes that a parameter may be stored in."""
-    if mx.issubdtype(array.dtype, mx.floating):
-        return "BF16", "F16", "F32"
-    return ("U8",) if array.dtype == mx.uint8 else ("U32",)
 
 
 def _dtype_in_memory(path: str, array: mx.array, dtype: mx.Dtype) -> mx.Dtype:
@@ -261,7 +251,11 @@ def _read(
     """The path and evaluated value of each parameter, one at a time."""
     lazy: dict[str, mx.array] = {}
     for file in {tensor.file: None for tensor in tensors.values()}:
-        lazy |= {name: array for name, array in _open(file).items() if tensors[name].file == file}
+        lazy |= {
+            name: array
+            for name, array in files.open_file(file).items()
+            if tensors[name].file == file
+        }
     uses = Counter(name for origin in origins.values() for name in origin.names)
     for path, origin in origins.items():
         index = part.index(part.whole_path(path), origin.shape)
@@ -283,20 +277,10 @@ def _read(
         yield path, value
 
 
-def _open(file: Path) -> dict[str, mx.array]:
-    """The tensors of a file, which are read when they are evaluated."""
-    try:
-        arrays = mx.load(str(file))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
-    assert isinstance(arrays, dict)
-    return arrays
-
-
 def _not_finite(path: str, origin: Origin, tensors: dict[str, Tensor]) -> str:
     """The message that names the tensor which holds a NaN or an infinity."""
     for name in origin.names:
-        if not mx.isfinite(_open(tensors[name].file)[name]).all().item():
+        if not mx.isfinite(files.open_file(tensors[name].file)[name]).all().item():
             return f"{tensors[name].file}: {name} holds NaN or infinite values"
     file = tensors[origin.names[0]].file
     return f"{file}: {path} overflows in the dtype asked for"

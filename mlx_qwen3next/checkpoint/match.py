@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import mlx.core as mx
+
 from ..model import layouts
 from ..model.config import Config
 from ..model.layouts import Layout, Origin, Shape
 from ..storage.safetensors import Tensor
+
+FLOATS = ("BF16", "F16", "F32")  # safetensors' names of the dtypes that weights are computed with
 
 
 def find_origins(
@@ -30,6 +34,13 @@ def find_origins(
         layout = layouts.detect_layout(stored, undecided=layout)
         origins |= layouts.origins(part, layout)
     return origins
+
+
+def stored_dtypes(array: mx.array) -> tuple[str, ...]:
+    """safetensors' names of the dtypes that a parameter may be stored in."""
+    if mx.issubdtype(array.dtype, mx.floating):
+        return FLOATS
+    return ("U8",) if array.dtype == mx.uint8 else ("U32",)
 
 
 def check_tensor(

@@ -49,7 +49,8 @@ class Config:
 
     Names are the checkpoint's. ``layer_types`` holds ``"linear_attention"`` or
     ``"full_attention"`` per layer; ``quantization`` is mlx-lm's mapping (``group_size``, ``bits``,
-    ``mode`` and per-path entries) or None for an unquantized checkpoint.
+    ``mode`` and per-path entries) or None. Other libraries' ``quantization_config`` is not read:
+    whether weights are quantized shows in the tensors.
 
     Raises:
         ValueError: a value is missing, of the wrong kind, or impossible; the message names it.
@@ -252,15 +253,9 @@ def _layer_list(raw: Mapping[str, Any], key: str, layers: int) -> tuple[int, ...
 
 def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     value = raw.get("quantization")
-    if value is None:
-        if foreign := raw.get("quantization_config"):
-            method = foreign.get("quant_method") if isinstance(foreign, Mapping) else foreign
-            raise ValueError(
-                f"quantization_config.quant_method is {method!r}, which is not loaded directly; "
-                "convert it first: python -m mlx_qwen3next.convert --hf-path …"
-            )
-        return None
-    if not isinstance(value, Mapping) or not {"group_size", "bits"} <= set(value):
+    if value is not None and (
+        not isinstance(value, Mapping) or not {"group_size", "bits"} <= set(value)
+    ):
         raise ValueError(f"quantization must give group_size and bits, got {value!r}")
     return value
 

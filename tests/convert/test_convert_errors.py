@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from checkpoints import GOLDENS, INDEX
 from helpers_convert import options, state
+from test_foreign import FORMS, in_form, said_of
 from test_load_errors import EXPERT, QUERY, edit, header, last_tensor, sharded, write_header
 
 from mlx_qwen3next.convert import convert
@@ -244,12 +245,41 @@ def test_fp8_in_blocks_larger_than_anything(fp8, tmp_path):
     convert(str(fp8), str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", None])
-def test_other_quantizations(refusal, base, method):
-    config = reconfigure(base, quantization_config={"quant_method": method, "bits": 4})
-    assert refusal(base).startswith(f"{config}: quantization_config has quant_method {method!r}")
-    reconfigure(base, quantization_config="awq")
-    assert refusal(base).startswith(f"{config}: quantization_config has quant_method 'awq'")
+@pytest.mark.parametrize("method", ["gptq", None, {}], ids=str)
+def test_fp8_that_the_config_calls_something_else(refusal, fp8, method):
+    config = reconfigure(fp8, quantization_config={"quant_method": method, "bits": 4})
+    message = f"{config}: quantization_config has quant_method {method!r} and weight_block_size"
+    assert refusal(fp8).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": checkpoints.FP8},
+        {"quantization_config": "awq"},
+        {"quantization": {"group_size": 64, "bits": 4}},
+    ],
+    ids=str,
+)
+def test_whole_weights_convert_whatever_the_config_says(base, tmp_path, left_over):
+    convert(str(base), str(tmp_path / "whole"), quantize=True, q_group_size=32)
+    reconfigure(base, **left_over)
+    convert(str(base), str(tmp_path / "out"), quantize=True, q_group_size=32)
+    same = [mx.load(str(tmp_path / name / "model.safetensors")) for name in ("whole", "out")]
+    assert same[0].keys() == same[1].keys()
+    assert all(mx.array_equal(w, same[1][name]) for name, w in same[0].items())
+    configs = [(tmp_path / name / "config.json").read_text() for name in ("whole", "out")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("parts", FORMS, ids=" ".join)
+def test_forms_of_other_libraries(refusal, base, parts):
+    shown, form, methods = FORMS[parts]
+    for method in methods:
+        in_form(base, parts, method)
+        name = f"{QUERY.removesuffix('weight')}{shown}"
+        assert refusal(base) == refusal(base, dequantize=True) == said_of(base, name, form)
 
 
 # --- MLX's own quantization ----------------------------------------------------------------------
