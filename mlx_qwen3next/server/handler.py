@@ -1,8 +1,8 @@
 """The handler of HTTP requests: OpenAI's completions and chat completions.
 
-:class:`Handler` checks a request and passes it on to its base class, mlx-lm's handler, which turns
-tokens into text, reasoning and tool calls. It also answers errors and log-probabilities in OpenAI's
-form, and stops the generation once the client has gone.
+:class:`Handler` checks a request and has its base class, mlx-lm's handler, read the fields. It
+reads reasoning and calls from the text as it is generated (:mod:`mlx_qwen3next.server.answers`),
+sends them in OpenAI's form, and stops the generation once the client has gone.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from email.message import Message
 from http import HTTPStatus
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
@@ -30,17 +29,24 @@ from mlx_lm.server import (
     CompletionRequest,
     GenerationArguments,
     GenerationContext,
+    LogitsProcessorArguments,
+    ModelDescription,
     Response,
+    SamplingArguments,
 )
 
 from ..errors import ContextLengthError, first_line
 from . import logprobs
+from .answers import Reader, call_format
 from .body import read_body
+from .events import Event, Text
 from .http_server import RETRY, Incoming
+from .protocols.openai import Completion
 from .schema import RequestError, normalise, parse, served_name
 
 _LARGE = 2**20  # bytes of a large body; the parsed body may take 30 times as many
 _large_bodies = threading.Semaphore(2)  # how many large bodies are parsed at a time
+_SILENCE = 3.0  # seconds of a stream in which nothing is sent, at most
 _LINGER = 2.0  # seconds for a refused client to send the rest of its body and read the answer
 
 _MODELS = "/v1/models"
@@ -106,6 +112,7 @@ class Handler(APIHandler):
         self._context: GenerationContext | None = None
         self._generated = 0  # tokens
         self._text_offset = 0  # characters
+        self._sent = 0.0  # when the last chunk was sent
         super().__init__(generator, *connection, system_fingerprint=system_fingerprint)
 
     def setup(self) -> None:
@@ -185,9 +192,9 @@ class Handler(APIHandler):
         raw = read_body(self.headers, self.rfile, self.settings.max_body_bytes)
         self._is_unread = False
         with _large_bodies if len(raw) > _LARGE else nullcontext():
-            fields = normalise(parse(raw), chat="chat" in path, names=names, adapter=adapter)
-            raw = json.dumps(fields).encode()
-        del fields
+            checked = normalise(parse(raw), chat="chat" in path, names=names, adapter=adapter)
+            raw = json.dumps(checked).encode()
+        del checked
         self.path = path
         self.rfile = io.BytesIO(raw)
         del self.headers["Content-Length"]
@@ -195,68 +202,152 @@ class Handler(APIHandler):
         super().do_POST()
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
-        """Completes a text or a chat with mlx-lm's handler, whose generator is ``_generate``."""
-        generator: Any = SimpleNamespace(generate=self._generate)
-        self.response_generator = generator
+        """Answers a checked request; mlx-lm's handler has set its fields as attributes."""
+        is_chat = self.object_type.startswith("chat")
+        arguments = self._arguments(stop_words)
+        self.requested_model = self.settings.names[0]  # from here on used in the answer only
         try:
-            super().handle_completion(request, stop_words)
+            context, responses = self._generate(request, arguments)
+            form = Completion(self._common(), is_chat=is_chat, is_streamed=self.stream)
+            reader = None
+            if is_chat:
+                reader = Reader(
+                    format=call_format(self._tokenizer),
+                    tools=request.tools,
+                    reasoning_open=context.initial_state == "reasoning",
+                )
+            if self.stream:
+                self._set_stream_headers(200)
+                self.end_headers()
+            self._send_answer(form, reader, context, responses)
         finally:
             if self._context is not None:
-                # mlx-lm's handler does this too, except if the headers cannot be sent.
                 self._context.stop()
 
-    def _generate(
+    def _send_answer(
         self,
-        request: CompletionRequest,
-        args: GenerationArguments,
-        progress_callback: Callable[[int, int], None],
+        form: Completion,
+        reader: Reader | None,
+        context: GenerationContext,
+        responses: Iterator[Response],
+    ) -> None:
+        """Sends the answer in chunks as it comes, or as a whole."""
+        events: list[Event] = []
+        reason = "stop"
+        for response in self._checked(responses):
+            events += [Text(response.text)] if reader is None else reader.add(response.text)
+            reason = response.finish_reason or reason
+            if self.stream and any(event != Text("") for event in events):
+                self._send_chunk(self._with_logprobs(form.choice(events)))
+                events = []
+            elif self.stream:
+                self._keep_alive()
+        events += [] if reader is None else reader.end()
+        last = self._with_logprobs(form.choice(events, reason))
+        counts = len(context.prompt), context.prompt_cache_count, self._generated
+        if not self.stream:
+            self._send(200, last | form.usage(*counts))
+            return
+        self._send_chunk(last)
+        if self.stream_options is not None and self.stream_options["include_usage"]:
+            self._send_chunk(form.last_chunk(form.usage(*counts)))
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _send_chunk(self, content: dict[str, Any]) -> None:
+        self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
+        self._sent = time.monotonic()
+
+    def _keep_alive(self, comment: str = "keepalive") -> None:
+        """Sends a comment if nothing was sent for a while: part of the answer is held back."""
+        if time.monotonic() > self._sent + _SILENCE:
+            self.wfile.write(f": {comment}\n\n".encode())
+            self._sent = time.monotonic()
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "id": self.request_id,
+            "system_fingerprint": self.system_fingerprint,
+            "object": self.object_type,
+            "model": self.requested_model,
+            "created": self.created,
+        }
+
+    def _arguments(self, stop_words: list[str]) -> GenerationArguments:
+        """The options of the generation, from the attributes that mlx-lm's handler has set."""
+        model, draft = self.requested_model, self.requested_draft_model
+        adapter: Any = self.adapter
+        max_tokens: Any = self.max_tokens
+
+        def options(kind: Any) -> Any:
+            return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+
+        return GenerationArguments(
+            model=ModelDescription(model=model, draft=draft, adapter=adapter),
+            sampling=options(SamplingArguments),
+            logits=options(LogitsProcessorArguments),
+            stop_words=stop_words,
+            max_tokens=max_tokens,
+            num_draft_tokens=self.num_draft_tokens,
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
+            seed=self.seed,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    def _generate(
+        self, request: CompletionRequest, arguments: GenerationArguments
     ) -> tuple[GenerationContext, Iterator[Response]]:
-        self._wants_logprobs = args.logprobs
-        self.requested_model = self.settings.names[0]  # from here on used in the answer only
+        self._wants_logprobs = arguments.logprobs
 
         def progress(processed: int, total: int) -> None:
             self._check_client()
+            if not self.stream:
+                return
             try:
-                progress_callback(processed, total)
+                self.wfile.write(f": keepalive {processed}/{total}\n\n".encode())
             except OSError as error:
                 raise ClientGone(first_line(error)) from None
 
         try:
-            ctx, responses = self.generator.generate(request, args, progress_callback=progress)
+            context, responses = self.generator.generate(
+                request, arguments, progress_callback=progress
+            )
         except ContextLengthError as error:
             raise RequestError(first_line(error), code="context_length_exceeded") from error
         except (ValueError, TemplateError) as error:
             raise RequestError(first_line(error)) from error
         except Exception as error:
             raise self._failure(error) from error
-        self._context = ctx
-        self._tokenizer = (
-            self.generator.model_provider.tokenizer
-        )  # the provider drops it when the server drains
-        ctx.tool_parser = _strict(ctx.tool_parser)
-        return ctx, self._watch(responses)
+        self._context = context
+        # The provider drops it when the server drains.
+        self._tokenizer = self.generator.model_provider.tokenizer
+        return context, responses
 
-    def _watch(self, responses: Iterator[Response]) -> Iterator[Response]:
-        reason = None
+    def _checked(self, responses: Iterator[Response]) -> Iterator[Response]:
+        """Passes the responses on while the client is there."""
         try:
             for response in responses:
                 self._check_client()
                 self._generated += 1
                 if self._wants_logprobs:
                     self._sampled.append(response)
-                reason = response.finish_reason
-                if reason == "stop" and response.token in self._tokenizer.eos_token_ids:
-                    reason, response = None, replace(response, finish_reason=None)
                 yield response
         except ClientGone:
             raise
         except Exception as error:
             raise self._failure(error) from error
-        if reason is None:
-            # mlx-lm's handler drops an end of the text that may begin a marker, because its own
-            # generator may leave a part of a stop word there; after "length" it does not.
-            yield Response("", 0, 0.0, "length", ({},))
-            yield Response("", 0, 0.0, "stop", ({},))
+
+    def _with_logprobs(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Adds the log-probabilities that are still to be sent, in OpenAI's form."""
+        if self._wants_logprobs:
+            sampled, self._sampled = self._sampled, []
+            content["choices"][0]["logprobs"] = (
+                logprobs.chat_form(self._tokenizer, sampled)
+                if self.object_type.startswith("chat")
+                else logprobs.text_form(self._tokenizer, sampled, self._text_offset)
+            )
+            self._text_offset += sum(len(token.text) for token in sampled)
+        return content
 
     def _failure(self, error: Exception) -> RequestError:
         health = self.generator.health
@@ -283,27 +374,6 @@ class Handler(APIHandler):
             raise ClientGone(first_line(error)) from None
         finally:
             self.connection.settimeout(self.timeout)
-
-    def generate_response(self, *args: Any, **options: Any) -> dict[str, Any]:
-        """Makes mlx-lm's response, with log-probabilities in OpenAI's form, streamed or not."""
-        response = super().generate_response(*args[:2], *self._counts(*args[2:]), **options)
-        if self._wants_logprobs:
-            sampled, self._sampled = self._sampled, []
-            response["choices"][0]["logprobs"] = (
-                logprobs.chat_form(self._tokenizer, sampled)
-                if self.object_type.startswith("chat")
-                else logprobs.text_form(self._tokenizer, sampled, self._text_offset)
-            )
-            self._text_offset += sum(len(token.text) for token in sampled)
-        return response
-
-    def completion_usage_response(self, *counts: Any) -> dict[str, Any]:
-        """Makes mlx-lm's response with the right kind of object, which is always a chat's there."""
-        response = super().completion_usage_response(*self._counts(*counts))
-        return response | {"object": self.object_type}
-
-    def _counts(self, prompt: Any = None, _: Any = None, cached: Any = None) -> tuple[Any, ...]:
-        return prompt, self._generated, cached  # mlx-lm also counts the responses _watch adds
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         # mlx-lm's handler is about to answer an exception that it has caught, in a form of its own.
@@ -374,17 +444,3 @@ def _server_error(error: Exception) -> RequestError:
     refusal = RequestError(f"the server failed: {first_line(error)}", status=500)
     refusal.__cause__ = error
     return refusal
-
-
-def _strict(parser: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """Wraps a parser of tool calls so that it raises ValueError, as mlx-lm's handler expects."""
-    if parser is None:
-        return None
-
-    def parse_call(*args: Any) -> Any:
-        try:
-            return parser(*args)
-        except Exception as error:
-            raise ValueError(first_line(error)) from error
-
-    return parse_call

@@ -51,7 +51,6 @@ _CALLS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "main": (),
         "APIHandler": ("response_generator", "system_fingerprint"),
         "APIHandler.handle_completion": ("request", "stop_words"),
-        "APIHandler.generate_response": ("text", "finish_reason"),
         "CompletionRequest": ("request_type", "prompt", "messages", "tools", "role_mapping"),
         "GenerationContext": (
             *("has_tool_calling", "has_thinking", "tool_parser", "text_sm", "initial_state"),

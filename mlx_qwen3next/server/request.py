@@ -75,9 +75,7 @@ class Request:
         if self.arguments.logprobs or top_logprobs > 0:
             logprob = response.logprobs[response.token].item()
             top = _format_top_logprobs(response.logprobs, top_logprobs, tokenizer)
-        # mlx_lm.server drops the text of a response whose reason is "stop", and takes the end of
-        # the responses for that reason.
-        sent = None if stopped or (reason == "stop" and text) else reason
+        sent = "stop" if stopped else reason
         self.queue.put(Response(text, response.token, logprob, sent, top))
         if reason is None and not stopped:
             return False
@@ -181,12 +179,33 @@ def _prompt(
         text = convert_chat(completion.messages, completion.role_mapping)
         return tokenizer.encode(text), "normal"
     prompt = tokenizer.apply_chat_template(completion.messages, tools=completion.tools, **arguments)
-    state = "normal"
-    if tokenizer.has_thinking and (
-        tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
-    ):
-        state = "reasoning"
-    return prompt, tokenizer.response_initial_state or state
+    opens = _opens_reasoning(completion, tokenizer, arguments)
+    return prompt, "reasoning" if opens else "normal"
+
+
+def _opens_reasoning(
+    completion: CompletionRequest, tokenizer: TokenizerWrapper, arguments: dict[str, Any]
+) -> bool:
+    """Whether the answer begins within reasoning that the template has opened.
+
+    Only the template's own opening counts, which is what it adds for the generation: a message may
+    hold the tag as well.
+    """
+    if arguments["continue_final_message"]:
+        return arguments["continue_final_message"] == "reasoning_content"
+    if not arguments["add_generation_prompt"]:
+        return False
+    whole, before = (
+        tokenizer.apply_chat_template(
+            completion.messages,
+            tools=completion.tools,
+            tokenize=False,
+            **arguments | {"add_generation_prompt": adds},
+        )
+        for adds in (True, False)
+    )
+    opening = whole.removeprefix(before) if whole.startswith(before) else ""
+    return opening.rfind("<think>") > opening.rfind("</think>")
 
 
 def _template_arguments(

@@ -128,6 +128,20 @@ def serving(generator=None, settings=None):
             thread.join()
 
 
+def calls_of(messages):
+    """The names and arguments of calls, put together from their pieces."""
+    calls = []
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            if "id" in call:
+                assert call.get("index", len(calls)) == len(calls)
+                calls.append((call["function"]["name"], call["function"]["arguments"]))
+            else:
+                name, arguments = calls[call["index"]]
+                calls[call["index"]] = name, arguments + call["function"]["arguments"]
+    return calls
+
+
 def until(condition, seconds=10):
     """Waits until a condition is true."""
     end = time.monotonic() + seconds

@@ -1,0 +1,191 @@
+"""The values of a call's arguments, from the model's text: types by schema, JSON with mistakes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_TYPES = frozenset({"string", "integer", "number", "boolean", "null", "object", "array"})
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+_ESCAPE = re.compile(r"\\(.|$)", re.DOTALL)
+_MOST_REFERENCES = 20  # followed for one property; circles end there
+_MOST_DIGITS = 4000  # of an integer: Python's own limit is 4,300
+
+
+class Parameters:
+    """The parameters of one tool, by its JSON schema, which may be anything.
+
+    Args:
+        schema: the tool's ``parameters``.
+    """
+
+    def __init__(self, schema: Any):
+        self._root = schema if isinstance(schema, Mapping) else {}
+        properties = self._root.get("properties")
+        self._properties = properties if isinstance(properties, Mapping) else {}
+        self._types: dict[str, frozenset[str]] = {}
+        # A tool without a list of parameters takes any.
+        self.takes_any = not self._properties
+
+    def __contains__(self, name: str) -> bool:
+        return self.takes_any or name in self._properties
+
+    def is_text(self, name: str) -> bool:
+        """Whether the parameter's value is the model's text itself, whatever it says."""
+        return self._types_of(name) in (frozenset({"string"}), frozenset())
+
+    def is_json(self, name: str) -> bool:
+        """Whether the parameter's value is an object or a list, and nothing else but null."""
+        types = self._types_of(name)
+        return bool(types) and types <= {"object", "array", "null"}
+
+    def value(self, name: str, text: str) -> Any:
+        """The parameter's value: of a type that the schema allows, else the text as it is."""
+        types, bare = self._types_of(name), text.strip()
+        if "null" in types and bare in ("null", "None"):
+            return None
+        if types & {"object", "array"} and bare[:1] in ("{", "["):
+            kind = "object" if bare[0] == "{" else "array"
+            value = load_json(bare) if kind in types else _NOTHING
+            if isinstance(value, dict if kind == "object" else list):
+                return value
+        if "string" in types or not types:
+            return text
+        if "boolean" in types and bare.lower() in ("true", "false"):
+            return bare.lower() == "true"
+        if types & {"integer", "number"} and (match := _NUMBER.fullmatch(bare)):
+            if not (match[2] or match[3]) and len(bare) <= _MOST_DIGITS:
+                return int(bare)
+            number = float(bare)
+            if "number" in types and abs(number) != float("inf"):
+                return number
+            if number.is_integer():
+                return int(number)
+        return text
+
+    def _types_of(self, name: str) -> frozenset[str]:
+        if name not in self._types:
+            self._types[name] = self._allowed(self._properties.get(name), _MOST_REFERENCES)
+        return self._types[name]
+
+    def _allowed(self, schema: Any, references: int) -> frozenset[str]:
+        """The types that a schema allows; none if it says nothing of them."""
+        if not isinstance(schema, Mapping) or references == 0:
+            return frozenset()
+        said: list[frozenset[str]] = []
+        named = schema.get("type")
+        if isinstance(named, str):
+            named = [named]
+        if isinstance(named, Sequence):
+            said.append(frozenset(kind for kind in named if kind in _TYPES))
+        for key in ("enum", "const"):
+            values = schema.get(key, _NOTHING)
+            if values is not _NOTHING:
+                values = values if key == "enum" and isinstance(values, list) else [values]
+                said.append(frozenset(_type_of(value) for value in values))
+        if isinstance(reference := schema.get("$ref"), str):
+            said.append(self._allowed(self._find(reference), references - 1))
+        for key in ("anyOf", "oneOf"):
+            if isinstance(options := schema.get(key), list):
+                several = [self._allowed(option, references - 1) for option in options]
+                said.append(frozenset().union(*several) if all(several) else frozenset())
+        if isinstance(parts := schema.get("allOf"), list):
+            said += [self._allowed(part, references - 1) for part in parts]
+        said = [types for types in said if types]
+        if not said:
+            return frozenset()
+        common = frozenset.intersection(*said)
+        return common or said[0]
+
+    def _find(self, reference: str) -> Any:
+        """The part of the schema that a local reference names; None if there is none."""
+        found: Any = self._root
+        if not reference.startswith("#"):
+            return None
+        for key in reference[1:].split("/")[1:]:
+            key = key.replace("~1", "/").replace("~0", "~")
+            if not isinstance(found, Mapping) or key not in found:
+                return None
+            found = found[key]
+        return found
+
+
+_NOTHING: Any = object()
+
+
+def _type_of(value: Any) -> str:
+    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array"}
+    return "null" if value is None else kinds.get(type(value), "object")
+
+
+def load_json(text: str) -> Any:
+    """The JSON value of a text, with a model's usual mistakes mended.
+
+    Mended are raw line breaks in strings, escapes that JSON has not, trailing commas, Python's
+    literals, and halves of surrogate pairs, which become U+FFFD.
+
+    Returns:
+        The value, or an object that is equal to nothing else if there is none.
+    """
+    for candidate in (text, _mended(text)):
+        try:
+            return _whole(json.loads(candidate, strict=False, parse_constant=_refuse))
+        except (ValueError, RecursionError):
+            pass
+    try:
+        value = ast.literal_eval(_ESCAPE.sub(_doubled, text))
+        json.dumps(value, allow_nan=False)
+        return _whole(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return _NOTHING
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether :func:`load_json` found no value."""
+    return value is _NOTHING
+
+
+def _doubled(escape: re.Match[str]) -> str:
+    """An escape, whose backslash is doubled if Python has no such escape."""
+    return escape[0] if escape[1] and escape[1] in "\\'\"abfnrtv01234567\n" else "\\" + escape[0]
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(name)
+
+
+def _mended(text: str) -> str:
+    """The text with bad escapes doubled and trailing commas left out, outside and inside strings
+    as fits."""
+    out: list[str] = []
+    in_string, i = False, 0
+    while i < len(text):
+        character = text[i]
+        if in_string and character == "\\":
+            escape = text[i : i + 2]
+            good = re.match(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})', text[i : i + 6])
+            out.append(escape if good else "\\" + escape)
+            i += 2
+            continue
+        if character == '"':
+            in_string = not in_string
+        elif not in_string and character == "," and re.match(r",\s*[}\]]", text[i:]):
+            i += 1
+            continue
+        out.append(character)
+        i += 1
+    return "".join(out)
+
+
+def _whole(value: Any) -> Any:
+    """The value, in which halves of surrogate pairs are replaced."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_whole(str(key)): _whole(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_whole(item) for item in value]
+    return value

@@ -1,0 +1,79 @@
+"""The parts of an answer, as the reader sends them and as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Reasoning(NamedTuple):
+    """More of the reasoning."""
+
+    text: str
+
+
+class Text(NamedTuple):
+    """More of the content."""
+
+    text: str
+
+
+class CallBegun(NamedTuple):
+    """A call begins; its arguments follow."""
+
+    name: str
+
+
+class ArgumentText(NamedTuple):
+    """More of the JSON text of the call's arguments."""
+
+    text: str
+
+
+class CallEnded(NamedTuple):
+    """The call is complete."""
+
+    text: str  # all of it, as the model wrote it
+
+
+Event = Reasoning | Text | CallBegun | ArgumentText | CallEnded
+
+
+@dataclass
+class ToolCall:
+    """A call of a tool."""
+
+    name: str
+    arguments: dict[str, Any]
+    text: str = ""  # as the model wrote it
+
+
+@dataclass
+class Answer:
+    """A whole answer. Reasoning and content are None where there is nothing but blanks."""
+
+    reasoning: str | None = None
+    content: str | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, events: Sequence[Event]) -> Answer:
+        """The answer that events make."""
+        answer, arguments = cls(), ""
+        for event in events:
+            match event:
+                case Reasoning(text):
+                    answer.reasoning = (answer.reasoning or "") + text
+                case Text(text):
+                    answer.content = (answer.content or "") + text
+                case CallBegun(name):
+                    answer.tool_calls.append(ToolCall(name, {}))
+                    arguments = ""
+                case ArgumentText(text):
+                    arguments += text
+                case CallEnded(text):
+                    call = answer.tool_calls[-1]
+                    call.arguments, call.text = json.loads(arguments), text
+        return answer

@@ -1,0 +1,80 @@
+"""OpenAI's form of an answer: chat completions and completions, whole or streamed."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from ..events import ArgumentText, CallBegun, Event, Reasoning, Text
+
+
+class Completion:
+    """Makes the objects of one answer from its events.
+
+    Args:
+        common: the fields that all objects have, such as ``id`` and ``model``.
+        is_chat: whether it is a chat completion.
+        is_streamed: whether the answer is sent in chunks.
+    """
+
+    def __init__(self, common: dict[str, Any], *, is_chat: bool, is_streamed: bool):
+        self._common, self._is_chat, self._is_streamed = common, is_chat, is_streamed
+        self._calls = 0
+
+    def choice(self, events: Sequence[Event], finish_reason: str | None = None) -> dict[str, Any]:
+        """The object of a chunk, or of the whole answer.
+
+        Args:
+            finish_reason: "stop" or "length" at the end; a chat that ended by itself with a call
+                says "tool_calls".
+        """
+        message = self._message(events)
+        if finish_reason == "stop" and self._calls:
+            finish_reason = "tool_calls"
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
+        if not self._is_chat:
+            choice["text"] = message.get("content") or ""
+        elif self._is_streamed:
+            choice["delta"] = {key: value for key, value in message.items() if value is not None}
+        else:
+            choice["message"] = message
+        return self._common | {"choices": [choice]}
+
+    def usage(self, prompt: int, cached: int, generated: int) -> dict[str, Any]:
+        """The counts of tokens; a negative number of cached tokens is not known."""
+        counts: dict[str, Any] = {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+        }
+        if cached >= 0:
+            counts["prompt_tokens_details"] = {"cached_tokens": cached}
+        return {"usage": counts}
+
+    def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """The chunk after the last choice, which has the counts alone."""
+        return self._common | {"choices": []} | usage
+
+    def _message(self, events: Sequence[Event]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": None}
+        calls: list[dict[str, Any]] = []
+        for event in events:
+            match event:
+                case Reasoning(text):
+                    message["reasoning"] = message.get("reasoning", "") + text
+                case Text(text):
+                    message["content"] = (message["content"] or "") + text
+                case CallBegun(name):
+                    identity = {"id": f"call_{uuid.uuid4().hex}", "type": "function"}
+                    calls.append(identity | {"function": {"name": name, "arguments": ""}})
+                    if self._is_streamed:
+                        calls[-1]["index"] = self._calls
+                    self._calls += 1
+                case ArgumentText(text):
+                    if not calls:  # of a call that an earlier chunk has begun
+                        calls.append({"index": self._calls - 1, "function": {"arguments": ""}})
+                    calls[-1]["function"]["arguments"] += text
+        if calls:
+            message["tool_calls"] = calls
+        return message
