@@ -17,7 +17,7 @@ _SCALED_BY_BYTES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
 def quantization(path: str, weight: Tensor, scales: Tensor, columns: int) -> dict[str, Any]:
-    """How a module is quantized. Shapes and dtypes settle it, whatever the config says.
+    """The quantization of a module. Shapes and dtypes settle it, whatever the config says.
 
     Args:
         path: the module's, for the message.

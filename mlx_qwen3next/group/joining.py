@@ -1,4 +1,4 @@
-"""How a process joins the others: MLX's group, then connections that prove who is who."""
+"""Joining the other processes: MLX's group, then connections that prove who is who."""
 
 from __future__ import annotations
 

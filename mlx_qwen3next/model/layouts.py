@@ -1,4 +1,4 @@
-"""How checkpoints store the model: three layouts of the same tensors, described as data.
+"""The layouts of checkpoints: three forms of the same tensors, described as data.
 
 - ``hub``: the published repositories; one tensor per expert, convolutions ``[C, 1, K]``, norm
   weights zero-centred (the model wants ``1 + w``).

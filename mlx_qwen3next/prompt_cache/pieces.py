@@ -72,7 +72,7 @@ class Piece:
 
     @property
     def end(self) -> int:
-        """How many tokens the text has up to the piece's end."""
+        """The number of tokens of the text up to the piece's end."""
         return self.start + self.tokens.size
 
     @property

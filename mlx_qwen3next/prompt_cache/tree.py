@@ -65,7 +65,7 @@ def tree(node: Node) -> Iterator[Node]:
 
 
 def common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two texts have in common at their beginning."""
+    """The number of tokens that two texts have in common at their beginning."""
     n = min(a.size, b.size)
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if different.size else n

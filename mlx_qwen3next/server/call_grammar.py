@@ -176,7 +176,7 @@ class ValueEnd:
         return (text[tag.start - 1] if tag.start else self._before) == "\n"
 
     def _follow(self, text: str, tag: Tag, final: bool) -> str | None:
-        """What comes after a closing tag, in a word; None if it is not known yet."""
+        """Names the continuation after a closing tag; None if it is not known yet."""
         if tag.kind == "</parameter":
             after = next_tag(text, tag.end, final)
             if after is None:

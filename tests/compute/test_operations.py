@@ -1,4 +1,4 @@
-"""What calls the kernels take, and that facts tell apart what kinds do."""
+"""The calls that kernels take; facts tell apart all that kinds tell apart."""
 
 import mlx.core as mx
 import pytest

@@ -305,7 +305,7 @@ def test_proofs_take_arguments_of_every_form(file, caplog):
 
 
 def test_source_hash_follows_every_file(monkeypatch, tmp_path):
-    """Of text and of launches."""
+    """The hash covers the text and the launches."""
     folder = Path(metal_kernels.__file__).parent
     names = {f.name for f in folder.iterdir() if f.is_file()}
     assert len(names) == 13

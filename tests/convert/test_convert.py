@@ -276,7 +276,7 @@ def test_bits_of_the_head(tmp_path, quantize, count):
 
 
 def test_dequantize(tmp_path):
-    """What the quantized model computes with, in floating point."""
+    """The quantized model's weights in floating point."""
     quantized = converted(tmp_path, quantize=True, q_group_size=32, dtype="float32")
     convert(str(quantized), str(tmp_path / "whole"), dequantize=True)
     reference = load32(quantized)
@@ -335,7 +335,7 @@ def test_fp8_blocks(tmp_path):
 
 
 def test_fp8_logits(tmp_path):
-    """Of a trained model; the others have weights that magnify every error."""
+    """Checks a trained model; the others have weights that magnify every error."""
     source = checkpoints.write_fp8(tmp_path / "fp8", "permutation", mx.bfloat16)
     convert(str(source), str(tmp_path / "out"), dtype="float32")
     result, reference = load32(tmp_path / "out"), load32(GOLDENS / "permutation")

@@ -1,4 +1,4 @@
-"""What cannot be converted is refused in one line that names file and tensor, or argument."""
+"""Unusable sources are refused in one line that names file and tensor, or the argument."""
 
 import json
 import os

@@ -331,7 +331,7 @@ def test_attach_from_a_directory_to_an_unquantized_model(tmp_path):
 # --- upload --------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
 def test_upload(hub, tmp_path):
-    """What was uploaded is what is here, and loads from there."""
+    """The uploaded files equal the local ones, and load from the hub."""
     convert(str(BUNDLED), str(tmp_path / "out"), dequantize=True, upload_repo="me/tiny")
     here = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir() if f.is_file()}
     assert hub.uploaded("me/tiny") == here

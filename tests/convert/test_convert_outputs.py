@@ -1,4 +1,4 @@
-"""What is in the way of a conversion stays untouched, and a full disk loses nothing."""
+"""Files in the way of a conversion stay untouched, and a full disk loses nothing."""
 
 import errno
 import fcntl

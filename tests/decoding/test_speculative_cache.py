@@ -57,7 +57,7 @@ ORDERS = [
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_rounds_leave_the_cache_of_plain_steps(order):
-    """Whatever is accepted, in whatever order."""
+    """The caches are right after any accepted counts in any order."""
     model, (prompt, expected) = golden("base")[0], golden_tokens("base")
     cache = forward_cache(model, prompt[:-1])
     n = sum(order) + len(order)
@@ -205,7 +205,7 @@ def test_an_interrupt_while_waiting_for_the_device(monkeypatch, mtp, n):
 @pytest.mark.parametrize("n", range(1, 6))
 @pytest.mark.parametrize("mtp", ["off", 2])
 def test_an_interrupt_within_the_prompt(mtp, n):
-    """Whole steps stay, in both caches, and generation goes on from there."""
+    """Both caches keep whole steps, and generation continues from them."""
     model, (prompt, expected) = golden("base")[0], golden_tokens("base")
     cache = model.make_cache() + model.mtp.make_cache()
 

@@ -78,7 +78,7 @@ def tensors(case):
 
 
 def expected(case):
-    """What transformers computes with the golden, as numpy arrays."""
+    """The results of transformers for the golden, as numpy arrays."""
     return float64.read_safetensors(GOLDENS / case / "expected.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""What the tests of conversion share."""
+"""Helpers of the tests of conversion."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the tests of generation share: models, forced tokens and copies of the bundled model."""
+"""Helpers of the tests of generation: models, forced tokens and copies of the bundled model."""
 
 import contextlib
 import functools
@@ -66,7 +66,7 @@ def forward_cache(model, tokens):
 
 
 def arrays(cache):
-    """What a cache holds, as a flat list: arrays, numbers and None."""
+    """The contents of a cache as a flat list: arrays, numbers and None."""
 
     def flat(x):
         return [z for y in x for z in flat(y)] if isinstance(x, (list, tuple)) else [x]

@@ -106,7 +106,7 @@ def ended(started):
 
 
 def run(directory, count, commands, **options):
-    """As :func:`ended`, of processes that run to their end."""
+    """Starts processes and returns the results of :func:`ended` once all have run to their end."""
     with processes(directory, count, commands, **options) as started:
         return ended(started)
 

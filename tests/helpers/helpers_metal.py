@@ -73,7 +73,7 @@ def executed(*, build="fast", **options):
 
 
 def mistakes_in_text(*calls):
-    """What the type check and the lint say of all kernels that the calls launch; runs none.
+    """The findings of type check and lint for all kernels that the calls launch; runs none.
 
     The lint reads a kernel once: another instance has the same text.
     """

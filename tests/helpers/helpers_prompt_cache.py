@@ -1,4 +1,4 @@
-"""What the tests of the prompt cache share: small caches whose values follow from the text."""
+"""Helpers of the tests of the prompt cache: small caches whose values follow from the text."""
 
 import itertools
 

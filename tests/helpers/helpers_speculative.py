@@ -1,4 +1,4 @@
-"""What the tests of speculation share: drafters and depths by a script."""
+"""Helpers of the tests of speculation: drafters and depths by a script."""
 
 import itertools
 

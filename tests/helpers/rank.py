@@ -1,4 +1,4 @@
-"""What a rank does in the tests: loads models with its group, runs them, reports.
+"""The program of a rank in the tests: loads models with its group, runs them, reports.
 
 Argument: a JSON file with a list of cases; the report, ``rank<N>.json``, is written beside it, with
 logits in ``<case>-<N>.npy``.
@@ -57,7 +57,7 @@ def traffic(group, model, rows):
 
 
 def logits(model, prompt):
-    """Of a prompt in one piece, but for its last two tokens."""
+    """Reads a prompt in one piece, except its last two tokens."""
     cache = model.make_cache()
     rows = [
         model(mx.array([tokens]), cache) for tokens in (prompt[:-2], prompt[-2:-1], prompt[-1:])

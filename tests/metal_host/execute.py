@@ -73,7 +73,7 @@ def _to_mlx(values: np.ndarray, dtype: mx.Dtype) -> mx.array:
 
 
 def _shape_buffers(array: mx.array, wanted: tuple[bool, bool, bool]) -> list[np.ndarray]:
-    """What MLX passes behind an input whose shape, strides or ndim the kernel text names."""
+    """The arguments that MLX adds for an input whose shape, strides or ndim the kernel names."""
     if not array.ndim:
         return []
     strides = np.cumprod((1, *array.shape[:0:-1]), dtype=np.int64)[::-1]

@@ -71,7 +71,7 @@ def _parameters_without_space(text: str) -> list[tuple[int, str]]:
 
 
 def lint(source: str) -> list[str]:
-    """What breaks the rules, with its line in the text; empty if nothing does."""
+    """The breaches of the rules, each with its line in the text."""
     text = re.sub(r"\[\[.*?\]\]", lambda found: blank(found.group()), blank_comments(source))
     found = _parameters_without_space(text)
     for local in _LOCAL.finditer(text):

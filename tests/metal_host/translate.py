@@ -122,7 +122,7 @@ def to_cpp(source: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def signature(source: str) -> Signature:
-    """What the text that MLX made says about its kernel function."""
+    """The description of the kernel function in the text that MLX made."""
     head = re.search(r"\[\[kernel\]\]\s*void\s+(\w+)\s*\(", source)
     end = source.find(") {\n", head.end()) if head else -1
     if not head or end < 0:

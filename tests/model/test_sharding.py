@@ -80,7 +80,7 @@ def parts_of(config, path, shape, size, mode):
 
 
 def times(config, path, size, mode):
-    """How many ranks have each element, where that is the same for all of a parameter."""
+    """The number of ranks that have each element, the same for all elements of a parameter."""
     own_experts = mode == "expert" and ".shared_expert" in path
     if own_experts or re.search(r"norm|\.mlp\.gate\.|shared_expert_gate|mtp\.fc", path):
         return size
@@ -111,7 +111,7 @@ def test_parts_together_are_the_whole(path_of, case, size, mode):
 
 
 def rows(name, config, keys, values):
-    """What the rows of a linear layer's parameter are, with these key and value heads."""
+    """The meaning of each row of a linear layer's parameter, with these key and value heads."""
     Dk, Dv = config.linear_key_head_dim, config.linear_value_head_dim
     r = config.linear_num_value_heads // config.linear_num_key_heads
 
@@ -356,7 +356,7 @@ def test_together_they_compute_what_one_does(tmp_path, path_of, size, cases):
 
 
 def check_memory(case, of_ranks, alone, called):
-    """What a rank holds: its share of what is divided, and what it has as all the others."""
+    """Checks a rank's memory: its share of the divided parameters, and those all ranks have."""
     size, mode = len(of_ranks), case["mode"]
     whole = load_model(case["model"], dtype=mx.float32, pack=False)
     for r, own in enumerate(of_ranks):
@@ -371,7 +371,7 @@ def check_memory(case, of_ranks, alone, called):
 
 
 def share(config, path, rank, size, mode, layers):
-    """How much of a parameter a rank has: of its elements, from 0 to 1."""
+    """The share of a parameter's elements that a rank has, from 0 to 1."""
     if mode == "pipeline":
         layer = re.match(r"model\.layers\.(\d+)", path)
         before = sum(layers[:rank])

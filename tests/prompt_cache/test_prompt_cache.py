@@ -24,7 +24,7 @@ def cache_of(*inserted, max_bytes=ENOUGH, **options):
 
 
 def random_text(of, known):
-    """Often a continuation or a variation of what is known, so that texts share and diverge."""
+    """A text that often continues or varies a known one, so that texts share and diverge."""
     start = list(of.choice(known))[: of.randrange(12)] if known and of.random() < 0.8 else []
     return tuple(start + of.choices(range(3), k=of.randrange(1, 7)))
 
@@ -182,7 +182,7 @@ def test_what_was_inserted_stays_the_callers(quantized):
 
 
 def test_keys_end_with_the_last_token():
-    """So that the next update makes new arrays, instead of copying those it would share."""
+    """Makes the next update create new arrays, instead of copying shared ones."""
     cache = PromptCache(max_bytes=ENOUGH)
     cache.insert(range(6), fake(range(6), True))
     for entry in cache.fetch(range(7))[0]:
@@ -214,7 +214,7 @@ def test_no_larger_array_is_kept_alive():
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_from_one_thread_to_another(quantized):
-    """What one has not evaluated, another cannot."""
+    """Arrays that one thread has not evaluated cannot be evaluated by another."""
     cache, results = PromptCache(max_bytes=ENOUGH), []
 
     def work():

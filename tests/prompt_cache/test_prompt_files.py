@@ -164,7 +164,7 @@ def test_what_is_dropped_does_not_come_back(opened, folder):
 
 @pytest.mark.parametrize("shift", range(6))
 def test_a_stop_anywhere_within_a_split(opened, tmp_path, shift):
-    """What was on disk is there at every moment, in whatever order the files' names come."""
+    """The files on disk stay readable at every moment, in any order of their names."""
     short, long, other = (tuple(t + shift for t in text) for text in (SHORT, LONG, OTHER))
     cache = keep(opened(), long, (*long, 6, 7))
     for text in (other, short):
@@ -295,7 +295,7 @@ def test_a_truncated_file_is_removed(opened, folder, caplog, size):
 
 
 def test_what_does_not_belong_there_is_removed(opened, folder, caplog, monkeypatch):
-    """Of another version, of another model, mlx-lm's, no tensors at all, without its beginning."""
+    """Files of another version or model, of mlx-lm, without tensors, and without a beginning."""
     keep(opened(), SHORT)
     own = files(folder)
     monkeypatch.setattr(prompt_files, "_VERSION", "0")

@@ -97,7 +97,7 @@ def test_joining_and_leaving_at_random(depths, temp, seed):
 
 
 def steps(n):
-    """How often an only sequence of prompt 3 may be stepped before it ends, for n tokens."""
+    """The number of steps of a lone sequence with prompt 3 before it ends, for n tokens."""
     return range(n + len(prompts()[3]) // 4 + 3)
 
 
@@ -125,7 +125,7 @@ def test_another_joins_at_every_moment(depth, temp):
 @pytest.mark.parametrize("temp", [0.0, 0.9])
 @pytest.mark.parametrize("depth", [0, 3])
 def test_another_leaves_at_every_moment(depth, temp):
-    """What the batch has chosen already is told, also if that is the last token."""
+    """A token that the batch has chosen already is reported, also if it is the last one."""
     for n in range(1, 9):
         sequences = Sequences(model(), FixedDepth(depth))
         first, second = insert(sequences, 2, n, temp), insert(sequences, 4, N, temp)
@@ -146,7 +146,7 @@ def test_another_leaves_at_every_moment(depth, temp):
 @pytest.mark.parametrize("temp", [0.0, 0.9])
 @pytest.mark.parametrize("between", [0, 1, 2, 3])
 def test_out_of_the_batch_and_back(between, temp):
-    """So soon, too, that the token the batch has chosen is still to be told."""
+    """Also so soon that the token chosen by the batch is still to be reported."""
     sequences = Sequences(model(), FixedDepth(3))
     first, second = insert(sequences, 3, 20, temp), insert(sequences, 1, 3, temp)
     while second in sequences.live():
