@@ -21,7 +21,6 @@ from mlx_lm.server import (
     GenerationContext,
     Response,
     _format_top_logprobs,
-    convert_chat,
 )
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -31,6 +30,7 @@ from ..decoding.validation import token_budget
 from ..errors import ContextLengthError, first_line
 from ..model.qwen3_next import Model
 from .batching import Generated
+from .prompt import tokenized_prompt
 
 
 class NullQueue(Queue[Any]):
@@ -105,14 +105,14 @@ def read_request(
         queue: receives the responses.
         state_machines: mlx-lm's, of the tokens that end an answer and of the parts of its text.
         template_options: variables of the chat template, and the options of
-            :func:`_template_arguments`.
+            :func:`mlx_qwen3next.server.prompt.tokenized_prompt`.
 
     Raises:
         ContextLengthError: the prompt is longer than the model's context.
         ValueError: the request cannot be answered. The chat template and the tokenizer may raise
             other exceptions.
     """
-    prompt, state = _prompt(completion, tokenizer, template_options)
+    prompt, state = tokenized_prompt(completion, tokenizer, template_options)
     if not prompt:
         raise ValueError("the prompt is empty")
     _check_length(prompt, model, completion)
@@ -158,104 +158,6 @@ def tokenized(tokens: list[int]) -> CompletionRequest:
     """Makes the request to continue a prompt that is tokenized already."""
     prompt: Any = tokens  # mlx_lm.server's handler passes token ids in this way, too
     return CompletionRequest("text", prompt, [], None, None)
-
-
-def _prompt(
-    completion: CompletionRequest, tokenizer: TokenizerWrapper, template_options: dict[str, Any]
-) -> tuple[list[int], str]:
-    """Tokenizes the prompt.
-
-    Returns:
-        The token ids, and the kind of text that the answer begins with: "normal" or "reasoning".
-    """
-    if isinstance(completion.prompt, list):
-        return completion.prompt, "normal"
-    if completion.request_type == "text":
-        return tokenizer.encode(completion.prompt), "normal"
-    arguments = _template_arguments(completion, tokenizer, template_options)
-    if not tokenizer.has_chat_template:
-        if arguments["continue_final_message"]:
-            raise ValueError("without a chat template this model can continue no message")
-        text = convert_chat(completion.messages, completion.role_mapping)
-        return tokenizer.encode(text), "normal"
-    prompt = tokenizer.apply_chat_template(completion.messages, tools=completion.tools, **arguments)
-    opens = _opens_reasoning(completion, tokenizer, arguments)
-    return prompt, "reasoning" if opens else "normal"
-
-
-def _opens_reasoning(
-    completion: CompletionRequest, tokenizer: TokenizerWrapper, arguments: dict[str, Any]
-) -> bool:
-    """Whether the answer begins within reasoning that the template has opened.
-
-    Only the template's own opening counts, which is what it adds for the generation: a message may
-    hold the tag as well.
-    """
-    if arguments["continue_final_message"]:
-        return arguments["continue_final_message"] == "reasoning_content"
-    if not arguments["add_generation_prompt"]:
-        return False
-    whole, before = (
-        tokenizer.apply_chat_template(
-            completion.messages,
-            tools=completion.tools,
-            tokenize=False,
-            **arguments | {"add_generation_prompt": adds},
-        )
-        for adds in (True, False)
-    )
-    opening = whole.removeprefix(before) if whole.startswith(before) else ""
-    return opening.rfind("<think>") > opening.rfind("</think>")
-
-
-def _template_arguments(
-    completion: CompletionRequest, tokenizer: TokenizerWrapper, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Makes the arguments of transformers' ``apply_chat_template``.
-
-    Three options are the server's: with ``continue_final_message``, or with
-    ``add_generation_prompt`` false, the answer goes on with the assistant's message that is last;
-    ``chat_template`` is the name of a template, for models that have several.
-
-    Raises:
-        ValueError: there is no such message, or no such template.
-    """
-    arguments = {"add_generation_prompt": True} | options
-    last = completion.messages[-1]
-    is_answer = last["role"] == "assistant" and not last.get("tool_calls")
-    goes_on = arguments.get("continue_final_message")
-    if goes_on is None:
-        goes_on = is_answer and not arguments["add_generation_prompt"]
-    if goes_on and not is_answer:
-        raise ValueError(
-            "continue_final_message needs a last message of the assistant, without tool calls"
-        )
-    if goes_on and options.get("add_generation_prompt"):
-        raise ValueError("continue_final_message and add_generation_prompt cannot both be true")
-    # An answer that has not got beyond its reasoning goes on with that.
-    thinks = goes_on and not last["content"] and "reasoning_content" in last
-    arguments["continue_final_message"] = "reasoning_content" if thinks else goes_on
-    arguments["add_generation_prompt"] = arguments["add_generation_prompt"] and not goes_on
-    name = _template_name(tokenizer, arguments.pop("chat_template", None), completion.tools)
-    return arguments if name is None else arguments | {"chat_template": name}
-
-
-def _template_name(tokenizer: TokenizerWrapper, name: str | None, tools: Any) -> str | None:
-    """Chooses a chat template; returns its name, or None if the model's only one has no name.
-
-    Raises:
-        ValueError: the model has no template of that name, or none for chats without a name.
-    """
-    templates = tokenizer.chat_template
-    names = list(templates) if isinstance(templates, dict) else ["default"]
-    if name is None:
-        name = "tool_use" if tools and "tool_use" in names else "default"
-    if name not in names:
-        raise ValueError(
-            f"this model has no chat template {name!r}; name one of its templates as "
-            f"chat_template_kwargs.chat_template: {', '.join(names)}"
-        )
-    return name if isinstance(templates, dict) else None
 
 
 def _check_length(prompt: list[int], model: Model, completion: CompletionRequest) -> None:

@@ -1,0 +1,146 @@
+"""From a checked request to its prompt's tokens, by the model's chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from mlx_lm.server import CompletionRequest, convert_chat
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_MARK = re.compile("(\ue000[0-9]+\ue001)")
+
+
+def tokenized_prompt(
+    completion: CompletionRequest, tokenizer: TokenizerWrapper, template_options: dict[str, Any]
+) -> tuple[list[int], str]:
+    """Tokenizes the prompt.
+
+    Returns:
+        The token ids, and the kind of text that the answer begins with: "normal" or "reasoning".
+    """
+    if isinstance(completion.prompt, list):
+        return completion.prompt, "normal"
+    if completion.request_type == "text":
+        return tokenizer.encode(completion.prompt), "normal"
+    arguments = _template_arguments(completion, tokenizer, template_options)
+    if not tokenizer.has_chat_template:
+        if arguments["continue_final_message"]:
+            raise ValueError("without a chat template this model can continue no message")
+        text = convert_chat(completion.messages, completion.role_mapping)
+        return tokenizer.encode(text), "normal"
+    plain = _PlainText(tokenizer)
+    messages, tools = plain.mark(completion.messages), plain.mark(completion.tools)
+
+    def render(**options: Any) -> str:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, **arguments | options
+        )
+
+    text = render()
+    opens = _opens_reasoning(text, render, arguments)
+    return plain.encode(text), "reasoning" if opens else "normal"
+
+
+def _opens_reasoning(text: str, render: Callable[..., str], arguments: dict[str, Any]) -> bool:
+    """Whether the answer begins within reasoning that the template has opened.
+
+    Only the template's own opening counts, which is what it adds for the generation: a message may
+    hold the tag as well.
+    """
+    if arguments["continue_final_message"]:
+        return arguments["continue_final_message"] == "reasoning_content"
+    if not arguments["add_generation_prompt"]:
+        return False
+    before = render(add_generation_prompt=False)
+    opening = text.removeprefix(before) if text.startswith(before) else ""
+    return opening.rfind("<think>") > opening.rfind("</think>")
+
+
+class _PlainText:
+    """Keeps control tokens, such as ``<|im_end|>``, that stand in messages and tools plain text.
+
+    The template's own are control tokens. Those of a message would end it, or begin another one in
+    somebody else's name, so a mark stands for each while the template runs, and the tokenizer then
+    encodes the mark's place as the characters that it stands for.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        self._control = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        self._marks = [f"\ue000{i}\ue001" for i in range(len(self._control))]
+
+    def mark(self, value: Any) -> Any:
+        """Returns messages or tools with marks in the places of control tokens."""
+        if isinstance(value, str):
+            for token, mark in zip(self._control, self._marks, strict=True):
+                value = value.replace(token, mark)
+            return value
+        if isinstance(value, list):
+            return [self.mark(item) for item in value]
+        if isinstance(value, dict):
+            return {self.mark(key): self.mark(item) for key, item in value.items()}
+        return value
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes a rendered text."""
+        tokens: list[int] = []
+        for piece in _MARK.split(text):
+            if mark := _MARK.fullmatch(piece):
+                for character in self._control[int(mark[0][1:-1])]:
+                    tokens += self._tokenizer.encode(character, add_special_tokens=False)
+            elif piece:
+                tokens += self._tokenizer.encode(piece, add_special_tokens=False)
+        return tokens
+
+
+def _template_arguments(
+    completion: CompletionRequest, tokenizer: TokenizerWrapper, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Makes the arguments of transformers' ``apply_chat_template``.
+
+    Three options are the server's: with ``continue_final_message``, or with
+    ``add_generation_prompt`` false, the answer goes on with the assistant's message that is last;
+    ``chat_template`` is the name of a template, for models that have several.
+
+    Raises:
+        ValueError: there is no such message, or no such template.
+    """
+    arguments = {"add_generation_prompt": True} | options
+    last = completion.messages[-1]
+    is_answer = last["role"] == "assistant" and not last.get("tool_calls")
+    goes_on = arguments.get("continue_final_message")
+    if goes_on is None:
+        goes_on = is_answer and not arguments["add_generation_prompt"]
+    if goes_on and not is_answer:
+        raise ValueError(
+            "continue_final_message needs a last message of the assistant, without tool calls"
+        )
+    if goes_on and options.get("add_generation_prompt"):
+        raise ValueError("continue_final_message and add_generation_prompt cannot both be true")
+    # An answer that has not got beyond its reasoning goes on with that.
+    thinks = goes_on and not last["content"] and "reasoning_content" in last
+    arguments["continue_final_message"] = "reasoning_content" if thinks else goes_on
+    arguments["add_generation_prompt"] = arguments["add_generation_prompt"] and not goes_on
+    name = _template_name(tokenizer, arguments.pop("chat_template", None), completion.tools)
+    return arguments if name is None else arguments | {"chat_template": name}
+
+
+def _template_name(tokenizer: TokenizerWrapper, name: str | None, tools: Any) -> str | None:
+    """Chooses a chat template; returns its name, or None if the model's only one has no name.
+
+    Raises:
+        ValueError: the model has no template of that name, or none for chats without a name.
+    """
+    templates = tokenizer.chat_template
+    names = list(templates) if isinstance(templates, dict) else ["default"]
+    if name is None:
+        name = "tool_use" if tools and "tool_use" in names else "default"
+    if name not in names:
+        raise ValueError(
+            f"this model has no chat template {name!r}; name one of its templates as "
+            f"chat_template_kwargs.chat_template: {', '.join(names)}"
+        )
+    return name if isinstance(templates, dict) else None
