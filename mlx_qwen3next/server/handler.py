@@ -1,8 +1,8 @@
 """The handler of HTTP requests: OpenAI's completions and chat completions.
 
-:class:`Handler` checks a request and has its base class, mlx-lm's handler, read the fields. It
-reads reasoning and calls from the text as it is generated (:mod:`mlx_qwen3next.server.answers`),
-sends them in OpenAI's form, and stops the generation once the client has gone.
+:class:`Handler` checks a request, reads reasoning and calls from the text as it is generated
+(:mod:`mlx_qwen3next.server.answers`), sends them in OpenAI's form, and stops the generation once
+the client has gone.
 """
 
 from __future__ import annotations
@@ -12,32 +12,31 @@ import io
 import json
 import logging
 import socket
-import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from email.message import Message
 from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote
 
 from jinja2 import TemplateError
 from mlx_lm.server import (
-    APIHandler,
     CompletionRequest,
     GenerationArguments,
     GenerationContext,
-    LogitsProcessorArguments,
-    ModelDescription,
     Response,
-    SamplingArguments,
+    get_system_fingerprint,
 )
 
 from ..errors import ContextLengthError, first_line
 from . import logprobs
 from .answers import Reader, call_format
+from .arguments import completion_request, generation_arguments
 from .body import read_body
 from .events import Event, Text
 from .http_server import RETRY, Incoming
@@ -82,7 +81,7 @@ class ClientGone(ConnectionError):
     """The client has closed the connection before the end of the answer."""
 
 
-class Handler(APIHandler):
+class Handler(BaseHTTPRequestHandler):
     """Answers the request of one connection.
 
     Args:
@@ -90,7 +89,7 @@ class Handler(APIHandler):
             for a fault of the client; ``health`` is "ok", "loading", "draining" or "unavailable".
         settings: the settings of the HTTP side.
         connection: the arguments of ``socketserver``: request, client_address, server.
-        system_fingerprint: computed by mlx-lm's handler for every request if missing.
+        system_fingerprint: computed for every request if missing.
     """
 
     timeout = 60  # seconds to receive a request, and for each write of the answer
@@ -105,6 +104,9 @@ class Handler(APIHandler):
         system_fingerprint: str | None = None,
     ):
         self.generator, self.settings = generator, settings
+        self.created = int(time.time())
+        self._fingerprint = system_fingerprint or get_system_fingerprint()
+        self._streams = False  # whether the answer is to be an event stream
         self._is_streaming = False  # whether the headers of an event stream are sent
         self._is_unread = True  # whether the body, if there is one, is still to be read
         self._sampled: list[Response] = []  # tokens whose log-probabilities are still to be sent
@@ -113,7 +115,7 @@ class Handler(APIHandler):
         self._generated = 0  # tokens
         self._text_offset = 0  # characters
         self._sent = 0.0  # when the last chunk was sent
-        super().__init__(generator, *connection, system_fingerprint=system_fingerprint)
+        super().__init__(*connection)
 
     def setup(self) -> None:
         super().setup()
@@ -187,28 +189,25 @@ class Handler(APIHandler):
         return {"id": name, "object": "model", "created": self.created, "owned_by": "local"}
 
     def _complete(self, path: str) -> None:
-        """Checks the body, and passes the checked one to mlx-lm's handler."""
+        """Checks the body and answers it."""
         names, adapter = self.settings.names, self.settings.adapter
         raw = read_body(self.headers, self.rfile, self.settings.max_body_bytes)
         self._is_unread = False
+        is_chat = "chat" in path
         with _large_bodies if len(raw) > _LARGE else nullcontext():
-            checked = normalise(parse(raw), chat="chat" in path, names=names, adapter=adapter)
-            raw = json.dumps(checked).encode()
-        del checked
-        self.path = path
-        self.rfile = io.BytesIO(raw)
-        del self.headers["Content-Length"]
-        self.headers["Content-Length"] = str(len(raw))
-        super().do_POST()
-
-    def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
-        """Answers a checked request; mlx-lm's handler has set its fields as attributes."""
-        is_chat = self.object_type.startswith("chat")
-        arguments = self._arguments(stop_words)
-        self.requested_model = self.settings.names[0]  # from here on used in the answer only
+            fields = normalise(parse(raw), chat=is_chat, names=names, adapter=adapter)
+        del raw
+        request = completion_request(fields, is_chat=is_chat)
+        try:
+            arguments = generation_arguments(
+                fields, self.generator.cli_args, fields.get("adapters")
+            )
+        except ValueError as error:  # the flags' values: those of the request are checked
+            raise _server_error(error) from error
+        self._streams = fields.get("stream", False)
+        with_usage = fields.get("stream_options", {}).get("include_usage", False)
         try:
             context, responses = self._generate(request, arguments)
-            form = Completion(self._common(), is_chat=is_chat, is_streamed=self.stream)
             reader = None
             if is_chat:
                 reader = Reader(
@@ -216,10 +215,10 @@ class Handler(APIHandler):
                     tools=request.tools,
                     reasoning_open=context.initial_state == "reasoning",
                 )
-            if self.stream:
-                self._set_stream_headers(200)
-                self.end_headers()
-            self._send_answer(form, reader, context, responses)
+            if self._streams:
+                self._begin_stream()
+            form = Completion(self._common(is_chat), is_chat=is_chat, is_streamed=self._streams)
+            self._send_answer(form, reader, context, responses, with_usage)
         finally:
             if self._context is not None:
                 self._context.stop()
@@ -230,6 +229,7 @@ class Handler(APIHandler):
         reader: Reader | None,
         context: GenerationContext,
         responses: Iterator[Response],
+        with_usage: bool,
     ) -> None:
         """Sends the answer in chunks as it comes, or as a whole."""
         events: list[Event] = []
@@ -237,19 +237,19 @@ class Handler(APIHandler):
         for response in self._checked(responses):
             events += [Text(response.text)] if reader is None else reader.add(response.text)
             reason = response.finish_reason or reason
-            if self.stream and any(event != Text("") for event in events):
+            if self._streams and any(event != Text("") for event in events):
                 self._send_chunk(self._with_logprobs(form.choice(events)))
                 events = []
-            elif self.stream:
+            elif self._streams:
                 self._keep_alive()
         events += [] if reader is None else reader.end()
         last = self._with_logprobs(form.choice(events, reason))
         counts = len(context.prompt), context.prompt_cache_count, self._generated
-        if not self.stream:
+        if not self._streams:
             self._send(200, last | form.usage(*counts))
             return
         self._send_chunk(last)
-        if self.stream_options is not None and self.stream_options["include_usage"]:
+        if with_usage:
             self._send_chunk(form.last_chunk(form.usage(*counts)))
         self.wfile.write(b"data: [DONE]\n\n")
 
@@ -263,36 +263,16 @@ class Handler(APIHandler):
             self.wfile.write(f": {comment}\n\n".encode())
             self._sent = time.monotonic()
 
-    def _common(self) -> dict[str, Any]:
+    def _common(self, is_chat: bool) -> dict[str, Any]:
+        """The fields that all objects of an answer have."""
+        kind = "chat.completion" if is_chat else "text_completion"
         return {
-            "id": self.request_id,
-            "system_fingerprint": self.system_fingerprint,
-            "object": self.object_type,
-            "model": self.requested_model,
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4()}",
+            "system_fingerprint": self._fingerprint,
+            "object": f"{kind}.chunk" if is_chat and self._streams else kind,
+            "model": self.settings.names[0],
             "created": self.created,
         }
-
-    def _arguments(self, stop_words: list[str]) -> GenerationArguments:
-        """The options of the generation, from the attributes that mlx-lm's handler has set."""
-        model, draft = self.requested_model, self.requested_draft_model
-        adapter: Any = self.adapter
-        max_tokens: Any = self.max_tokens
-
-        def options(kind: Any) -> Any:
-            return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
-
-        return GenerationArguments(
-            model=ModelDescription(model=model, draft=draft, adapter=adapter),
-            sampling=options(SamplingArguments),
-            logits=options(LogitsProcessorArguments),
-            stop_words=stop_words,
-            max_tokens=max_tokens,
-            num_draft_tokens=self.num_draft_tokens,
-            logprobs=self.logprobs,
-            top_logprobs=self.top_logprobs,
-            seed=self.seed,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
 
     def _generate(
         self, request: CompletionRequest, arguments: GenerationArguments
@@ -301,7 +281,7 @@ class Handler(APIHandler):
 
         def progress(processed: int, total: int) -> None:
             self._check_client()
-            if not self.stream:
+            if not self._streams:
                 return
             try:
                 self.wfile.write(f": keepalive {processed}/{total}\n\n".encode())
@@ -343,7 +323,7 @@ class Handler(APIHandler):
             sampled, self._sampled = self._sampled, []
             content["choices"][0]["logprobs"] = (
                 logprobs.chat_form(self._tokenizer, sampled)
-                if self.object_type.startswith("chat")
+                if content["object"].startswith("chat")
                 else logprobs.text_form(self._tokenizer, sampled, self._text_offset)
             )
             self._text_offset += sum(len(token.text) for token in sampled)
@@ -375,14 +355,12 @@ class Handler(APIHandler):
         finally:
             self.connection.settimeout(self.timeout)
 
-    def _set_completion_headers(self, status_code: int = 200) -> None:
-        # mlx-lm's handler is about to answer an exception that it has caught, in a form of its own.
-        if status_code != 200 and (error := sys.exception()) is not None:
-            raise error
-        super()._set_completion_headers(status_code)
-
-    def _set_stream_headers(self, status_code: int = 200) -> None:
-        super()._set_stream_headers(status_code)
+    def _begin_stream(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-cache")
+        self._set_cors_headers()
+        self.end_headers()
         self._is_streaming = True
 
     def _set_cors_headers(self) -> None:
@@ -414,7 +392,6 @@ class Handler(APIHandler):
     def _send(
         self, status: int, content: dict[str, Any] | None = None, *headers: tuple[str, str]
     ) -> None:
-        self._headers_buffer: list[bytes] = []  # drops those of mlx-lm's handler
         self.send_response(status)
         self._set_cors_headers()
         for name, value in headers:

@@ -49,8 +49,6 @@ _CALLS: dict[str, dict[str, tuple[str, ...] | None]] = {
     },
     "server": {
         "main": (),
-        "APIHandler": ("response_generator", "system_fingerprint"),
-        "APIHandler.handle_completion": ("request", "stop_words"),
         "CompletionRequest": ("request_type", "prompt", "messages", "tools", "role_mapping"),
         "GenerationContext": (
             *("has_tool_calling", "has_thinking", "tool_parser", "text_sm", "initial_state"),
