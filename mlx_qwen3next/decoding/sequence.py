@@ -79,6 +79,7 @@ class TokenSequence:
 
     Attributes:
         tokens: those in the cache, as far as they are known.
+        step_size: prompt tokens read at a time, which may change between two chunks.
         last: the sequence's last token, which is in the cache after :meth:`finish` alone.
         trunk: the cache's entries of the layers.
     """
@@ -98,7 +99,7 @@ class TokenSequence:
     ):
         self._model, self._cache, self.trunk = model, cache, cache[: len(model.layers)]
         self._depth, self._drafter, self._keep_drafter = depth, drafter, keep_drafter
-        self._step_size, self._quantization = step_size, quantization
+        self.step_size, self._quantization = step_size, quantization
         self.tokens = list(held)
         *unread, (self.last,) = segments
         self._unread = deque(list(segment) for segment in unread if len(segment))
@@ -122,7 +123,7 @@ class TokenSequence:
         Returns:
             Whether a segment ends with it.
         """
-        chunk = self._unread[0][: self._step_size]
+        chunk = self._unread[0][: self.step_size]
         tokens = mx.array(chunk, mx.uint32)
         prefill(self._model, self.trunk, tokens, self._drafter, self._quantize)
         self.tokens += chunk

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_lm.generate import (
     BatchGenerator,
     GenerationBatch,
+    PromptProcessingBatch,
 )
 
 from ..decoding.draft_depth import Depth
@@ -25,6 +26,7 @@ from ..model.cache import Cache
 from ..model.qwen3_next import Model
 from .batched_drafters import DrafterRow, Drafters, InformingModel, without_drafters
 from .lone_sequence import Entry, Generated, LoneSequence, Responses
+from .pace import PromptPace
 
 
 class SpeculativeBatchGenerator(BatchGenerator):
@@ -36,6 +38,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         depth: chooses how many tokens are drafted.
         quantization: of keys and values; with it there can be only one sequence at a time, since
             mlx-lm's quantized caches have no batched form.
+        pace: sizes the chunks of prompts; by default they have the full ``prefill_step_size``.
         options: those of mlx-lm's BatchGenerator.
     """
 
@@ -44,10 +47,13 @@ class SpeculativeBatchGenerator(BatchGenerator):
         model: Model,
         depth: Depth,
         quantization: KVQuantization = NOT_QUANTIZED,
+        pace: PromptPace | None = None,
         **options: Any,
     ):
         informing: Any = InformingModel(model)
         self._alone: LoneSequence | None = None
+        self._pace = pace or PromptPace()
+        self._chunk: int | None = None  # tokens of each prompt that this step reads, once chosen
         super().__init__(informing, **options)
         self._lm, self.depth, self._quantization = model, depth, quantization
 
@@ -95,10 +101,17 @@ class SpeculativeBatchGenerator(BatchGenerator):
 
     @property
     def prefill_step_size(self) -> int:
-        """Prompt tokens processed at a time, no more than the shortest prompt's segment has left:
-        mlx-lm pads the others to the longest, in time and memory."""
-        left = [len(segments[0]) for segments, *_ in self._currently_processing]
-        return min([self._step_size, *left])
+        """Tokens of each prompt that are processed at a time, the same for all of one step.
+
+        They are no more than the shortest prompt's segment has left: mlx-lm pads the others to the
+        longest, in time and memory.
+        """
+        if self._chunk is None:
+            left = [len(segments[0]) for segments, *_ in self._currently_processing]
+            streams = len(self._generation_batch) > 0
+            self._chunk = self._pace.size(self._step_size, max(len(left), 1), streams=streams)
+            self._chunk = min([self._chunk, *left])
+        return self._chunk
 
     @prefill_step_size.setter
     def prefill_step_size(self, tokens: int) -> None:
@@ -117,7 +130,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         elif self._unprocessed_sequences:
             reported = self._give_back()
         if self._alone is None:
-            prompted, generated = super()._next()
+            prompted, generated = self._next_of_batch()
             for response in generated:
                 if response.prompt_cache is not None:
                     response.prompt_cache = without_drafters(response.prompt_cache)
@@ -126,6 +139,20 @@ class SpeculativeBatchGenerator(BatchGenerator):
         if self._alone.finished:
             self._alone = None
         return responses
+
+    def _next_of_batch(self) -> Responses:
+        """mlx-lm's step: a token of each stream, and a chunk of the prompts."""
+        self._chunk = None
+        self._pace.start()
+        responses = super()._next()
+        if self._chunk is not None:
+            self._pace.stop(self._chunk * len(self._currently_processing))
+        return responses
+
+    def _make_batch(self, n: int) -> PromptProcessingBatch:
+        batch = super()._make_batch(n)
+        self._chunk = None  # it was chosen without the prompts that read along from now on
+        return batch
 
     def _with_drafters(self, cache: Cache | None) -> Cache:
         layers = len(self._lm.layers)
@@ -160,7 +187,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
                 uid, segments, limit, cache, tokens, sampler, processors, stop, stop.matcher()
             )
         return LoneSequence(
-            self._lm, entry, self.depth, self.prefill_step_size, self._quantization, chosen
+            self._lm, entry, self.depth, self._step_size, self._pace, self._quantization, chosen
         )
 
     def _give_back(self) -> list[Generated]:

@@ -30,6 +30,7 @@ from ..cli import (
     division,
     fingerprint_of,
     guarded,
+    positive_seconds,
     refuse,
     seconds,
 )
@@ -104,6 +105,15 @@ def parser() -> argparse.ArgumentParser:
     )
     add_speed_options(essential)
     add_group_options(result)
+    fairness = result.add_argument_group("many requests at once")
+    fairness.add_argument(
+        "--max-stall",
+        type=positive_seconds,
+        default=0.5,
+        metavar="SECONDS",
+        help="Time for which the reading of a long prompt may hold up the answers that are being "
+        "generated, before their next token (default: %(default)s).",
+    )
     cache = result.add_argument_group("prompt cache")
     cache.add_argument(
         "--prompt-cache-bytes",

@@ -16,6 +16,7 @@ failure, and its request ends with the error.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import time
@@ -47,6 +48,7 @@ from ..model.cache import Cache
 from ..prompt_cache.store import PromptCache
 from .batching import SpeculativeBatchGenerator
 from .lone_sequence import Generated, Prompted
+from .pace import PromptPace
 from .request import NullQueue, Request, read_request, tokenized
 
 ATTEMPTS = 3  # failed forwards that end a request
@@ -164,6 +166,9 @@ class Engine(ResponseGenerator):
             return
         self._stream = mx.default_stream(mx.default_device())
         self._budget = min(self._group.gather("budget", self._checkpoints.max_bytes))
+        # Where keys and values are quantized, the tokens depend on the chunks.
+        max_stall = self.cli_args.max_stall if self.cli_args.kv_bits is None else math.inf
+        self._pace = PromptPace(max_stall, self._group)
         self._make_batch(depth)
         self._loaded.set()
         while self._update_requests():
@@ -183,6 +188,7 @@ class Engine(ResponseGenerator):
             self._model,
             depth,
             KVQuantization(args.kv_bits, args.kv_group_size, args.quantized_kv_start),
+            self._pace,
             completion_batch_size=args.decode_concurrency,
             prefill_batch_size=args.prompt_concurrency,
             prefill_step_size=args.prefill_step_size,

@@ -18,6 +18,7 @@ from ..decoding.speculative import Token
 from ..model.cache import Cache
 from ..model.qwen3_next import Model
 from .batched_drafters import without_drafters
+from .pace import PromptPace
 
 Prompted = PromptProcessingBatch.Response
 Generated = GenerationBatch.Response
@@ -67,6 +68,8 @@ class LoneSequence(TokenSequence):
 
     Args:
         entry: its parts in the batch.
+        step_size: prompt tokens read at a time, at most.
+        pace: sizes the chunks of the prompt.
         chosen: the token ``[1]`` that the batch chose last, and its log-probabilities ``[vocab]``,
             if it has begun to decode there.
     """
@@ -77,6 +80,7 @@ class LoneSequence(TokenSequence):
         entry: Entry,
         depth: Depth,
         step_size: int,
+        pace: PromptPace,
         quantization: KVQuantization,
         chosen: tuple[mx.array, mx.array] | None = None,
     ):
@@ -95,6 +99,7 @@ class LoneSequence(TokenSequence):
             quantization=quantization,
         )
         self.entry, self._group = entry, model.group
+        self._full_size, self._pace = step_size, pace
         self._steps: Generator[Token] | None = None
         self.finished = False
 
@@ -114,7 +119,10 @@ class LoneSequence(TokenSequence):
             self._start()
             return [Prompted(entry.uid, (entry.total, entry.total), True, True)], []
         before = len(self.tokens)
+        self.step_size = self._pace.size(self._full_size)
+        self._pace.start()
         segment_ended = self.read()
+        self._pace.stop(len(self.tokens) - before)
         entry.processed += len(self.tokens) - before
         return [Prompted(entry.uid, (entry.processed, entry.total), segment_ended, False)], []
 

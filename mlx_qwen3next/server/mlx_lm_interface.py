@@ -31,6 +31,7 @@ _CALLS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "BatchGenerator.remove": ("uids", "return_prompt_caches"),
         "BatchGenerator.prompt_cache_nbytes": None,
         "BatchGenerator._next": (),
+        "BatchGenerator._make_batch": ("n",),
         "PromptProcessingBatch.filter": ("keep",),
         "PromptProcessingBatch.extract_cache": ("idx",),
         "PromptProcessingBatch.Response": ("uid", "progress", "end_of_segment", "end_of_prompt"),

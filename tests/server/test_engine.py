@@ -21,9 +21,11 @@ from helpers_serving import (
 )
 
 from mlx_qwen3next import load
+from mlx_qwen3next.model.qwen3_next import Trunk
 from mlx_qwen3next.prompt_cache import store
 from mlx_qwen3next.prompt_cache.store import PromptCache
 from mlx_qwen3next.server import engine as serving
+from mlx_qwen3next.server.pace import LEAST
 
 OPENING = 3  # tokens a chat's prompt ends with, "<|im_start|>assistant\n"
 
@@ -291,3 +293,39 @@ def test_waiting_requests_get_progress(monkeypatch):
         first.leave()
         waiting.read()
     assert waiting.progress[0] == (0, len(encode(TEXTS[1])))
+
+
+# --- the chunks of prompts ----------------------------------------------------------------------
+@pytest.fixture
+def chunks(monkeypatch):
+    """The tokens of each forward of several tokens a sequence, as (sequences, tokens of each)."""
+    seen, call = [], Trunk.__call__
+
+    def watched(trunk, tokens, *args):
+        if tokens.shape[1] > 1:
+            seen.append(tuple(tokens.shape))
+        return call(trunk, tokens, *args)
+
+    monkeypatch.setattr(Trunk, "__call__", watched)
+    return seen
+
+
+@pytest.mark.parametrize("mtp", ["off", 3])
+def test_a_long_prompt_is_read_in_small_chunks_beside_a_stream(chunks, mtp):
+    prompts = [encode(text * 30) for text in TEXTS[:2]]
+    want = [tokens_of(expected(prompt, 12)) for prompt in prompts]
+    with running("--max-stall", 1e-9, mtp=mtp) as engine:
+        live = Asked(engine, TEXTS[0], max_tokens=8000, logit_bias=ENDLESS).read(2)
+        chunks.clear()
+        asked = [Asked(engine, prompt, max_tokens=12) for prompt in prompts]
+        assert [answer.read().tokens for answer in asked] == want
+        assert max(n for _, n in chunks) == LEAST
+        live.read(20).leave()
+    assert live.text.startswith(expected_text(TEXTS[0], 12))
+
+
+def test_with_quantized_keys_and_values_chunks_have_full_size(chunks):
+    """The tokens depend on the chunks then."""
+    with running("--kv-bits", 8, "--max-stall", 1e-9, "--prefill-step-size", 100) as engine:
+        ask(engine, [7] * 231, max_tokens=1)
+    assert [n for _, n in chunks] == [100, 100, 30]
