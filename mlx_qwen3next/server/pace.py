@@ -1,7 +1,7 @@
 """The sizes of the chunks in which prompts are read, chosen by measured time.
 
-Nobody else is served while a chunk is read: the live streams stand still, and neither new requests
-nor lost clients are noticed.
+While a chunk is read the live streams stand still, and the server notices neither new requests nor
+lost clients.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from ..group.processes import ALONE, Group
+from ..group import ALONE, Group
 
 PATIENCE = 2.0  # seconds a chunk may take where no stream waits for it
 FIRST = 64  # tokens of the first chunk, before anything is measured
