@@ -155,13 +155,13 @@ print((peak() - before) * unit)
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, layout):
-    """Nearly a gigabyte; the experts of one layer alone are 400 MB in one tensor."""
-    experts = {"num_experts": 256, "moe_intermediate_size": 512, "hidden_size": 1024}
+    """Twice as much; the experts of one layer alone are 335 MB in one tensor."""
+    experts = {"num_experts": 160, "moe_intermediate_size": 512, "hidden_size": 1024}
     layers = {"num_hidden_layers": 1, "full_attention_interval": 4, "vocab_size": 20_000}
     source = checkpoints.write_zeros(
         tmp_path / layout, checkpoints.INSTRUCT | experts | layers, layout
     )
-    assert (source / "model.safetensors").stat().st_size > 0.85e9
+    assert (source / "model.safetensors").stat().st_size > 0.6e9
     result = subprocess.run(
         [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "out")],
         capture_output=True, text=True, check=True,

@@ -22,7 +22,7 @@ from mlx_qwen3next.model.mtp_head import MTPHead
 from mlx_qwen3next.model.qwen3_next import Trunk
 from mlx_qwen3next.server.pace import LEAST, PromptPace
 
-N = 10  # tokens a sequence tells, unless it says something else
+N = 7  # tokens a sequence tells, unless it says something else
 
 
 def model():
@@ -370,7 +370,7 @@ def test_the_bytes_of_what_is_live():
     sequences = Sequences(model(), FixedDepth(3))
     generator = sequences.generator
     assert generator.prompt_cache_nbytes == 0
-    uid = insert(sequences, 3)
+    uid = insert(sequences, 3, 10)
     while not sequences.told[uid]:
         sequences.step()
     least = sum(c.nbytes for c in model().make_cache())
