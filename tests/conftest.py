@@ -4,6 +4,7 @@ import platform
 import shutil
 
 import checkpoints
+import jit
 import mlx.core as mx
 import pytest
 from helpers_convert import refusal  # noqa: F401
@@ -23,6 +24,24 @@ if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
     if not mx.metal.is_available():
         families = ("attention", "delta", "experts", "model")
         collect_ignore += [f"metal_kernels/test_kernels_{family}.py" for family in families]
+
+
+# The slowest come first, so that none of them is left for a single worker at the end.
+SLOWEST = (
+    "test_sharding.py",
+    "test_server_ranks.py",
+    "test_bench_process.py",
+    "test_distribution.py",
+)
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # before there are workers
+        jit.precompile()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
 
 
 @pytest.fixture(autouse=True)
