@@ -114,6 +114,14 @@ def parser() -> argparse.ArgumentParser:
         help="Time for which the reading of a long prompt may hold up the answers that are being "
         "generated, before their next token (default: %(default)s).",
     )
+    fairness.add_argument(
+        "--max-queue",
+        type=count,
+        default=64,
+        metavar="N",
+        help="Requests that may wait while --decode-concurrency others are answered; more are "
+        "refused with status 429 (default: %(default)s).",
+    )
     cache = result.add_argument_group("prompt cache")
     cache.add_argument(
         "--prompt-cache-bytes",

@@ -42,7 +42,7 @@ from ..decoding.draft_depth import Depth
 from ..decoding.sampling import SeededSampler, draw_key
 from ..decoding.sequence import KVQuantization
 from ..decoding.speculation import MTP, Speculation
-from ..errors import first_line
+from ..errors import QueueFullError, first_line
 from ..model import capacity
 from ..model.cache import Cache
 from ..prompt_cache.store import PromptCache
@@ -81,7 +81,8 @@ class Engine(ResponseGenerator):
         self._loaded = threading.Event()
         # For waiting: Thread.join() takes a thread for ended once Ctrl-C has interrupted it.
         self.ended = threading.Event()
-        self._tokenizer_lock = threading.Lock()  # tokenizers are not safe for several threads
+        # One request enters at a time: tokenizers are not safe for several threads.
+        self._entering = threading.Lock()
         self._deadline, self._save = 0.0, True  # end of draining; whether to save the cache then
         unused: Any = None  # mlx-lm's own prompt cache
         super().__init__(provider, unused)
@@ -110,21 +111,30 @@ class Engine(ResponseGenerator):
 
         Raises:
             ValueError: the request cannot be answered.
+            QueueFullError: too many requests wait already.
             RuntimeError: the server is shutting down.
         """
         while not self._loaded.wait(1) and self.generation_available():
             pass
         if self._stop or not self.generation_available():
             raise RuntimeError("the server is shutting down")
-        try:
-            with self._tokenizer_lock:
+        with self._entering:
+            self._check_queue()
+            try:
                 request = self._read(completion, arguments, Queue())
-        except ValueError:
-            raise
-        except Exception as error:  # templates and tokenizers raise all kinds of exceptions
-            raise ValueError(first_line(error)) from error
-        self.requests.put(request)
+            except ValueError:
+                raise
+            except Exception as error:  # templates and tokenizers raise all kinds of exceptions
+                raise ValueError(first_line(error)) from error
+            self.requests.put(request)
         return request.context, self._responses(request, progress_callback or (lambda *_: None))
+
+    def _check_queue(self) -> None:
+        """Checks that one more request may wait, if there is no free place for it in the batch."""
+        limit = self.cli_args.max_queue
+        known = len(self._running) + len(self._waiting) + self.requests.qsize()
+        if known >= self._max_running + limit:
+            raise QueueFullError(f"{limit} requests are waiting already; try again later")
 
     def _responses(
         self, request: Request, progress: Callable[[int, int], None]

@@ -33,7 +33,7 @@ from mlx_lm.server import (
     get_system_fingerprint,
 )
 
-from ..errors import ContextLengthError, first_line
+from ..errors import ContextLengthError, QueueFullError, first_line
 from . import logprobs
 from .answers import Reader, call_format
 from .arguments import completion_request, generation_arguments
@@ -296,6 +296,9 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(first_line(error), code="context_length_exceeded") from error
         except (ValueError, TemplateError) as error:
             raise RequestError(first_line(error)) from error
+        except QueueFullError as error:
+            code = "rate_limit_exceeded"
+            raise RequestError(first_line(error), status=429, code=code, headers=RETRY) from error
         except Exception as error:
             raise self._failure(error) from error
         self._context = context

@@ -18,7 +18,7 @@ from ..errors import first_line
 from .schema import RequestError
 
 MAX_CONNECTIONS = 512  # at a time
-RETRY = {"Retry-After": "5"}  # seconds; the header of an answer with status 503
+RETRY = {"Retry-After": "5"}  # seconds; the header of an answer with status 429 or 503
 
 
 class Server(ThreadingHTTPServer):

@@ -20,7 +20,6 @@ from mlx_qwen3next.decoding.speculation import Speculation
 from mlx_qwen3next.model.cache import tokens_held
 from mlx_qwen3next.model.mtp_head import MTPHead
 from mlx_qwen3next.model.qwen3_next import Trunk
-from mlx_qwen3next.server.pace import LEAST, PromptPace
 
 N = 7  # tokens a sequence tells, unless it says something else
 
@@ -457,99 +456,3 @@ def test_prompts_of_other_lengths_are_not_padded(monkeypatch):
     while len(sequences.ends) < len(prompts()):
         sequences.step()
     assert sum(sizes) <= sum(map(len, prompts())) + 2 * len(prompts())
-
-
-# --- the chunks of prompts ----------------------------------------------------------------------
-class Clocked:
-    """A clock that only forwards advance: by a fixed time, and a time a token."""
-
-    def __init__(self, monkeypatch, fixed=0.01, token=0.01):
-        self.now, self.fixed, self.token = 0.0, fixed, token
-        self.chunks = []  # (prompts, tokens of each, seconds)
-        call = Trunk.__call__
-
-        def timed(trunk, tokens, *args):
-            seconds = self.fixed + self.token * tokens.size
-            self.now += seconds
-            if tokens.shape[1] > 1:
-                self.chunks.append((*tokens.shape, seconds))
-            return call(trunk, tokens, *args)
-
-        monkeypatch.setattr(Trunk, "__call__", timed)
-
-    def pace(self, max_stall):
-        return PromptPace(max_stall, clock=lambda: self.now)
-
-
-@functools.cache
-def long_prompt(n=700, seed=7):
-    rng = random.Random(seed)
-    return [rng.randrange(96) for _ in range(n)]
-
-
-def test_chunks_are_sized_by_the_time_they_take(monkeypatch):
-    """Alone they have full size, or take 2 seconds; beside a stream they take half a second."""
-    clock = Clocked(monkeypatch)
-    sequences = Sequences(model(), FixedDepth(0), step_size=160, pace=clock.pace(0.5))
-    first = sequences.insert(long_prompt(), 100)
-    while not sequences.told[first]:
-        sequences.step()
-    assert [n for _, n, _ in clock.chunks] == [64, 160, 160, 160, 155]
-    clock.chunks.clear()
-    second = sequences.insert(long_prompt(seed=8), 3)
-    while not sequences.told[second]:
-        before = len(sequences.told[first])
-        prompted, _ = sequences.step()
-        assert not prompted or len(sequences.told[first]) > before  # a token between two chunks
-    assert all(0.3 <= seconds <= 0.5 for *_, seconds in clock.chunks[:-1])
-    clock.token = 0.02  # slower from now on
-    clock.chunks.clear()
-    sequences.remove(first)
-    sequences.insert(long_prompt(seed=9), 3)
-    sequences.run()
-    assert all(1.5 <= seconds <= 2 for *_, seconds in clock.chunks[3:-1])
-    slow = Clocked(monkeypatch, token=10.0)
-    sequences = Sequences(model(), FixedDepth(0), pace=slow.pace(0.5), step_size=160)
-    sequences.insert(long_prompt(), 1)
-    sequences.run()
-    assert [n for _, n, _ in slow.chunks[:3]] == [64, LEAST, LEAST]
-
-
-def test_prompts_read_together_share_the_time(monkeypatch):
-    clock = Clocked(monkeypatch)
-    sequences = Sequences(model(), FixedDepth(0), step_size=512, pace=clock.pace(0.8))
-    first = sequences.insert(prompts()[1], 200)
-    while not sequences.told[first]:
-        sequences.step()
-    clock.chunks.clear()
-    for seed in (8, 9):
-        sequences.insert(long_prompt(seed=seed), 3)
-    sequences.run()
-    assert {rows for rows, *_ in clock.chunks} == {2}
-    assert all(0.4 <= seconds <= 0.8 for *_, seconds in clock.chunks[1:-1])
-
-
-def test_a_pace_without_a_limit_measures_nothing():
-    pace = PromptPace(clock=lambda: 1 / 0)
-    assert [pace.size(n) for n in (1, 100, 2048)] == [1, 100, 2048]
-
-
-@pytest.mark.parametrize("depth", [0, 3])
-@pytest.mark.parametrize("seed", range(3))
-def test_chunks_of_any_size_give_the_same_tokens(depth, seed):
-    rng = random.Random(seed)
-
-    class Random(PromptPace):
-        def size(self, *_, **__):
-            return rng.randint(1, 6)
-
-    sequences = Sequences(model(), FixedDepth(depth), pace=Random())
-    uids = {}
-    for i in rng.sample(range(5), 5):
-        uids[insert(sequences, i, cuts=[len(prompts()[i]) // 2] * (i > 0))] = i
-        for _ in range(rng.randrange(6)):
-            sequences.step()
-    sequences.run()
-    assert sequences.told == {uid: alone(i) for uid, i in uids.items()}
-    for uid in uids:
-        assert_end(sequences, uid, head=depth > 0)

@@ -1,11 +1,12 @@
 """The server's thread gives the answers of the command, and keeps checkpoints of all texts."""
 
 import random
+import threading
 
 import mlx.core as mx
 import pytest
 from helpers_generate import bundled, endless, tokens_of
-from helpers_server import until
+from helpers_server import TEXT, connected, exchange, post, strict_json, until
 from helpers_serving import (
     ENDLESS,
     TEXTS,
@@ -17,10 +18,12 @@ from helpers_serving import (
     expected,
     expected_text,
     running,
+    served,
     user,
 )
 
 from mlx_qwen3next import load
+from mlx_qwen3next.errors import QueueFullError
 from mlx_qwen3next.model.qwen3_next import Trunk
 from mlx_qwen3next.prompt_cache import store
 from mlx_qwen3next.prompt_cache.store import PromptCache
@@ -257,6 +260,27 @@ def test_requests_wait_for_a_slot():
         assert most <= 2
 
 
+def test_a_request_beyond_the_queue_is_refused():
+    """A refusal is no failure: those that wait are answered, and then there is room again."""
+    flags = ("--decode-concurrency", 1, "--prompt-concurrency", 1, "--max-queue", 2)
+    with running(*flags) as engine, served(engine) as server:
+        first = Asked(engine, TEXTS[0], max_tokens=8000, logit_bias=ENDLESS).read(1)
+        waiting = [Asked(engine, text) for text in TEXTS[1:3]]
+        until(lambda: waits(engine) == 2)
+        with pytest.raises(QueueFullError, match="2 requests are waiting"):
+            Asked(engine, TEXTS[3])
+        for stream in (False, True):
+            body = {"prompt": TEXTS[3], "stream": stream}
+            status, headers, raw = exchange(server, "POST", TEXT, body)
+            assert (status, headers["Retry-After"]) == (429, "5")
+            error = strict_json(raw)["error"]
+            assert error["code"] == "rate_limit_exceeded" and "waiting" in error["message"]
+        first.leave()
+        for text, answer in zip(TEXTS[1:3], waiting, strict=True):
+            assert answer.read().text == expected_text(text)
+        assert ask(engine, TEXTS[3]).text == expected_text(TEXTS[3])
+
+
 @pytest.mark.parametrize("mtp", ["off", 3])
 def test_a_client_that_has_gone_frees_its_slot(mtp):
     """It may leave in the queue, in the prompt or in decoding; other requests are not disturbed."""
@@ -308,6 +332,36 @@ def chunks(monkeypatch):
 
     monkeypatch.setattr(Trunk, "__call__", watched)
     return seen
+
+
+@pytest.mark.parametrize("company", [False, True])
+def test_a_client_that_closes_is_noticed_at_the_next_chunk(monkeypatch, company):
+    """Its place is free after the chunk that was being read when the handler noticed."""
+    permits, read, call = threading.Semaphore(0), [], Trunk.__call__
+
+    def gated(trunk, tokens, *args):
+        if tokens.shape[1] > 1:
+            assert permits.acquire(timeout=60)
+            read.append(tokens.shape[1])
+        return call(trunk, tokens, *args)
+
+    with running("--prefill-step-size", 16) as engine, served(engine) as server:
+        live = []
+        if company:
+            live.append(Asked(engine, TEXTS[0], max_tokens=8000, logit_bias=ENDLESS).read(2))
+        monkeypatch.setattr(Trunk, "__call__", gated)
+        with connected(server, post(TEXT, prompt=[5] * 4000, stream=True)):
+            permits.release(2)
+            until(lambda: len(read) == 2)
+            (context,) = (r.context for r in engine._running.values() if len(r.tokens) == 4000)
+        permits.release()  # after this chunk the handler tries to tell the client the progress
+        until(lambda: context._should_stop)
+        permits.release()  # the chunk that may have begun by now; there is none after it
+        until(lambda: len(engine._running) == len(live))
+        assert len(read) <= 4 and set(read) == {16}
+        for answer in live:
+            answer.read(20).leave()
+        until(lambda: engine._batch.prompt_cache_nbytes == 0)
 
 
 @pytest.mark.parametrize("mtp", ["off", 3])

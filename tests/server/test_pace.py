@@ -1,0 +1,149 @@
+"""The chunks of prompts take no longer than they may, and their sizes change no token."""
+
+import functools
+import random
+
+import pytest
+from helpers_generate import golden, greedy
+from helpers_serving import Sequences, assert_holds
+
+from mlx_qwen3next.decoding.draft_depth import FixedDepth
+from mlx_qwen3next.group import Group
+from mlx_qwen3next.model.qwen3_next import Trunk
+from mlx_qwen3next.server.pace import FIRST, LEAST, PromptPace
+
+FULL = 160  # tokens of a chunk at most
+
+
+def model():
+    """Its head is often right, but not always."""
+    return golden("permutation")[0]
+
+
+@functools.cache
+def prompt(n, seed=7):
+    rng = random.Random(seed)
+    return [rng.randrange(96) for _ in range(n)]
+
+
+class Clock:
+    """A clock that only forwards advance: by a hundredth of a second, and a time a token.
+
+    Attributes:
+        chunks: the chunks of prompts: (number of prompts, tokens of each, seconds).
+    """
+
+    def __init__(self, monkeypatch, token=0.01):
+        self.now, self.token, self.chunks = 0.0, token, []
+        call = Trunk.__call__
+
+        def timed(trunk, tokens, *args):
+            seconds = 0.01 + self.token * tokens.size
+            self.now += seconds
+            if tokens.shape[1] > 1:
+                self.chunks.append((*tokens.shape, seconds))
+            return call(trunk, tokens, *args)
+
+        monkeypatch.setattr(Trunk, "__call__", timed)
+
+    def pace(self, max_stall):
+        return PromptPace(max_stall, clock=lambda: self.now)
+
+    @property
+    def sizes(self):
+        return [tokens for _, tokens, _ in self.chunks]
+
+
+def begin(sequences, uid):
+    """Steps until a sequence has told its first token."""
+    while not sequences.told[uid]:
+        sequences.step()
+
+
+def test_alone_a_chunk_has_full_size_if_it_takes_no_more_than_two_seconds(monkeypatch):
+    clock = Clock(monkeypatch)
+    pace = clock.pace(0.5)
+    sequences = Sequences(model(), FixedDepth(0), step_size=FULL, pace=pace)
+    sequences.insert(prompt(700), 1)
+    sequences.run()
+    assert clock.sizes == [FIRST, FULL, FULL, FULL, 699 - FIRST - 3 * FULL]
+    clock.token = 0.02
+    clock.chunks.clear()
+    sequences.insert(prompt(700, seed=8), 1)
+    sequences.run()
+    assert all(1.5 <= seconds <= 2 for *_, seconds in clock.chunks[3:-1])
+
+
+def test_beside_a_stream_a_chunk_takes_no_longer_than_it_may(monkeypatch):
+    """The stream tells a token between any two chunks. Whatever is slow is read in least chunks."""
+    clock = Clock(monkeypatch)
+    sequences = Sequences(model(), FixedDepth(0), step_size=FULL, pace=clock.pace(0.5))
+    first = sequences.insert(prompt(9), 200)
+    begin(sequences, first)
+    clock.chunks.clear()
+    second = sequences.insert(prompt(700), 1)
+    while second in sequences.live():
+        prompted, generated = sequences.step()
+        assert not prompted or first in [response.uid for response in generated]
+    assert all(0.3 <= seconds <= 0.5 for *_, seconds in clock.chunks[1:-1])
+    clock.token = 10.0
+    clock.chunks.clear()
+    begin(sequences, sequences.insert(prompt(200), 1))
+    assert set(clock.sizes[1:-1]) == {LEAST}
+
+
+def test_prompts_that_are_read_together_share_the_time(monkeypatch):
+    clock = Clock(monkeypatch)
+    sequences = Sequences(model(), FixedDepth(0), step_size=FULL, pace=clock.pace(0.8))
+    begin(sequences, sequences.insert(prompt(2), 100))
+    clock.chunks.clear()
+    for seed in (8, 9):
+        sequences.insert(prompt(500, seed), 3)
+    sequences.run()
+    assert {prompts for prompts, *_ in clock.chunks} == {2}
+    assert all(0.4 <= seconds <= 0.8 for *_, seconds in clock.chunks[1:-1])
+
+
+def test_a_pace_without_a_limit_measures_nothing():
+    pace = PromptPace()
+    pace.stop(1)
+    assert [pace.size(n, streams=True) for n in (1, 100, 2048)] == [1, 100, 2048]
+
+
+def test_ranks_read_chunks_of_rank_0_s_size():
+    """Their own measurements differ, and do not count."""
+
+    class Follower(Group):
+        rank, size = 1, 2
+
+        def decide(self, what, value):
+            assert what == "chunk" and value != 48
+            return 48
+
+    pace = PromptPace(0.5, Follower(), clock=iter([0.0, 100.0]).__next__)
+    assert pace.size(2048) == 48
+    pace.start()
+    pace.stop(48)
+    assert pace.size(2048, 3, streams=True) == 48
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_chunks_of_any_size_give_the_same_tokens(depth, seed):
+    rng = random.Random(seed)
+
+    class Random(PromptPace):
+        def size(self, *_, **__):
+            return rng.randint(1, 6)
+
+    sequences = Sequences(model(), FixedDepth(depth), pace=Random())
+    expected = {}
+    for n in rng.sample((1, 2, 9, 17, 6, 30), 6):
+        uid = sequences.insert(prompt(n), 10, cuts=[n // 2] if n > 1 else [])
+        expected[uid] = greedy(model(), prompt(n), 10, mtp="off")
+        for _ in range(rng.randrange(8)):
+            sequences.step()
+    assert sequences.run() == expected
+    for uid, end in sequences.ends.items():
+        assert end.all_tokens == sequences.text(uid)
+        assert_holds(model(), end.prompt_cache, end.all_tokens, depth > 0)
