@@ -53,6 +53,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         informing: Any = InformingModel(model)
         self._alone: LoneSequence | None = None
         self._pace = pace or PromptPace()
+        self._are_tokens_waiting = False
         self._chunk: int | None = None  # tokens of each prompt that this step reads, once chosen
         super().__init__(informing, **options)
         self._lm, self.depth, self._quantization = model, depth, quantization
@@ -108,7 +109,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         """
         if self._chunk is None:
             left = [len(segments[0]) for segments, *_ in self._currently_processing]
-            streams = len(self._generation_batch) > 0
+            streams = self._are_tokens_waiting or len(self._generation_batch) > 0
             self._chunk = self._pace.size(self._step_size, max(len(left), 1), streams=streams)
             self._chunk = min([self._chunk, *left])
         return self._chunk
@@ -130,7 +131,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         elif self._unprocessed_sequences:
             reported = self._give_back()
         if self._alone is None:
-            prompted, generated = self._next_of_batch()
+            prompted, generated = self._next_of_batch(bool(reported))
             for response in generated:
                 if response.prompt_cache is not None:
                     response.prompt_cache = without_drafters(response.prompt_cache)
@@ -140,8 +141,10 @@ class SpeculativeBatchGenerator(BatchGenerator):
             self._alone = None
         return responses
 
-    def _next_of_batch(self) -> Responses:
+    def _next_of_batch(self, are_tokens_waiting: bool) -> Responses:
         """mlx-lm's step: a token of each stream, and a chunk of the prompts."""
+        # Tokens are reported after the chunk, the last ones of streams that end in this step too.
+        self._are_tokens_waiting = are_tokens_waiting or len(self._generation_batch) > 0
         self._chunk = None
         self._pace.start()
         responses = super()._next()

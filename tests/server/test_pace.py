@@ -92,6 +92,24 @@ def test_beside_a_stream_a_chunk_takes_no_longer_than_it_may(monkeypatch):
     assert set(clock.sizes[1:-1]) == {LEAST}
 
 
+@pytest.mark.parametrize("depth", [0, 3])
+def test_the_last_token_of_a_stream_waits_no_longer_either(monkeypatch, depth):
+    """Tokens are told after the chunk of their step, when their stream may have ended already."""
+    for last in range(1, 9):  # ended in the batch, or while it moves there
+        clock = Clock(monkeypatch)
+        sequences = Sequences(model(), FixedDepth(depth), step_size=FULL, pace=clock.pace(0.3))
+        first = sequences.insert(prompt(9), 12)
+        while len(sequences.told[first]) < 12 - last:
+            sequences.step()
+        sequences.insert(prompt(700), 1)
+        while first in sequences.live():
+            before = len(clock.chunks)
+            sequences.step()
+        seconds = [s for *_, s in clock.chunks[before:] if s > 0.1]  # but for drafts
+        assert len(seconds) <= 1 and sum(seconds) <= 0.7
+        monkeypatch.undo()
+
+
 def test_prompts_that_are_read_together_share_the_time(monkeypatch):
     clock = Clock(monkeypatch)
     sequences = Sequences(model(), FixedDepth(0), step_size=FULL, pace=clock.pace(0.8))
