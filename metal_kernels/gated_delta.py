@@ -70,7 +70,7 @@ def gated_delta_step(
     before: mx.array,
     state: mx.array,
     tape: Sequence[mx.array],
-    keep: int,
+    keep: int | mx.array,
     taps: mx.array,
     A_log: mx.array,
     dt_bias: mx.array,
@@ -92,7 +92,7 @@ def gated_delta_step(
         state: ``[B, Hv, Dv, Dk]`` float32, before that round.
         tape: the round's record: g ``[B, n, Hv]``, k ``[B, n, Hk, Dk]``, delta
             ``[B, n, Hv, Dv]``, float32; empty if n is 0.
-        keep: the number of the round's tokens that are part of the sequence.
+        keep: the number of the round's tokens that are part of the sequence, or ``[1]`` int32.
         taps: ``[C, K, 1]``, of any dtype. A_log, dt_bias: ``[Hv]`` float32. norm_weight: ``[Dv]``
             float32.
         mask: ``[B, L]`` bool, False at padding, which changes nothing; or None.
@@ -120,7 +120,8 @@ def gated_delta_step(
         inputs=[
             *(x, before, taps, A_log, dt_bias, norm_weight, constant(eps, mx.float32)),
             constant(1, mx.bool_, 8) if mask is None else mask,
-            *(state, *(tape or (none, none, none)), constant(keep, mx.int32)),
+            *(state, *(tape or (none, none, none))),
+            keep if isinstance(keep, mx.array) else constant(keep, mx.int32),
         ],
         template=[
             *(("T", x.dtype), ("W", taps.dtype), ("HK", key_heads), ("HV", Hv), ("DK", Dk)),

@@ -67,7 +67,7 @@ def _delta_facts(
     x, (conv1d, *others) = projected, weights
     same = before.rows.dtype == x.dtype
     same = same and all(a.dtype == mx.float32 for a in (before.state, *others))
-    flags = recording, before.keep > 0, mask is not None, lengths is not None
+    flags = recording, before.tape is not None, mask is not None, lengths is not None
     return x.shape, x.dtype, before.state.shape, key_heads, conv1d.shape[1], same, *flags
 
 
@@ -162,7 +162,8 @@ def _heads_kernel(
     base: float,
     **options: Any,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    offsets = _positions(offset, x.shape[0]) if isinstance(offset, int) else offset
+    B = x.shape[0]
+    offsets = _positions(offset, B) if isinstance(offset, int) else mx.broadcast_to(offset, (B,))
     frequencies = inverse_frequencies(rotary_dims, base)
     return kernels.attention_heads(x, q_weight, k_weight, frequencies, offsets, **options)
 

@@ -68,13 +68,18 @@ class Operation:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Calls the form that is used for these arguments."""
-        if _mode == "off" or not metal_kernels.available():
-            return self.composition(*args, **options)
+        if not uses_kernels():
+            return self._compose(*args, **options)
         facts = self.name, *self.facts(*args, **options)
         use = _choices.get(facts)
         if use is None:
             use = self._choose(facts, args, options)
-        return (self.kernel if use else self.composition)(*args, **options)
+        return (self.kernel if use else self._compose)(*args, **options)
+
+    def _compose(self, *args: Any, **options: Any) -> Any:
+        global _compositions
+        _compositions += 1
+        return self.composition(*args, **options)
 
     def _choose(self, facts: tuple[Any, ...], args: Sequence[Any], options: dict[str, Any]) -> bool:
         kind = self.kind(*facts[1:])
@@ -95,6 +100,7 @@ class Operation:
 _mode: Mode = "auto"
 _choices: dict[tuple[Any, ...], bool] = {}  # whether to use the kernel, by name and facts
 _proofs = 0
+_compositions = 0  # calls that ran MLX's own operations
 
 
 def set_kernels(mode: Mode) -> None:
@@ -116,6 +122,21 @@ def set_kernels(mode: Mode) -> None:
         )
     _mode = mode
     _choices.clear()
+
+
+def mode() -> Mode:
+    """Returns the choice made by :func:`set_kernels`."""
+    return _mode
+
+
+def uses_kernels() -> bool:
+    """Returns whether operations may run as kernels, here and now."""
+    return _mode != "off" and metal_kernels.available()
+
+
+def compositions() -> int:
+    """Returns the number of operations so far that have run as compositions."""
+    return _compositions
 
 
 def findings() -> dict[str, Finding]:

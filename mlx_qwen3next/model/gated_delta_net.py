@@ -83,22 +83,45 @@ class GatedDeltaNet(nn.Module):
         self, x: mx.array, mask: mx.array | None = None, cache: GatedDeltaCache | None = None
     ) -> mx.array:
         """Returns ``[B, L, H]``, as ``x``; ``mask`` ``[B, L]`` is False at padding."""
-        B, L, _ = x.shape
+        if cache is None:
+            return self.advance(x, None, mask=mask)[0]
+        recording, lengths = cache.recording, cache.lengths
+        y, after = self.advance(
+            x, cache.layer_state(), mask=mask, recording=recording, lengths=lengths
+        )
+        cache.store(after, x.shape[1])
+        return y
+
+    def advance(
+        self,
+        x: mx.array,
+        before: LayerState | None,
+        *,
+        mask: mx.array | None = None,
+        recording: bool = False,
+        lengths: mx.array | None = None,
+    ) -> tuple[mx.array, LayerState]:
+        """Returns the layer's output ``[B, L, H]`` and its state after the tokens.
+
+        Args:
+            x: ``[B, L, H]``.
+            before: the state that the first token meets; None at the beginning of sequences.
+            mask, recording, lengths: see :meth:`mix`.
+        """
         projected = self.project(x)
-        before = None if cache is None else cache.layer_state()
+        if before is None:
+            before = self.first_state(x.shape[0], projected.dtype)
         o, after = self.mix(
             projected,
-            self.first_state(B, projected.dtype) if before is None else before,
+            before,
             DeltaWeights(self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight),
             eps=self.norm.eps,
             key_heads=self.Hk,
             mask=mask,
-            recording=cache is not None and cache.recording,
-            lengths=None if cache is None else cache.lengths,
+            recording=recording,
+            lengths=lengths,
         )
-        if cache is not None:
-            cache.store(after, L)
-        return self.out_proj(o)
+        return self.out_proj(o), after
 
     def first_state(self, B: int, dtype: mx.Dtype) -> LayerState:
         """Returns the state before the first token of ``B`` sequences."""

@@ -27,16 +27,19 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from ..compute import operations
 from ..compute.cpu_matmul import TransposedLinear, TransposedWeights, transposed
 from ..compute.experts import sparse_experts
+from ..compute.gated_delta import LayerState, Tape
 from ..metal_kernels import Experts
 from .gated_delta_net import GatedDeltaNet
 from .mtp_head import MTPHead
 from .parallel import ExpertParallelMoE, ParallelDecoderLayer, recast
 from .qwen3_next import MLP, DecoderLayer, GatedAttention, Model, RMSNorm, SparseMoE
+from .tracing import traced
 
 
 class PackedRMSNorm(RMSNorm):
     """RMSNorm in one launch."""
 
+    @traced
     def __call__(self, x: mx.array) -> mx.array:
         return operations.rms_norm(x, self.weight, self.eps)
 
@@ -107,11 +110,52 @@ class PackedExpertParallelMoE(PackedSparseMoE):
 
 
 class PackedDecoderLayer(DecoderLayer):
-    """A decoder layer whose residual additions are part of other launches."""
+    """A decoder layer whose residual additions are part of other launches.
+
+    Between the reads and writes of the cache, a step of few rows is traced.
+    """
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
+        if not self.is_linear:
+            offset = 0 if cache is None else cache.offset
+            row, q, k, v = self.before_attention(x, number=offset)
+            return self.after_attention(x, row, self.self_attn.attend(q, k, v, mask, cache))
+        before = None if cache is None else cache.layer_state()
+        if cache is None or before is None or mask is not None or cache.lengths is not None:
+            return self.add_mlp(x, self.linear_attn(self.input_layernorm(x), mask, cache))
+        rows, state, tape, keep = before
+        arrays = rows, state, *(tape or ())
+        y, rows, state, *tape = self.linear_step(x, *arrays, number=keep, flag=cache.recording)
+        cache.store(LayerState(rows, state, Tape(*tape) if tape else None), x.shape[1])
+        return y
+
+    @traced
+    def linear_step(
+        self, x: mx.array, rows: mx.array, state: mx.array, *tape: mx.array, number: int, flag: bool
+    ) -> tuple[mx.array, ...]:
+        """Returns a linear layer's output and its state after the tokens: rows, state and tape.
+
+        Args:
+            rows, state, tape, number: a :class:`LayerState`, the last one its ``keep``.
+            flag: whether the tokens are a round.
+        """
+        before = LayerState(rows, state, Tape(*tape) if tape else None, number)
+        y, after = self.linear_attn.advance(self.input_layernorm(x), before, recording=flag)
+        return self.add_mlp(x, y), after.rows, after.state, *(after.tape or ())
+
+    @traced
+    def before_attention(self, x: mx.array, *, number: int | mx.array) -> tuple[mx.array, ...]:
+        """Returns :meth:`GatedAttention.heads` of normalised tokens, the first at ``number``."""
+        return self.self_attn.heads(self.input_layernorm(x), number)
+
+    @traced
+    def after_attention(self, x: mx.array, row: mx.array, o: mx.array) -> mx.array:
+        """Returns an attention layer's output."""
+        return self.add_mlp(x, self.self_attn.output(o, row))
+
+    def add_mlp(self, x: mx.array, y: mx.array) -> mx.array:
+        """Adds the mixer's output ``y`` to ``x``, then the MLP's output of both."""
         norm = self.post_attention_layernorm
-        y = self.mixer(self.input_layernorm(x), mask, cache)
         x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
         if isinstance(self.mlp, PackedSparseMoE):
             return self.mlp(y, x)

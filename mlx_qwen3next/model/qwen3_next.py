@@ -92,20 +92,34 @@ class GatedAttention(nn.Module):
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
         """Returns ``[B, L, H]``, as ``x``; the mask is mlx-lm's (None, "causal" or an array)."""
+        row, q, k, v = self.heads(x, 0 if cache is None else cache.offset)
+        return self.output(self.attend(q, k, v, mask, cache), row)
+
+    def heads(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, ...]:
+        """Returns :meth:`project`'s rows; q ``[B, nh, L, hd]``; k and v ``[B, nkv, L, hd]``.
+
+        Args:
+            offset: the position of the first token, one or ``[B]``.
+        """
         row = self.project(x)
         q, k, v = self.split_heads(
-            row,
-            *(self.q_norm.weight, self.k_norm.weight, 0 if cache is None else cache.offset),
+            *(row, self.q_norm.weight, self.k_norm.weight, offset),
             eps=self.q_norm.eps,
             heads=self.nh,
             kv_heads=self.nkv,
             rotary_dims=self.rotary_dims,
             base=self.rope_theta,
         )
+        return row, q, k, v
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
+        """Returns attention's output ``[B, nh, L, hd]``; the cache takes the keys and values."""
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        scale = self.hd**-0.5
-        o = attention(q, k, v, scale=scale, mask=mask, cache=cache)
+        return attention(q, k, v, scale=self.hd**-0.5, mask=mask, cache=cache)
+
+    def output(self, o: mx.array, row: mx.array) -> mx.array:
+        """Returns ``[B, L, H]``: the gated and projected output of :meth:`attend`."""
         return self.o_proj(self.gate(o, row, kv_heads=self.nkv))
 
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_qwen3next.compute import attention, operations
-from mlx_qwen3next.compute.gated_delta import DeltaWeights, LayerState
+from mlx_qwen3next.compute.gated_delta import DeltaWeights, LayerState, Tape
 from mlx_qwen3next.metal_kernels import Experts
 from mlx_qwen3next.model.packing import PackedGatedDeltaNet
 
@@ -19,12 +19,12 @@ def norm(x=HALF, y=HALF, weight=FULL, H=64, rows=2):
     return mx.zeros((1, rows, H), x), mx.zeros((1, rows, H), y), mx.ones((H,), weight), 1e-6
 
 
-def delta(x=HALF, before=HALF, state=FULL, norm_weight=FULL, L=2, Dk=32, keep=0, **options):
+def delta(x=HALF, before=HALF, state=FULL, norm_weight=FULL, L=2, Dk=32, tape=None, **options):
     Hk, Hv, Dv, K = 1, 2, 16, 4
     C = 2 * Hk * Dk + Hv * Dv
     arguments = (
         mx.zeros((1, L, C + Hv * Dv + 2 * Hv), x),
-        LayerState(mx.zeros((1, K - 1, C), before), mx.zeros((1, Hv, Dv, Dk), state), None, keep),
+        LayerState(mx.zeros((1, K - 1, C), before), mx.zeros((1, Hv, Dv, Dk), state), tape),
         DeltaWeights(
             *(mx.zeros((C, K, 1), x), mx.zeros((Hv,)), mx.zeros((Hv,))),
             mx.ones((Dv,), norm_weight),
@@ -68,7 +68,7 @@ def test_gated_delta_step():
     assert kind(PackedGatedDeltaNet.mix, *arguments, **options) == expected
     for other, said in (
         ({"recording": True}, " round"),
-        ({"keep": 1}, " replay"),
+        ({"tape": Tape(*[mx.zeros((1, 2, 2))] * 3)}, " replay"),
         ({"mask": 1}, " masked"),
     ):
         arguments, options = delta(**other)

@@ -13,6 +13,7 @@ from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.compute import proof
 from mlx_qwen3next.metal_kernels import Kernel, attention, experts, gated_delta, norms, router
 from mlx_qwen3next.metal_kernels import kernel as kernel_module
+from mlx_qwen3next.model import tracing
 
 ON_GPU = metal_kernels.available()
 by_host = pytest.mark.skipif(ON_GPU, reason="about machines without a GPU")
@@ -45,6 +46,7 @@ def launching(launch):
     """While active, ``launch`` is what launches kernels, wherever there is one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Kernel, "launch", launch)
+        patch.setattr(tracing, "trace", lambda function: function)  # a launch is to be seen
         patch.setattr(metal_kernels, "available", lambda: True)
         before = proof._mode
         proof.set_kernels("on")

@@ -1,0 +1,174 @@
+"""Traced layers: the results of untraced ones, few traces, nothing held by them.
+
+MLX cannot trace a kernel's launch here, so the compositions stand for the kernels.
+"""
+
+import gc
+
+import checkpoints
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_qwen3next import metal_kernels
+from mlx_qwen3next.checkpoint.loading import load_model
+from mlx_qwen3next.compute import gated_delta, proof
+from mlx_qwen3next.model import gated_delta_net, tracing
+from mlx_qwen3next.model.cache import Round, Undo, settle
+
+CASES = ["base", "dense", "permutation", "eps"]
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """While active, compositions count as kernels. Yields the names of the methods traced."""
+    names = []
+
+    def trace(run):
+        def counted(*args, **options):
+            names.append(run.__self__._method.__name__)
+            return run(*args, **options)
+
+        return mx.compile(counted)
+
+    def call(operation, *args, **options):
+        return operation.composition(*args, **options)
+
+    monkeypatch.setattr(tracing, "trace", trace)
+    monkeypatch.setattr(metal_kernels, "available", lambda: True)
+    monkeypatch.setattr(proof, "_mode", "on")
+    monkeypatch.setattr(proof.Operation, "__call__", call)
+    monkeypatch.setattr(gated_delta_net, "replayed", replayed)
+    monkeypatch.setattr(tracing, "_functions", {})
+    return names
+
+
+def replayed(before):
+    """The state after a replay of ``keep`` tokens, where that is an array, as a kernel computes."""
+    if not isinstance(before.keep, mx.array) or before.tape is None:
+        return gated_delta.replayed(before)
+    rows, state, tape, keep = before
+    n = tape.g.shape[1]
+    for t in range(n):
+        one = [x[:, t : t + 1] for x in tape]
+        state = mx.where(t < keep, gated_delta.gated_delta_replay(state, *one, 1), state)
+    kept = keep + mx.arange(rows.shape[1] - n)
+    return mx.take(rows, kept, axis=1), state
+
+
+def run(model, seed=0):
+    """The logits of a prompt, steps, rounds with other counts of kept tokens, and an undone step;
+    then the cache."""
+    numbers = np.random.default_rng(seed)
+    cache, results = model.make_cache(), []
+
+    def forward(rows):
+        tokens = mx.array(numbers.integers(0, 80, (1, rows)))
+        results.append(model(tokens, cache))
+        mx.eval(results)
+
+    forward(20 + seed)
+    for _ in range(3):
+        forward(1)
+    for rows, keep in [(3, 2), (4, 4), (2, 1), (4, 0), (4, 1), (3, 3)]:
+        with Round(cache, rows) as round:
+            forward(rows)
+            round.commit((keep + seed) % (rows + 1))
+    with Undo(cache) as undo:
+        forward(1)
+    undo()
+    forward(2)
+    settle(cache)
+    return results, [
+        array for _, array in tree_flatten([c.state for c in cache]) if array is not None
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_traced_layers_compute_the_same(case, request):
+    model = load_model(checkpoints.GOLDENS / case, dtype=mx.float32)
+    expected, state = run(model)
+    names = request.getfixturevalue("traces")
+    for _ in range(2):  # the second time all is traced
+        results, after = run(model)
+        for a, b in zip([*results, *after], [*expected, *state], strict=True):
+            assert np.abs(np.array(a - b)).max() <= 2e-6 * np.abs(np.array(b)).max()
+    assert {"linear_step", "before_attention", "after_attention", "__call__"} == set(names)
+
+
+def test_a_kind_is_traced_once_for_all_layers_and_counts_of_kept_tokens(traces):
+    model = load_model(checkpoints.GOLDENS / "base", dtype=mx.float32)
+    run(model)
+    once = len(traces)
+    run(model, seed=1)
+    assert len(traces) - once <= once  # those whose first call ran as it was
+    known = len(traces)
+    run(model, seed=2)
+    other = load_model(checkpoints.GOLDENS / "base", dtype=mx.float32)
+    run(other)
+    assert len(traces) == known
+
+
+def test_layers_that_differ_are_of_different_kinds():
+    model = load_model(checkpoints.GOLDENS / "base", dtype=mx.float32)
+    first, second = model.layers[:2]
+    assert tracing.kind(first) == tracing.kind(second) != tracing.kind(model.layers[3])
+    second.mlp.top_k = 1
+    vars(second).pop("_kind")
+    assert tracing.kind(first) != tracing.kind(second)
+
+
+def test_what_runs_as_a_composition_is_not_traced(traces, monkeypatch):
+    def compose(operation, *args, **options):
+        return operation._compose(*args, **options)
+
+    model = load_model(checkpoints.GOLDENS / "base", dtype=mx.float32)
+    monkeypatch.setattr(proof.Operation, "__call__", compose)
+    run(model)
+    run(model)
+    assert traces == []
+
+
+def test_nothing_is_traced_without_kernels():
+    model = load_model(checkpoints.GOLDENS / "base", dtype=mx.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "_Traced", None)
+        run(model)
+        run(model)
+
+
+def test_traces_hold_no_weights(traces):
+    gc.collect()
+    before = mx.get_active_memory()
+    for seed in range(2):
+        model = load_model(checkpoints.GOLDENS / "base", dtype=mx.float32)
+        size = mx.get_active_memory() - before
+        run(model, seed)
+        run(model, seed)
+        del model
+        gc.collect()
+    assert traces and mx.get_active_memory() - before < size / 10
+
+
+def test_an_error_within_a_trace_leaves_the_weights(traces):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = mx.ones((4,))
+            self.fails = False
+
+        @tracing.traced
+        def __call__(self, x):
+            y = x * self.weight
+            if tracing._is_tracing and self.weight.shape == (4,) and x.shape[1] == 2:
+                raise ValueError("no luck")
+            return y
+
+    layer, x = Layer(), mx.ones((1, 2, 4))
+    layer(x)
+    with pytest.raises(ValueError, match="no luck"):
+        layer(x)
+    assert not tracing._is_tracing
+    assert layer.weight.tolist() == [1, 1, 1, 1]
