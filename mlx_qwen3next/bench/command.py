@@ -11,6 +11,7 @@ from pathlib import Path
 from ..cli import LineParser, add_group_options, count, counts, guarded, positive_seconds
 from . import shapes
 from .agreement import Disagreement
+from .host import host_table
 from .run import run_bench
 
 EPILOG = """examples:
@@ -93,6 +94,12 @@ def parser() -> LineParser:
         metavar="N",
         help="Also measure how time and memory grow while N tokens are read, such as 32768.",
     )
+    subject.add_argument(
+        "--host",
+        action="store_true",
+        help="Measure nothing else than the host's time for a step of 48 layers: how long Python "
+        "takes to queue it, by part, as on an Apple GPU. Needs no GPU.",
+    )
     effort = result.add_argument_group("effort")
     effort.add_argument(
         "--repeats",
@@ -132,7 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         try:
-            run_bench(args)
+            if args.host:
+                print(host_table())
+            else:
+                run_bench(args)
             return 0
         except Disagreement as error:
             print(f"error: {error}; no figures are given", file=sys.stderr)
