@@ -68,7 +68,7 @@ def _lines(rows: dict[str, dict[str, float]], anew: int, layers: int) -> list[st
         *(f"  {part:24}{ms:8.3f}" for part, ms in here.items()),
         f"  {'plain step':24}{total:8.3f}   mlx-lm {other:.3f}, {other / total:.1f} times as much",
         *(f"  {part:24}{ms:8.3f}" for part, ms in drafted.items()),
-        f"  {f'round of three drafts':24}{sum(drafted.values()):8.3f}",
+        f"  {'round of three drafts':24}{sum(drafted.values()):8.3f}",
         f"kernels whose text is written anew in a step: {anew}",
     ]
 

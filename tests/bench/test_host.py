@@ -8,7 +8,7 @@ from mlx_qwen3next.bench.host import host_table
 from mlx_qwen3next.model import tracing
 
 PARTS = ["embedding", "layers", "norm and logits", "choice", "plain step"]
-ROUND = ["drafts", "verification", "logits and choice", "bookkeeping", "round of 3 drafts"]
+ROUND = ["drafts", "verification", "logits and choice", "bookkeeping", "round of three drafts"]
 
 
 def read(table):
