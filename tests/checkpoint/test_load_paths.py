@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import mlx.core as mx
 import pytest
 from checkpoints import GOLDENS, INDEX
@@ -163,8 +164,7 @@ def test_no_permission(base):
     unreadable = ["config/config.json", f"index/{INDEX}", "shard/model.safetensors", "directory"]
     for path in unreadable:
         (parent / path).chmod(0)
-    command = [sys.executable, "-c", AS_SOMEBODY_ELSE, str(parent)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = forked.run([sys.executable, "-c", AS_SOMEBODY_ELSE, str(parent)])
     (parent / "directory").chmod(0o755)
     if result.stderr == "no other user\n":
         pytest.skip("this system's root may read everything and become nobody else")

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import checkpoints
+import forked
 import mlx.core as mx
 import pytest
 from checkpoints import GOLDENS
@@ -301,7 +302,7 @@ def test_as_a_module(tmp_path, module, folder):
     assert (result.returncode, result.stdout) == (0, "")
     assert result.stderr.endswith(f"\n{tmp_path / 'out'}: 16.012 bits per weight\n")
     (tmp_path / "out" / "norms.safetensors").unlink()
-    result = subprocess.run(command, cwd=folder or tmp_path, capture_output=True, text=True)
+    result = forked.run(command, cwd=folder or tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
         f"error: {tmp_path / 'out'} exists already; move it away or choose another --mlx-path\n"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import checkpoints
+import forked
 import pytest
 from checkpoints import GOLDENS
 
@@ -35,9 +36,8 @@ def test_killed_at_random_moments(tmp_path, whole):
     """Six times, outright, so that nothing can be tidied up."""
     script, target = Path(__file__).parents[1] / "helpers" / "killed.py", tmp_path / "out"
     command = [script, GOLDENS / "base", target, 6, 0.5, 1]
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, check=True
-    )
+    result = forked.run([sys.executable, *map(str, command)])
+    result.check_returncode()
     outcome = json.loads(result.stdout)
     assert outcome["status"] == 0 and len(outcome["done"]) == 6
     assert any(outcome["done"])  # some were in the middle of it

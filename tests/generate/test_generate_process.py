@@ -11,7 +11,7 @@ COMMAND = ("-m", "mlx_qwen3next.generate")
 
 
 def test_without_a_model_the_bundled_one_answers():
-    with process(*COMMAND, "--max-tokens", "3") as child:
+    with process(*COMMAND, "--max-tokens", "3", cold=True) as child:
         out, err = (stream.decode() for stream in child.communicate())
     assert child.returncode == 0
     assert err.startswith("No --model given: running the bundled") and err.count("\n") == 1
@@ -32,7 +32,7 @@ def test_bad_input_is_one_line_and_status_2():
     [("--help", 0), ("--no-such-flag", 2), ("--mtp 9", 2), ("--image cat.png", 2)],
 )
 def test_help_and_typos_are_answered_without_mlx(args, status):
-    with process("-X", "importtime", *COMMAND, *args.split()) as child:
+    with process("-X", "importtime", *COMMAND, *args.split(), cold=True) as child:
         err = child.communicate()[1].decode()
     assert child.returncode == status
     imported = set(re.findall(r"^import time:.*\| +(\w+)", err, re.M))
@@ -68,7 +68,7 @@ def test_interrupting_the_imports(tmp_path, monkeypatch):
     slow = "import time\nprint('importing', flush=True)\ntime.sleep(600)\n"
     (tmp_path / "mlx_lm.py").write_text(slow)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with process(*COMMAND) as child:
+    with process(*COMMAND, cold=True) as child:
         assert child.stdout.readline() == b"importing\n"
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=60)

@@ -13,11 +13,13 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+import forked
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers_generate import endless
-from helpers_group import TIMEOUT, ended, hostfile, polite, processes, run
+from helpers_group import TIMEOUT, ended, hostfile, processes, run
+from polite import polite
 
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.generate import main
@@ -252,9 +254,7 @@ def test_what_is_no_hostfile_is_refused(tmp_path, monkeypatch, text):
         "from mlx_qwen3next.group import join\n"
         "sys.exit(guarded(join))\n"
     )
-    child = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT
-    )
+    child = forked.run([sys.executable, "-c", program])
     assert (child.returncode, child.stdout) == (2, ""), child.stderr
     assert child.stderr.startswith("error: ") and child.stderr.count("\n") == 1
     assert "joined" in child.stderr or "no other host" in child.stderr

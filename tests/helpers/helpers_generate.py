@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import mlx.core as mx
 
 from mlx_qwen3next import generate_step, load, load_model
@@ -116,13 +117,16 @@ def float32(directory):
 
 
 @contextlib.contextmanager
-def process(*command):
-    """A running command, with pipes; Ctrl-C is not ignored in it, whatever started the tests."""
+def process(*command, cold=False):
+    """A running command, with pipes; Ctrl-C is not ignored in it, whatever started the tests.
+
+    Args:
+        cold: starts Python for it, where its imports or its start are what is tested.
+    """
+    start = subprocess.Popen if cold else forked.Popen
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        child = subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        child = start([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     finally:
         signal.signal(signal.SIGINT, before)
     try:

@@ -1,56 +1,20 @@
 """Several processes on this machine that run one model together, over MLX's ring."""
 
-import atexit
-import functools
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import forked
+from forked import TIMEOUT
+from polite import polite
+
 PROGRAM = Path(__file__).parent / "rank.py"
-TIMEOUT = 240  # seconds, which no run comes near
-
-# The ring's threads poll their connections without a pause. Where there are more of them than
-# cores, each answer would wait for the end of several others' turns.
-YIELDING = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <sched.h>
-#include <sys/socket.h>
-ssize_t recv(int s, void *data, size_t count, int flags) {
-  static ssize_t (*of_libc)(int, void *, size_t, int);
-  if (!of_libc) of_libc = (ssize_t (*)(int, void *, size_t, int))dlsym(RTLD_NEXT, "recv");
-  ssize_t got = of_libc(s, data, count, flags);
-  if (got < 0 && errno == EAGAIN) {
-    sched_yield();
-    errno = EAGAIN;
-  }
-  return got;
-}
-"""
-
-
-@functools.cache
-def polite():
-    """Environment in which a thread that has nothing to receive lets others run, if there is a C
-    compiler; it changes the speed alone."""
-    compiler = shutil.which("cc") if sys.platform == "linux" else None
-    if compiler is None:
-        return {}
-    directory = tempfile.mkdtemp(prefix="ring-")
-    atexit.register(shutil.rmtree, directory)
-    library = Path(directory) / "yielding.so"
-    options = ["-shared", "-fPIC", "-O1", "-x", "c", "-", "-o", library, "-ldl"]
-    subprocess.run([compiler, *options], input=YIELDING.encode(), check=True)
-    return {"LD_PRELOAD": str(library)}
 
 
 def free_port():
@@ -80,7 +44,7 @@ def processes(directory, count, commands, hosts=None):
         for rank, command in enumerate(commands):
             own = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
             started.append(
-                subprocess.Popen(
+                forked.Popen(
                     [sys.executable, *map(str, command)],
                     env=os.environ | polite() | own,
                     stdin=subprocess.DEVNULL,

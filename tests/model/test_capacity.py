@@ -5,11 +5,11 @@ import math
 import os
 import re
 import struct
-import subprocess
 import sys
 import warnings
 
 import checkpoints
+import forked
 import mlx.core as mx
 import pytest
 
@@ -175,7 +175,8 @@ def thirty_megabytes(directory, layout):
 def test_loading_needs_little_more_than_the_model(tmp_path, layout, dtype):
     directory = thirty_megabytes(tmp_path, layout)
     command = [sys.executable, "-c", LOAD, str(directory), dtype]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = forked.run(command)
+    result.check_returncode()
     peak, active, held, layer = map(int, result.stdout.split())
     assert held > 30e6
     assert active < held + 0.1 * layer

@@ -8,7 +8,7 @@ import mlx_qwen3next
 
 def output(code):
     """What a fresh Python prints."""
-    with process("-c", code) as child:
+    with process("-c", code, cold=True) as child:
         out, err = (stream.decode() for stream in child.communicate())
     assert (child.returncode, err) == (0, "")
     return out.split()
