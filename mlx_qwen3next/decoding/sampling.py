@@ -1,12 +1,11 @@
-"""Choosing tokens: the options and mlx-lm's transforms for them, position by position.
+"""Choosing tokens: the options and the samplers for them, position by position.
 
 The random numbers that choose a token belong to its position in the sequence. Plain decoding, a
 draft and the draft's verification all draw with the same numbers there. So a draft is right
 exactly if it is the token that plain decoding would have chosen: speculation changes no token at
 any temperature, and the distribution is the sampler's by construction. Drafts agree often because
-similar distributions choose alike from the same numbers (the Gumbel-max
-coupling: Daliri et al. 2024, "Coupling without Communication and Drafter-Invariant Speculative
-Decoding"; NOTES.md compares it with accepting by min(1, p/q)).
+similar distributions choose alike from the same number: it is a point on the line of all tokens'
+probabilities, in the order of their ids (NOTES.md compares this with accepting by min(1, p/q)).
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from mlx_lm.sample_utils import (
 )
 
 from ..group import ALONE, Group
+from . import random_numbers
+from .top_k import MOST, TopKSampler
 
 # Takes logits [1, vocab] and the drafts [1] before; gives a draft [1], by the rules of the tokens.
 Choose = Callable[[mx.array, list[mx.array]], mx.array]
@@ -110,7 +111,13 @@ class Sampling:
                 )
 
     def sampler(self) -> Sampler:
-        """mlx-lm's sampler: log-probabilities ``[B, vocab]`` to tokens ``[B]``."""
+        """The sampler: log-probabilities ``[B, vocab]`` to tokens ``[B]``.
+
+        It is mlx-lm's, or draws what that draws for a row without sorting the vocabulary.
+        """
+        is_plain = self.xtc_probability == 0 and (self.min_p == 0 or self.min_tokens_to_keep == 1)
+        if self.temp > 0 and 0 < self.top_k <= MOST and is_plain:
+            return TopKSampler(self.temp, self.top_p, self.min_p, self.top_k)
         return make_sampler(
             self.temp,
             self.top_p,
@@ -171,19 +178,8 @@ class Chooser:
             logits: ``[1, vocab]``.
             after: tokens ``[1]`` between the last that was given to :meth:`extend` and the choice.
         """
-        token, logprobs = self._choose(logits, after)
+        token, logprobs = self._choose(self._process(logits, after), len(after))
         return self._group.agree(token), logprobs
-
-    def _choose(
-        self, logits: mx.array, after: Sequence[mx.array] = ()
-    ) -> tuple[mx.array, mx.array]:
-        self._seed(len(after))
-        if self._processors:
-            tokens = mx.concatenate([mx.array(self._tokens), *after])
-            for processor in self._processors:
-                logits = processor(tokens, logits)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return self._sampler(logprobs), logprobs
 
     def choose_all(self, logits: mx.array, drafts: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
         """The choice after each prefix of n drafts ``[1]``.
@@ -194,11 +190,33 @@ class Chooser:
         Returns:
             Tokens ``[n + 1]``, and log-probabilities ``[n + 1, vocab]``.
         """
-        if self._greedy:
-            return self.choose(logits)
-        rows = [self._choose(logits[i : i + 1], drafts[:i]) for i in range(len(drafts) + 1)]
-        tokens, logprobs = (mx.concatenate(list(parts)) for parts in zip(*rows, strict=True))
+        rows = range(len(drafts) + 1)
+        if self._greedy or isinstance(self._sampler, TopKSampler):
+            if self._processors:
+                each = [self._process(logits[i : i + 1], drafts[:i]) for i in rows]
+                logits = mx.concatenate(each)
+            tokens, logprobs = self._choose(logits, 0)
+        else:
+            chosen = [self._choose(self._process(logits[i : i + 1], drafts[:i]), i) for i in rows]
+            tokens, logprobs = (mx.concatenate(list(parts)) for parts in zip(*chosen, strict=True))
         return self._group.agree(tokens), logprobs
+
+    def _process(self, logits: mx.array, after: Sequence[mx.array]) -> mx.array:
+        """What the processors make of one row."""
+        self._seed(len(after))
+        if self._processors:
+            tokens = mx.concatenate([mx.array(self._tokens), *after])
+            for processor in self._processors:
+                logits = processor(tokens, logits)
+        return logits
+
+    def _choose(self, logits: mx.array, ahead: int) -> tuple[mx.array, mx.array]:
+        """Chooses at positions one after the other, the first so many ahead."""
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        if isinstance(self._sampler, TopKSampler):
+            numbers = _uniform(self._key, self._position + ahead, len(logits))
+            return self._sampler.draw(logprobs, numbers), logprobs
+        return self._sampler(logprobs), logprobs
 
     def extend(self, token: int) -> None:
         """Takes over the token that was chosen."""
@@ -212,7 +230,7 @@ class Chooser:
 
     def _seed(self, ahead: int) -> None:
         if not self._greedy:
-            _seed(self._key, self._position + ahead)
+            random_numbers.seed(self._key, self._position + ahead)
 
 
 class SeededSampler:
@@ -231,9 +249,13 @@ class SeededSampler:
         return Chooser(self.sampler, processors, tokens, self.key, self.position, group)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        _seed(self.key, self.position)
-        self.position += 1
-        return self._group.agree(self.sampler(logprobs))
+        position, self.position = self.position, self.position + 1
+        if isinstance(self.sampler, TopKSampler):
+            token = self.sampler.draw(logprobs, _uniform(self.key, position, 1))
+        else:
+            random_numbers.seed(self.key, position)
+            token = self.sampler(logprobs)
+        return self._group.agree(token)
 
 
 def draw_key() -> int:
@@ -241,8 +263,9 @@ def draw_key() -> int:
     return cast(int, mx.random.randint(0, 2**31 - 1, ()).item())
 
 
-def _seed(key: int, position: int) -> None:
-    mx.random.seed(key << 32 | position)
+def _uniform(key: int, position: int, count: int) -> mx.array:
+    """The numbers ``[count, 1]`` of positions one after the other."""
+    return mx.array([[random_numbers.uniform(key, position + i)] for i in range(count)])
 
 
 def check_integer(name: str, value: int, least: int) -> None:
