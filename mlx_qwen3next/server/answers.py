@@ -17,6 +17,9 @@ no continuation could change the decision.
 
 A parameter's value may hold anything, tags and whole calls included. It ends at the closing tag
 after which the grammar goes on as it must; see :class:`mlx_qwen3next.server.call_grammar.ValueEnd`.
+Of a call in JSON, the name of a tool and then the arguments' first bracket make a call for certain.
+What is wrong after that is mended, and what cannot be mended ends the call and is text; see
+:class:`mlx_qwen3next.server.json_text.MendedJSON`.
 """
 
 from __future__ import annotations
@@ -25,11 +28,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from .argument_values import Parameters, load_json
+from .argument_values import Parameters
 from .call_grammar import (
     FENCE,
+    JSON_HEAD,
     TAG,
-    JSONEnd,
     Tag,
     ValueEnd,
     calls_of,
@@ -39,6 +42,7 @@ from .call_grammar import (
     tag_of,
 )
 from .events import Answer, ArgumentText, CallBegun, CallEnded, Event, Reasoning, Text
+from .json_text import JSONEnd, MendedJSON, load_json
 
 Format = Literal["xml", "json"]
 
@@ -350,6 +354,14 @@ class Reader:
         return True
 
     def _read_json(self) -> bool:
+        """Arguments that come after the name of a tool are sent as they come; in any other order
+        the call is known when it is complete."""
+        head = JSON_HEAD.match(self._text)
+        if head and head["name"] in (self._tools or {}):
+            self._call += self._consume(head.end())
+            self._events.append(CallBegun(head["name"]))
+            self._mended, self._state = MendedJSON(), self._read_json_arguments
+            return True
         end = self._json.find(self._text)
         if end is None and not self._final:
             return False
@@ -373,6 +385,28 @@ class Reader:
             return True
         self._send_content(len("<tool_call>"), before_call=False)
         self._state = self._read_content
+        return True
+
+    def _read_json_arguments(self) -> bool:
+        arguments, read = self._mended.read(self._text, self._final)
+        self._call += self._consume(read)
+        if arguments:
+            self._events.append(ArgumentText(arguments))
+        if not self._mended.is_done:
+            return False
+        self._mended, self._state = MendedJSON(), self._read_json_rest
+        self._mended.read('{"arguments": {}', final=False)
+        return True
+
+    def _read_json_rest(self) -> bool:
+        """Nothing that the object holds beside the arguments matters."""
+        _, read = self._mended.read(self._text, self._final)
+        self._call += self._consume(read)
+        after = self._after_json(0) if self._mended.is_done else None
+        if after is None:
+            return False
+        self._call += self._consume(after)
+        self._end_call()
         return True
 
     def _after_json(self, at: int) -> int | None:

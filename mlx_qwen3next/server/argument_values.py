@@ -1,18 +1,14 @@
-"""The values of a call's arguments, from the model's text: types by schema, JSON with mistakes."""
+"""The values of a call's arguments, from the model's text, of the types that the schema allows."""
 
 from __future__ import annotations
 
-import ast
-import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .json_text import MOST_DIGITS, NOTHING, NUMBER, load_json
+
 _TYPES = frozenset({"string", "integer", "number", "boolean", "null", "object", "array"})
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-_ESCAPE = re.compile(r"\\(.|$)", re.DOTALL)
 _MOST_REFERENCES = 20  # followed for one property; circles end there
-_MOST_DIGITS = 4000  # of an integer: Python's own limit is 4,300
 
 
 class Parameters:
@@ -49,15 +45,15 @@ class Parameters:
             return None
         if types & {"object", "array"} and bare[:1] in ("{", "["):
             kind = "object" if bare[0] == "{" else "array"
-            value = load_json(bare) if kind in types else _NOTHING
+            value = load_json(bare) if kind in types else NOTHING
             if isinstance(value, dict if kind == "object" else list):
                 return value
         if "string" in types or not types:
             return text
         if "boolean" in types and bare.lower() in ("true", "false"):
             return bare.lower() == "true"
-        if types & {"integer", "number"} and (match := _NUMBER.fullmatch(bare)):
-            if not (match[2] or match[3]) and len(bare) <= _MOST_DIGITS:
+        if types & {"integer", "number"} and (match := NUMBER.fullmatch(bare)):
+            if not (match[2] or match[3]) and len(bare) <= MOST_DIGITS:
                 return int(bare)
             number = float(bare)
             if "number" in types and abs(number) != float("inf"):
@@ -82,8 +78,8 @@ class Parameters:
         if isinstance(named, Sequence):
             said.append(frozenset(kind for kind in named if kind in _TYPES))
         for key in ("enum", "const"):
-            values = schema.get(key, _NOTHING)
-            if values is not _NOTHING:
+            values = schema.get(key, NOTHING)
+            if values is not NOTHING:
                 values = values if key == "enum" and isinstance(values, list) else [values]
                 said.append(frozenset(_type_of(value) for value in values))
         if isinstance(reference := schema.get("$ref"), str):
@@ -113,79 +109,6 @@ class Parameters:
         return found
 
 
-_NOTHING: Any = object()
-
-
 def _type_of(value: Any) -> str:
     kinds = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array"}
     return "null" if value is None else kinds.get(type(value), "object")
-
-
-def load_json(text: str) -> Any:
-    """The JSON value of a text, with a model's usual mistakes mended.
-
-    Mended are raw line breaks in strings, escapes that JSON has not, trailing commas, Python's
-    literals, and halves of surrogate pairs, which become U+FFFD.
-
-    Returns:
-        The value, or an object that is equal to nothing else if there is none.
-    """
-    for candidate in (text, _mended(text)):
-        try:
-            return _whole(json.loads(candidate, strict=False, parse_constant=_refuse))
-        except (ValueError, RecursionError):
-            pass
-    try:
-        value = ast.literal_eval(_ESCAPE.sub(_doubled, text))
-        json.dumps(value, allow_nan=False)
-        return _whole(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return _NOTHING
-
-
-def is_nothing(value: Any) -> bool:
-    """Whether :func:`load_json` found no value."""
-    return value is _NOTHING
-
-
-def _doubled(escape: re.Match[str]) -> str:
-    """An escape, whose backslash is doubled if Python has no such escape."""
-    return escape[0] if escape[1] and escape[1] in "\\'\"abfnrtv01234567\n" else "\\" + escape[0]
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(name)
-
-
-def _mended(text: str) -> str:
-    """The text with bad escapes doubled and trailing commas left out, outside and inside strings
-    as fits."""
-    out: list[str] = []
-    in_string, i = False, 0
-    while i < len(text):
-        character = text[i]
-        if in_string and character == "\\":
-            escape = text[i : i + 2]
-            good = re.match(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})', text[i : i + 6])
-            out.append(escape if good else "\\" + escape)
-            i += 2
-            continue
-        if character == '"':
-            in_string = not in_string
-        elif not in_string and character == "," and re.match(r",\s*[}\]]", text[i:]):
-            i += 1
-            continue
-        out.append(character)
-        i += 1
-    return "".join(out)
-
-
-def _whole(value: Any) -> Any:
-    """The value, in which halves of surrogate pairs are replaced."""
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, dict):
-        return {_whole(str(key)): _whole(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_whole(item) for item in value]
-    return value

@@ -1,4 +1,4 @@
-"""The grammar of calls in an answer: tags, the end of a value, and JSON with a call in it."""
+"""The grammar of calls in an answer: tags, the end of a value, JSON that describes calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .argument_values import Parameters, is_nothing, load_json
+from .argument_values import Parameters
+from .json_text import NOTHING, JSONEnd, load_json
 
 
 class Tag(NamedTuple):
@@ -27,6 +28,10 @@ _FIXED = ("<tool_call>", "</tool_call>", "</function>", "</parameter>", "<functi
 _OPEN_ENDED = re.compile(r"<(function|parameter)=[^<>\n]{0,256}")
 _LONGEST = 280  # characters of a tag
 FENCE = re.compile(r"```(json)?[ \t]*\n?")
+# From a tag to the arguments of a call of the JSON form that has its parts in the usual order.
+JSON_HEAD = re.compile(
+    r'[^{\[]*\{\s*"name"\s*:\s*"(?P<name>[^"\\]+)"\s*,\s*"arguments"\s*:\s*(?=\{)'
+)
 
 
 def tag_of(match: re.Match[str]) -> Tag:
@@ -206,40 +211,7 @@ class ValueEnd:
         return "text after call" if after.kind == "text" else "text"
 
 
-# --- JSON ---------------------------------------------------------------------------------------
-_JSON_TOKEN = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
-
-
-class JSONEnd:
-    """Finds the end of the first JSON object or list in a text, which grows."""
-
-    def __init__(self) -> None:
-        self._at = self._depth = 0
-        self._in_string = False
-        self._end: int | None = None
-
-    def find(self, text: str) -> int | None:
-        """The position after it, or None if it has not ended."""
-        if self._end is not None:
-            return self._end
-        if not self._depth:
-            starts = [at for at in map(text.find, "{[") if at >= 0]
-            self._at = min(starts, default=len(text))
-        for match in _JSON_TOKEN.finditer(text, self._at):
-            token = match[0]
-            self._at = match.end()
-            if token == '"':
-                self._in_string = not self._in_string
-            elif not self._in_string and token in "{[":
-                self._depth += 1
-            elif not self._in_string and token in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    self._end = match.end()
-                    break
-        return self._end
-
-
+# --- tools and calls as JSON values ---------------------------------------------------------------
 def parameters_of(tools: Sequence[Any]) -> dict[str, Parameters]:
     """Function name -> its parameters; tools that are none are left out."""
     found = {}
@@ -252,7 +224,7 @@ def parameters_of(tools: Sequence[Any]) -> dict[str, Parameters]:
 
 def calls_of(value: Any) -> list[tuple[str, dict[str, Any]]]:
     """The names and arguments of the calls that a JSON value describes; none if it is no call."""
-    if is_nothing(value):
+    if value is NOTHING:
         return []
     calls = []
     for call in value if isinstance(value, list) else [value]:

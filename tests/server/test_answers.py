@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_qwen3next.server.answers import Reader, parse
-from mlx_qwen3next.server.argument_values import Parameters, load_json
+from mlx_qwen3next.server.argument_values import Parameters
 from mlx_qwen3next.server.events import Answer, ArgumentText, CallBegun, Text
 
 CASES = json.loads(Path(__file__).with_name("answer_cases.json").read_text())
@@ -264,11 +264,3 @@ def test_schemas_that_are_none_are_taken():
     assert Parameters(SCHEMA).value("odd", "2") in ("2", 2)
     for schema in (None, True, [], "x", {"properties": []}, {"properties": {"a": None}}):
         assert Parameters(schema).value("a", "2") == "2"
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("{'a': True, 'b': (1,)}", {"a": True, "b": [1]}), ('{"a": "\\ud83c"}', {"a": "�"})],
-)
-def test_json_with_a_models_mistakes(text, value):
-    assert load_json(text) == value
