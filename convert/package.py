@@ -21,7 +21,8 @@ from .source import SMALL_FILES, Source
 from .weights import File
 
 CARD = "README.md"
-_WRITTEN = {"config.json", INDEX_FILE, CARD}
+# Files that describe the source's weights, not the converted ones.
+_ABOUT_WEIGHTS = ("config.json", "*.index.json", "*quant*config.json")
 
 
 def complete(conversion: Conversion, files: Sequence[File], folder: Path, title: str) -> None:
@@ -79,8 +80,10 @@ def _copy_small_files(folder: Path, source: Source) -> None:
     """Copies tokenizer, chat template, generation config and licence, byte for byte."""
     for pattern in SMALL_FILES:
         for file in source.directory.glob(pattern):
-            if file.name not in _WRITTEN and file.is_file():
-                shutil.copyfile(file, folder / file.name)
+            if file.is_file() and not any(map(file.match, (*_ABOUT_WEIGHTS, CARD))):
+                copy = folder / file.relative_to(source.directory)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def _write_card(folder: Path, conversion: Conversion, title: str) -> None:

@@ -24,7 +24,10 @@ from mlx_qwen3next.storage.safetensors import Tensor
 from .quantize import dequantize
 
 # The files of a model besides its weights.
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "README.md", "LICENSE*", "tokenizer.model")
+SMALL_FILES = (
+    *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt"),
+    *("README.md", "LICENSE*", "tokenizer.model"),
+)
 _FP8 = "F8_E4M3"
 
 

@@ -349,11 +349,20 @@ def test_other_files(tmp_path):
     source = shutil.copytree(BUNDLED, tmp_path / "source")
     (source / "LICENSE").write_text("free")
     (source / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Theirs\n")
+    for name in ("hf_quant_config.json", "quantize_config.json", "consolidated.index.json"):
+        (source / name).write_text('{"quantization": {"quant_algo": "FP8"}}')  # of other weights
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
     convert(str(source), str(tmp_path / "out"), dequantize=True)
-    result = {file.name for file in (tmp_path / "out").iterdir()}
+    result = {
+        str(file.relative_to(tmp_path / "out"))
+        for file in (tmp_path / "out").rglob("*")
+        if file.is_file()
+    }
     assert result == {
         "README.md", "LICENSE", "config.json", "generation_config.json", "heldout.txt",
         "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
+        "additional_chat_templates/rag.jinja",
         "model.safetensors", checkpoints.INDEX, "mtp.safetensors", "norms.safetensors",
     }  # fmt: skip
     for name in ("LICENSE", "generation_config.json", "chat_template.jinja", "tokenizer.json"):
