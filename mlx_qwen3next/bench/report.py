@@ -233,8 +233,8 @@ def _kernels(run: Run) -> list[str]:
     if "cpu" in loaded["device"]:
         return [
             "no Metal GPU: MLX's own operations; "
-            f"{loaded['turned']} of {loaded['matrices']} matrices transposed at loading, which is "
-            "faster on this CPU"
+            f"{loaded['transposed']} of {loaded['matrices']} matrices transposed at loading, "
+            "which is faster on this CPU"
         ]
     if not findings:
         return ["no kernel of this package runs here: MLX's own operations"]

@@ -75,7 +75,7 @@ class Backend(ABC):
             "dtypes": sorted({str(a.dtype).rpartition(".")[2] for a in floating}),
             "bytes": sum(a.nbytes for _, a in leaves),
             "matrices": len(matrices),
-            "turned": sum(isinstance(m, TransposedLinear) for m in matrices),
+            "transposed": sum(isinstance(m, TransposedLinear) for m in matrices),
             "device": str(mx.default_device()),
         }
 

@@ -32,7 +32,7 @@ class Fake:
             raise WorkerError(f"{side.label}: no such luck")
         self.loaded = {
             "import": 1.0, "load": 2.0, "bytes": 10**6, "device": "Device(cpu, 0)",
-            "turned": 3, "matrices": 4, "ranks": 1,
+            "transposed": 3, "matrices": 4, "ranks": 1,
         }  # fmt: skip
 
     def ask(self, do, **args):
