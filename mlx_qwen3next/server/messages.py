@@ -20,12 +20,13 @@ def message(path: str, value: Any) -> dict[str, Any]:
         The message with a string as ``content``, which is empty for null, and mappings as the
         arguments of its tool calls. The reasoning of an assistant, whether it came as
         ``reasoning_content``, as ``reasoning`` or as parts of the content, is its
-        ``reasoning_content``.
+        ``reasoning_content``. OpenAI's older form, a ``function_call`` and a message of the role
+        ``function``, becomes a tool call and a tool's message.
     """
     fields = mapping(path, value)
-    roles = one_of("system", "developer", "user", "assistant", "tool")
+    roles = one_of("system", "developer", "user", "assistant", "tool", "function")
     role = roles(f"{path}.role", fields.get("role"))
-    fields["role"] = "system" if role == "developer" else role
+    fields["role"] = {"developer": "system", "function": "tool"}.get(role, role)
     is_assistant = role == "assistant"
     content = fields.get("content", "")
     fields["content"], thought = _content(f"{path}.content", content, thinks=is_assistant)
@@ -36,6 +37,9 @@ def message(path: str, value: Any) -> dict[str, Any]:
             fields["reasoning_content"] = reasoning
     if "tool_calls" in fields:
         fields["tool_calls"] = list_of(_tool_call)(f"{path}.tool_calls", fields["tool_calls"])
+    elif "function_call" in fields:
+        function = _called(f"{path}.function_call", fields.pop("function_call"))
+        fields["tool_calls"] = [{"type": "function", "function": function}]
     return fields
 
 
@@ -65,11 +69,13 @@ def _content(path: str, value: Any, *, thinks: bool) -> tuple[str, str]:
 
 def _tool_call(path: str, value: Any) -> dict[str, Any]:
     call = mapping(path, value)
-    path = f"{path}.function"
-    function = mapping(path, call.get("function"))
+    return call | {"function": _called(f"{path}.function", call.get("function"))}
+
+
+def _called(path: str, value: Any) -> dict[str, Any]:
+    function = mapping(path, value)
     filled_string(f"{path}.name", function.get("name"))
-    arguments = _arguments(function.get("arguments"))
-    return call | {"function": function | {"arguments": arguments}}
+    return function | {"arguments": _arguments(function.get("arguments"))}
 
 
 def _arguments(value: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def with_value(fields, place, value):
     ("fields", "param"),
     [
         ({}, "role"),
-        ({"role": "function", "content": "x"}, "role"),
+        ({"role": "model", "content": "x"}, "role"),
         ({"role": ["user"], "content": "x"}, "role"),
         ({"role": "tool", "content": {}}, "content"),
         ({"role": "user", "content": 5}, "content"),
@@ -59,6 +59,8 @@ def with_value(fields, place, value):
         ({"role": "assistant", "tool_calls": {}}, "tool_calls"),
         ({"role": "assistant", "tool_calls": [{}]}, "tool_calls[0].function"),
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, "tool_calls[0].function.name"),
+        ({"role": "assistant", "function_call": "f"}, "function_call"),
+        ({"role": "assistant", "function_call": {}}, "function_call.name"),
     ],
 )
 def test_the_path_of_a_fault_in_a_message_is_named(fields, param):
@@ -112,7 +114,34 @@ def test_arguments_of_another_type_are_shown_as_json(given, shown):
     assert seen["function"]["arguments"] == {"arguments": shown}
 
 
-@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+def test_calls_of_the_older_form_are_tool_calls_and_their_results():
+    function = {"name": "f", "arguments": '{"x": "1"}'}
+    asked = {"role": "assistant", "content": None}
+    answered = {"content": [{"type": "text", "text": "done"}]}
+    older = [
+        asked | {"function_call": function},
+        answered | {"role": "function", "name": "f"},
+    ]
+    newer = [
+        asked | {"tool_calls": [{"type": "function", "function": function}]},
+        answered | {"role": "tool", "name": "f"},
+    ]
+    messages = chat(messages=MESSAGES + older)["messages"]
+    assert messages == chat(messages=MESSAGES + newer)["messages"]
+    assert messages[2] == {"role": "tool", "name": "f", "content": "done"}
+    text = rendered(messages)
+    assert "<function=f>\n<parameter=x>\n1\n</parameter>" in text
+    assert "<tool_response>\ndone\n</tool_response>" in text
+    assert message(role="assistant", content="a", function_call=None) == {
+        "role": "assistant",
+        "content": "a",
+    }
+
+
+ROLES = ["system", "developer", "user", "assistant", "tool", "function"]
+
+
+@pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("fields", [{}, {"content": None}, {"content": []}])
 def test_no_content_is_an_empty_one(role, fields):
     seen = message(role=role, **fields)
