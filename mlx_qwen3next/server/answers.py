@@ -47,9 +47,9 @@ from .json_text import JSONEnd, MendedJSON, load_json
 Format = Literal["xml", "json"]
 
 
-def call_format(tokenizer: Any) -> Format:
-    """The form of calls that the tokenizer's chat template teaches."""
-    return "xml" if "<function=" in str(tokenizer.chat_template) else "json"
+def call_format(template: str) -> Format:
+    """The form of calls that a chat template teaches."""
+    return "xml" if "<function=" in template else "json"
 
 
 def parse(

@@ -40,6 +40,7 @@ from .arguments import completion_request, generation_arguments
 from .body import read_body
 from .events import Event, Text
 from .http_server import RETRY, Incoming
+from .prompt import template_of
 from .protocols.openai import Completion
 from .schema import RequestError, normalise, parse, served_name
 
@@ -210,8 +211,11 @@ class Handler(BaseHTTPRequestHandler):
             context, responses = self._generate(request, arguments)
             reader = None
             if is_chat:
+                options = self.generator.cli_args.chat_template_args
+                name = (options | fields.get("chat_template_kwargs", {})).get("chat_template")
+                template = template_of(self._tokenizer, name, request.tools)
                 reader = Reader(
-                    format=call_format(self._tokenizer),
+                    format=call_format(template),
                     tools=request.tools,
                     reasoning_open=context.initial_state == "reasoning",
                 )

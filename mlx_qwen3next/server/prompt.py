@@ -128,6 +128,21 @@ def _template_arguments(
     return arguments if name is None else arguments | {"chat_template": name}
 
 
+def template_of(tokenizer: TokenizerWrapper, name: str | None, tools: Any) -> str:
+    """The text of the chat template that a request is rendered with; empty if the model has none.
+
+    Args:
+        name: of the template that the request names, if it names one.
+        tools: that the request has.
+
+    Raises:
+        ValueError: there is no such template.
+    """
+    name = _template_name(tokenizer, name, tools)
+    templates = tokenizer.chat_template
+    return str(templates[name] if name is not None else templates or "")
+
+
 def _template_name(tokenizer: TokenizerWrapper, name: str | None, tools: Any) -> str | None:
     """Chooses a chat template; returns its name, or None if the model's only one has no name.
 

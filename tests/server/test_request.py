@@ -16,6 +16,8 @@ from mlx_qwen3next import stream_generate
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.errors import ContextLengthError
 from mlx_qwen3next.server import command
+from mlx_qwen3next.server.answers import call_format
+from mlx_qwen3next.server.prompt import template_of
 from mlx_qwen3next.server.request import read_request, tokenized
 
 QUESTION = user("What does math.sqrt do?")
@@ -164,6 +166,35 @@ def test_a_template_is_chosen_by_its_name(checkpoint, names, tools, asked, taken
     options = {} if asked is None else {"chat_template": asked}
     request = read(user("Hi"), tools=tools, tokenizer=checkpoint(*names), **options)
     assert text(request) == f"{taken}: Hi"
+
+
+def test_the_form_of_calls_is_that_of_the_chosen_template(checkpoint):
+    tokenizer = checkpoint("default", "tool_use", "rag")
+    tokenizer.chat_template["tool_use"] = "<tool_call>\n<function=name>"
+
+    def form(name=None, tools=TOOLS, tokenizer=tokenizer):
+        return call_format(template_of(tokenizer, name, tools))
+
+    assert form() == form("tool_use", None) == "xml"
+    assert form("default") == form("rag") == form(None, None) == "json"
+    assert form(tokenizer=bundled()[1]) == "xml"
+    assert form(tokenizer=with_templates(None)) == "json"
+
+
+@pytest.mark.parametrize(("name", "is_call"), [(None, True), ("default", False)])
+@pytest.mark.parametrize("place", ["chat_template_kwargs", "flag"])
+def test_answers_are_read_in_the_form_of_the_chosen_template(name, is_call, place):
+    """A call without <tool_call> is one in the form of XML alone."""
+    options = {} if name is None else {"chat_template": name}
+    flags = {"chat_template_args": options} if place == "flag" else {}
+    generator = Fake(f"<function={TOOLS[0]['function']['name']}>\n</function>", **flags)
+    own = generator.model_provider.tokenizer.chat_template
+    generator.model_provider.tokenizer = with_templates({"default": "none", "tool_use": own})
+    with serving(generator) as server:
+        fields = {"chat_template_kwargs": options} if place != "flag" else {}
+        status, answer = ask(server, tools=TOOLS, **fields)
+    assert status == 200
+    assert bool(answer["choices"][0]["message"].get("tool_calls")) == is_call
 
 
 def test_without_a_default_the_templates_are_listed(checkpoint):
