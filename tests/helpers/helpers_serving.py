@@ -147,7 +147,15 @@ class Loaded(ModelProvider):
 
 
 @contextlib.contextmanager
-def running(*flags, load=bundled, cache=None, mtp="off", failed=lambda _: None, dies=False):
+def running(
+    *flags,
+    load=bundled,
+    cache=None,
+    mtp="off",
+    failed=lambda _: None,
+    dies=False,
+    engine=Engine,
+):
     """An engine; checks at the end that its thread has not died.
 
     Args:
@@ -155,18 +163,19 @@ def running(*flags, load=bundled, cache=None, mtp="off", failed=lambda _: None, 
         cache: the prompt cache, or a function that makes one for a tokenizer; by default the
             command's.
         dies: expects the thread to have died.
+        engine: the class.
     """
     make = cache if callable(cache) else lambda _: cache
     if cache is None:
         make = functools.partial(_prompt_cache, parser().parse_args([]))
-    engine = Engine(Loaded(parser().parse_args(map(str, flags)), load), make, mtp, failed)
+    started = engine(Loaded(parser().parse_args(map(str, flags)), load), make, mtp, failed)
     try:
-        yield engine
-        assert dies or engine._stop or engine.generation_available(), "its thread has died"
+        yield started
+        assert dies or started._stop or started.generation_available(), "its thread has died"
     finally:
-        engine.drain(0)
-        engine.join()
-    assert engine._generation_failed == dies
+        started.drain(0)
+        started.join()
+    assert started._generation_failed == dies
 
 
 def served(engine):

@@ -1,13 +1,11 @@
-"""Prompts of chats: control tokens in messages, reasoning that a template opens, round trips.
-
-The templates below are small ones in the form of the published ones of Coder, Instruct, Thinking.
-"""
+"""Prompts of chats: control tokens in messages, reasoning that a template opens, round trips."""
 
 import copy
 import json
 
 import pytest
 from helpers_server import tokenizer as bundled
+from helpers_templates import CODER, INSTRUCT, THINKING
 from mlx_lm.server import CompletionRequest
 
 from mlx_qwen3next.server.answers import Reader
@@ -15,50 +13,6 @@ from mlx_qwen3next.server.messages import message
 from mlx_qwen3next.server.prompt import tokenized_prompt
 from mlx_qwen3next.server.protocols.openai import Completion
 
-OTHERS = """
-{%- for m in messages %}
-{%- if m.role == "tool" %}
-{%- if loop.first or messages[loop.index0 - 1].role != "tool" %}{{ '<|im_start|>user' }}{% endif %}
-{{- '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}
-{%- if loop.last or messages[loop.index0 + 1].role != "tool" %}{{ '<|im_end|>\\n' }}{% endif %}
-{%- elif m.role != "assistant" %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
-{%- else %}"""
-END = """{{ '<|im_end|>\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\nOPENING' }}{% endif %}"""
-JSON_CALLS = """
-{%- for c in m.tool_calls or [] %}
-{%- if not loop.first or m.content %}{{ '\\n' }}{% endif %}
-{{- '<tool_call>\\n{"name": "' + c.function.name + '", "arguments": ' }}
-{{- c.function.arguments | tojson + '}\\n</tool_call>' }}
-{%- endfor %}"""
-CODER = (
-    OTHERS
-    + """{{ '<|im_start|>assistant' }}
-{%- if not m.tool_calls %}{{ '\\n' + m.content }}
-{%- elif m.content | trim %}{{ '\\n' + m.content | trim + '\\n' }}{% endif %}
-{%- for c in m.tool_calls or [] %}{{ '\\n<tool_call>\\n<function=' + c.function.name + '>\\n' }}
-{%- for k, v in c.function.arguments | items %}{{ '<parameter=' + k + '>\\n' }}
-{{- v | tojson if v is mapping or (v is sequence and v is not string) else v | string }}
-{{- '\\n</parameter>\\n' }}{% endfor %}{{ '</function>\\n</tool_call>' }}{% endfor %}"""
-    + END.replace("OPENING", "")
-)
-INSTRUCT = (
-    OTHERS
-    + "{{ '<|im_start|>assistant\\n' + m.content }}"
-    + JSON_CALLS
-    + END.replace("OPENING", "")
-)
-THINKING = (
-    OTHERS
-    + """{{ '<|im_start|>assistant\\n' }}
-{%- if m.reasoning_content %}
-{{- '<think>\\n' + m.reasoning_content.strip('\\n') + '\\n</think>\\n\\n' }}{% endif %}
-{{- m.content.lstrip('\\n') }}"""
-    + JSON_CALLS
-    + END.replace("OPENING", "<think>\\n")
-)
 TOOLS = [{"type": "function", "function": {"name": "write", "parameters": {}}}]
 
 
