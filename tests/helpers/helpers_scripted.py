@@ -6,6 +6,7 @@ tiny, and its logits are forced. A request names its answer by its seed.
 
 import contextlib
 import functools
+import threading
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -89,14 +90,17 @@ class Scripted:
 
     def __init__(self, engine, client, address):
         self.engine, self.client, self.address = engine, client, address
+        self._saying = threading.Lock()
         self.say("Yes.")  # the answer unless another is named
 
     def say(self, text, *, ends=True):
         """Has the model say a text and end its turn, or repeat its last token; returns the seed."""
         _, tokenizer = _tiny()
         end = [tokenizer.eos_token_id] if ends else []
-        self.engine.scripts.append([*tokenizer.encode(text, add_special_tokens=False), *end])
-        return len(self.engine.scripts) - 1
+        script = [*tokenizer.encode(text, add_special_tokens=False), *end]
+        with self._saying:
+            self.engine.scripts.append(script)
+            return len(self.engine.scripts) - 1
 
     def prompt(self):
         """The text of the prompt that was read last."""
