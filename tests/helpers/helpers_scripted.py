@@ -163,6 +163,24 @@ class Scripted:
         assert streamed.seen == whole.seen
         return whole
 
+    def completion(self, prompt, seed=0, **fields):
+        """A completion of a text, which is the same whole and streamed: its choice and usage."""
+        fields = {"model": "demo", "prompt": prompt, "seed": seed, "temperature": 0} | fields
+        create = self.client.completions.create
+        answer = create(**fields)
+        (choice,) = answer.choices
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *chunks, last = create(**fields, **options)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+        ends = [chunk.choices[0].finish_reason for chunk in chunks]
+        assert ends == [None] * (len(chunks) - 1) + [choice.finish_reason]
+        assert last.usage.total_tokens == answer.usage.total_tokens
+        if choice.logprobs:
+            for name, entries in choice.logprobs:
+                pieces = [getattr(chunk.choices[0].logprobs, name) for chunk in chunks]
+                assert [x for piece in pieces for x in piece] == entries
+        return choice, answer.usage
+
 
 def _request(messages, seed, fields):
     """The arguments of OpenAI's client; those that it does not know are in ``extra_body``."""

@@ -4,8 +4,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import openai
 import pytest
 from helpers_scripted import scripted
+from helpers_server import until
 
 CASES = json.loads(Path(__file__).with_name("answer_cases.json").read_text())
 TEMPLATES = {("xml", False): "coder", ("json", False): "instruct", ("json", True): "thinking"}
@@ -131,3 +133,22 @@ def test_log_probabilities_of_parts_of_characters(server, text):
     for entry in got.logprobs:
         assert (entry.logprob, entry.top_logprobs[0].token) == (0.0, entry.token)
         assert entry.top_logprobs[0].bytes == entry.bytes
+
+
+# --- clients that leave ---------------------------------------------------------------------------
+@pytest.mark.parametrize("text", ["On and", "<think>On and", CALL.partition("two")[0]])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_answer_of_a_client_that_leaves_is_dropped(server, text, streamed):
+    """In text, in reasoning and in a call, all of which would fill the context."""
+    seed = server.say(text, ends=False)
+    request = {"model": "demo", "messages": QUESTION, "seed": seed, "tools": CASES["tools"]["F"]}
+    if streamed:
+        with server.client.chat.completions.create(**request, stream=True) as chunks:
+            assert next(chunks).choices[0].finish_reason is None
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            server.client.with_options(timeout=0.1).chat.completions.create(**request)
+    until(lambda: not server.engine._running and not server.engine._waiting)
+    request = server.engine.read[-1]
+    assert request.generated < request.max_tokens
+    assert server.both(QUESTION).content == "Yes."

@@ -111,7 +111,7 @@ def test_an_answer_goes_on(server, template, ending):
     options["chat_template_kwargs"] = {"chat_template": template}
     got = server.both(history, seed, extra_body=options)
     assert (got.content, got.reasoning, got.reason) == (" world.", "", "stop")
-    assert server.prompt().endswith("assistant\nHello,")
+    assert server.prompt().endswith("Hello,")
 
 
 def test_reasoning_goes_on(server):
