@@ -16,6 +16,7 @@ from helpers_generate import forced
 from helpers_serving import running, served
 from helpers_templates import CODER, FORGETFUL, INSTRUCT
 from mlx_lm.tokenizer_utils import load as load_tokenizer
+from openai.lib.streaming.chat import ChatCompletionStreamState
 
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model.config import Config
@@ -69,7 +70,7 @@ class Got:
     reason: str | None = None
     usage: object = None
     logprobs: list = field(default_factory=list)
-    message: object = None  # as the client made it; of a stream, a dict
+    message: object = None
 
     @property
     def seen(self):
@@ -129,14 +130,16 @@ class Scripted:
         )
 
     def streamed(self, messages, seed=0, **fields):
-        """An answer put together from its chunks, as the usual loops of agents do."""
+        """An answer put together from its chunks, as agents do, and as OpenAI's client itself does;
+        its message is the client's."""
         options = {"stream": True, "stream_options": {"include_usage": True}}
         *chunks, last = self.client.chat.completions.create(
             **_request(messages, seed, fields | options)
         )
         assert last.choices == []
-        got, calls = Got(usage=last.usage), {}
+        got, calls, state = Got(usage=last.usage), {}, ChatCompletionStreamState()
         for chunk in chunks:
+            state.handle_chunk(chunk)
             (choice,) = chunk.choices
             assert got.reason is None and chunk.usage is None
             got.reason = choice.finish_reason
@@ -152,9 +155,10 @@ class Scripted:
         assert all(call["id"] and call["type"] == "function" for call in calls.values())
         functions = [call["function"] for call in calls.values()]
         got.calls = [(function["name"], function["arguments"]) for function in functions]
-        got.message = {"role": "assistant", "content": got.content or None}
-        got.message |= {"tool_calls": list(calls.values())} if calls else {}
-        got.message |= {"reasoning": got.reasoning} if got.reasoning else {}
+        got.message = state.current_completion_snapshot.choices[0].message
+        joined = got.message.tool_calls or []
+        assert [(call.function.name, call.function.arguments) for call in joined] == got.calls
+        assert (got.message.role, got.message.content or "") == ("assistant", got.content)
         return got
 
     def both(self, messages, seed=0, **fields):
@@ -196,5 +200,6 @@ def scripted(**options):
     """A running :class:`Scripted`; ``options`` are of OpenAI's client."""
     with running(load=_tiny, engine=ScriptedEngine) as engine, served(engine) as listening:
         url = "http://{}:{}/v1".format(*listening.server_address[:2])
-        with openai.OpenAI(base_url=url, api_key="any", max_retries=0, **options) as client:
+        options = {"api_key": "any", "max_retries": 0, "timeout": 60} | options
+        with openai.OpenAI(base_url=url, **options) as client:
             yield Scripted(engine, client, listening)

@@ -36,6 +36,7 @@ def called(arguments, **fields):
     [
         {"type": "object", "properties": {"x": True, "y": False}, "additionalProperties": False},
         {"type": "object", "properties": {"x": {"type": ["string", "null"], "items": True}}},
+        {"properties": {"x": {"description": {"text": 5}, "enum": ["ls -l", None]}}},
         *(True, False, None, {}, [], {"properties": True}),
     ],
 )

@@ -93,7 +93,9 @@ ECHOES = {
     ),
     "arguments as objects": lambda message: with_arguments(message, dict),
     "arguments written again": lambda message: with_arguments(message, json.dumps),
-    "chunks": None,
+    "streamed object": lambda message: message,
+    "streamed model_dump": lambda message: message.model_dump(),
+    "streamed by hand": lambda message: plain(message, content=None),
 }
 
 
@@ -108,10 +110,10 @@ def chat(server, number, template, echo):
     messages, answers = [{"role": "user", "content": f"{number}: do it."}], []
     for script in (*LOOPS[template], "Yes."):
         seed = server.say((THOUGHT if template == "thinking" else "") + script)
-        ask = server.streamed if ECHOES[echo] is None else server.whole
+        ask = server.streamed if echo.startswith("streamed") else server.whole
         got = ask(messages, seed, tools=TOOLS, template=template)
         answers.append(got)
-        messages.append(got.message if ECHOES[echo] is None else ECHOES[echo](got.message))
+        messages.append(ECHOES[echo](got.message))
         results = [{"role": "tool", "tool_call_id": "1", "content": "ok"} for _ in got.calls]
         messages += results or [{"role": "user", "content": "Again."}]
     return answers
@@ -180,8 +182,7 @@ def test_a_prompt_is_known_though_its_reasoning_does_not_come_back(server, strea
         answers.append(
             ask(messages, server.say(THOUGHT + script), tools=TOOLS, template="thinking")
         )
-        message = answers[-1].message
-        message = message if streamed else message.model_dump(exclude_none=True)
+        message = answers[-1].message.model_dump(exclude_none=True)
         messages.append({name: x for name, x in message.items() if name != "reasoning"})
         messages.append({"role": "tool", "tool_call_id": "1", "content": "ok"})
     for before, got in itertools.pairwise(answers):

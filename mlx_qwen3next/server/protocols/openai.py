@@ -21,6 +21,7 @@ class Completion:
     def __init__(self, common: dict[str, Any], *, is_chat: bool, is_streamed: bool):
         self._common, self._is_chat, self._is_streamed = common, is_chat, is_streamed
         self._calls = 0
+        self._has_begun = False  # whether a chunk was made
 
     def choice(self, events: Sequence[Event], finish_reason: str | None = None) -> dict[str, Any]:
         """The object of a chunk, or of the whole answer.
@@ -36,7 +37,14 @@ class Completion:
         if not self._is_chat:
             choice["text"] = message.get("content") or ""
         elif self._is_streamed:
-            choice["delta"] = {key: value for key, value in message.items() if value is not None}
+            # Clients join the strings of all deltas, the role's too: it comes once.
+            known = {"role"} if self._has_begun else set()
+            self._has_begun = True
+            choice["delta"] = {
+                key: value
+                for key, value in message.items()
+                if value is not None and key not in known
+            }
         else:
             choice["message"] = message
         return self._common | {"choices": [choice]}
