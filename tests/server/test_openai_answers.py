@@ -141,14 +141,17 @@ def test_log_probabilities_of_parts_of_characters(server, text):
 def test_the_answer_of_a_client_that_leaves_is_dropped(server, text, streamed):
     """In text, in reasoning and in a call, all of which would fill the context."""
     seed = server.say(text, ends=False)
-    request = {"model": "demo", "messages": QUESTION, "seed": seed, "tools": CASES["tools"]["F"]}
+    fields = {"model": "demo", "messages": QUESTION, "seed": seed, "tools": CASES["tools"]["F"]}
+    engine, count = server.engine, len(server.engine.read)
     if streamed:
-        with server.client.chat.completions.create(**request, stream=True) as chunks:
+        with server.client.chat.completions.create(**fields, stream=True) as chunks:
             assert next(chunks).choices[0].finish_reason is None
     else:
         with pytest.raises(openai.APITimeoutError):
-            server.client.with_options(timeout=0.1).chat.completions.create(**request)
-    until(lambda: not server.engine._running and not server.engine._waiting)
-    request = server.engine.read[-1]
+            server.client.with_options(timeout=0.1).chat.completions.create(**fields)
+    until(lambda: len(engine.read) > count)
+    request = engine.read[count]
+    until(lambda: request.context._should_stop)
+    until(lambda: not (engine._running or engine._waiting or engine.requests.qsize()))
     assert request.generated < request.max_tokens
     assert server.both(QUESTION).content == "Yes."
