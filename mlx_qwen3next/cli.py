@@ -180,6 +180,68 @@ def add_speed_options(group: Any) -> None:
     )
 
 
+def add_sampling_options(group: Any) -> None:
+    """Adds ``--temp``, ``--top-p``, ``--min-p`` and ``--top-k`` to a group of flags."""
+    group.add_argument(
+        "--temp",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="Sampling temperature: 0 always takes the most probable token, 1 samples from the "
+        "model's own probabilities (default: %(default)s).",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="Sample only from the most probable tokens whose probabilities sum up to P (default: "
+        "%(default)s, all tokens).",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="Sample only from tokens at least P times as probable as the most probable one "
+        "(default: %(default)s, all tokens).",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="Sample only from the K most probable tokens (default: %(default)s, all tokens).",
+    )
+
+
+def add_kv_options(group: Any) -> None:
+    """Adds the flags of the quantization of keys and values to a group of flags."""
+    group.add_argument(
+        "--kv-bits",
+        type=int,
+        metavar="BITS",
+        help="Quantize the keys and values of the text to 2, 3, 4, 5, 6 or 8 bits, which saves "
+        "memory (default: no quantization).",
+    )
+    group.add_argument(
+        "--kv-group-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="With --kv-bits: how many numbers share a scale, 32, 64 or 128 (default: "
+        "%(default)s).",
+    )
+    group.add_argument(
+        "--quantized-kv-start",
+        type=int,
+        default=5000,
+        metavar="N",
+        help="With --kv-bits: length of the text in tokens from which on keys and values are "
+        "quantized (default: %(default)s).",
+    )
+
+
 def add_group_options(parser: argparse.ArgumentParser) -> None:
     """Adds ``--pipeline`` and ``--expert-parallel`` to a parser."""
     group = parser.add_argument_group("several machines (with mlx.launch)")

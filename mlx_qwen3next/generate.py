@@ -12,6 +12,8 @@ import sys
 from .cli import (
     Parser,
     add_group_options,
+    add_kv_options,
+    add_sampling_options,
     add_speed_options,
     guarded,
     refuse,
@@ -153,37 +155,7 @@ def other_flags() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="Beginning of the answer, which the model continues.",
     )
-    parser.add_argument(
-        "--temp",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="Sampling temperature: 0 always takes the most probable token, 1 samples from the "
-        "model's own probabilities (default: %(default)s).",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="Sample only from the most probable tokens whose probabilities sum up to P (default: "
-        "%(default)s, all tokens).",
-    )
-    parser.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="Sample only from tokens at least P times as probable as the most probable one "
-        "(default: %(default)s, all tokens).",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        default=0,
-        metavar="K",
-        help="Sample only from the K most probable tokens (default: %(default)s, all tokens).",
-    )
+    add_sampling_options(parser)
     parser.add_argument(
         "--xtc-probability",
         type=float,
@@ -250,29 +222,7 @@ def other_flags() -> argparse.ArgumentParser:
         action="store_true",
         help=_unsupported("quantize_activations"),
     )
-    parser.add_argument(
-        "--kv-bits",
-        type=int,
-        metavar="BITS",
-        help="Quantize the keys and values of the text to 2, 3, 4, 5, 6 or 8 bits, which saves "
-        "memory (default: no quantization).",
-    )
-    parser.add_argument(
-        "--kv-group-size",
-        type=int,
-        default=64,
-        metavar="N",
-        help="With --kv-bits: how many numbers share a scale, 32, 64 or 128 (default: "
-        "%(default)s).",
-    )
-    parser.add_argument(
-        "--quantized-kv-start",
-        type=int,
-        default=5000,
-        metavar="N",
-        help="With --kv-bits: length of the text in tokens from which on keys and values are "
-        "quantized (default: %(default)s).",
-    )
+    add_kv_options(parser)
     parser.add_argument("--draft-model", type=str, help=_unsupported("draft_model"))
     parser.add_argument(
         "--num-draft-tokens", type=int, default=3, help=_unsupported("num_draft_tokens")

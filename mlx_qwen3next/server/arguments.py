@@ -1,75 +1,89 @@
-"""From the checked fields of a request to what the engine is asked: mlx-lm's own types."""
+"""From the checked fields of a request to what the engine is asked: a prompt and its arguments."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lm.server import (
-    CompletionRequest,
-    GenerationArguments,
-    LogitsProcessorArguments,
-    ModelDescription,
-    SamplingArguments,
-)
-
 from ..decoding.sampling import Sampling
-from .schema import DEFAULT_MODEL
 
-# mlx_lm.server's defaults of the fields that have no flag.
-_DEFAULTS: dict[str, Any] = {
-    **{"xtc_probability": 0.0, "xtc_threshold": 0.1},
-    **{"repetition_penalty": 0.0, "repetition_context_size": 20},
-    **{"presence_penalty": 0.0, "presence_context_size": 20},
-    **{"frequency_penalty": 0.0, "frequency_context_size": 20},
-}
+# The fields of a request that are options of sampling, and those of them that have a flag.
+_SAMPLING = Sampling.__dataclass_fields__.keys() - {"temp", "logit_bias", "xtc_special_tokens"}
+_FLAGS = ("temp", "top_p", "top_k", "min_p")
 
 
-def completion_request(fields: dict[str, Any], *, is_chat: bool) -> CompletionRequest:
-    """The prompt of a request, or its messages and tools.
+@dataclass(frozen=True)
+class Chat:
+    """The messages to answer.
+
+    Args:
+        messages: each with a ``role`` and a ``content``.
+        tools: the functions that the answer may call.
+        role_mapping: what stands before the messages of each role, for a model without a template.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    role_mapping: dict[str, str] | None = None
+
+
+Prompt = str | list[int] | Chat  # a text or its token ids to continue, or messages to answer
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The options of a request.
+
+    Args:
+        sampling: the rules by which its tokens are drawn.
+        max_tokens: the most tokens of the answer.
+        stop_words: texts that end the answer.
+        logprobs: whether log-probabilities are wanted.
+        top_logprobs: of how many most probable tokens they are wanted as well.
+        seed: of the random numbers; None for any.
+        template_options: variables and options of the chat template.
+    """
+
+    sampling: Sampling
+    max_tokens: int
+    stop_words: list[str] = field(default_factory=list)
+    logprobs: bool = False
+    top_logprobs: int = 0
+    seed: int | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+
+
+def prompt_of(fields: dict[str, Any], *, is_chat: bool) -> Prompt:
+    """Takes the prompt of a request, or its messages and tools.
 
     Args:
         fields: the result of :func:`mlx_qwen3next.server.schema.normalise`.
     """
     if not is_chat:
-        return CompletionRequest("text", fields["prompt"], [], None, None)
-    tools, roles = fields.get("tools") or None, fields.get("role_mapping")
-    return CompletionRequest("chat", "", fields["messages"], tools, roles)
+        return fields["prompt"]
+    return Chat(fields["messages"], fields.get("tools") or None, fields.get("role_mapping"))
 
 
-def generation_arguments(
-    fields: dict[str, Any], flags: argparse.Namespace, adapter: str | None
-) -> GenerationArguments:
-    """The options of a request; the server's flags and mlx-lm's defaults fill the missing ones.
+def arguments_of(fields: dict[str, Any], flags: argparse.Namespace) -> Arguments:
+    """Takes the options of a request; the server's flags and mlx-lm's defaults fill missing ones.
 
     Raises:
         ValueError: a flag has no usable value.
     """
-    sampling = {"temp": flags.temp, "top_p": flags.top_p, "top_k": flags.top_k}
-    sampling |= {"min_p": flags.min_p}
+    options = {name: getattr(flags, name) for name in _FLAGS}
+    options |= {name: value for name, value in fields.items() if name in _SAMPLING}
     if "temperature" in fields:
-        sampling["temp"] = fields["temperature"]
-    options = _DEFAULTS | sampling
-    options |= {name: fields[name] for name in options if name in fields}
-    bias = fields.get("logit_bias")
-    options["logit_bias"] = bias and {int(token): x for token, x in bias.items()}
-    Sampling(**options)
-    options["temperature"] = options["temp"]
-    max_tokens = fields.get("max_completion_tokens", fields.get("max_tokens", flags.max_tokens))
-
-    def some(kind: Any) -> Any:
-        return kind(**{name: options[name] for name in kind.__dataclass_fields__})
-
-    model: Any = adapter
-    return GenerationArguments(
-        model=ModelDescription(DEFAULT_MODEL, DEFAULT_MODEL, model),
-        sampling=some(SamplingArguments),
-        logits=some(LogitsProcessorArguments),
-        stop_words=fields.get("stop", []),
-        max_tokens=max_tokens,
-        num_draft_tokens=fields.get("num_draft_tokens", flags.num_draft_tokens),
-        logprobs=fields.get("logprobs", False),
-        top_logprobs=fields.get("top_logprobs", -1),
-        seed=fields.get("seed"),
-        chat_template_kwargs=fields.get("chat_template_kwargs"),
+        options["temp"] = fields["temperature"]
+    if bias := fields.get("logit_bias"):
+        options["logit_bias"] = {int(token): x for token, x in bias.items()}
+    template_options = flags.chat_template_args | fields.get("chat_template_kwargs", {})
+    return Arguments(
+        Sampling(**options),
+        fields.get("max_completion_tokens", fields.get("max_tokens", flags.max_tokens)),
+        fields.get("stop", []),
+        fields.get("logprobs", False),
+        fields.get("top_logprobs", 0),
+        fields.get("seed"),
+        template_options,
     )

@@ -1,7 +1,7 @@
 """The command ``python -m mlx_qwen3next.server``: mlx_lm.server for Qwen3-Next.
 
-The server builds on the parser, the handler and the batch of mlx_lm.server, without changing
-anything in mlx-lm. It refuses models of other types, which mlx_lm.server serves.
+The server takes the flags of mlx_lm.server and answers in its form. It refuses models of other
+types, which mlx_lm.server serves.
 """
 
 from __future__ import annotations
@@ -10,169 +10,39 @@ import argparse
 import ipaddress
 import logging
 import os
+import platform
 import resource
 import signal
 import threading
 from collections.abc import Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_lm import server as stock
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.hub import read_config
-from ..cli import (
-    Parser,
-    add_group_options,
-    add_speed_options,
-    byte_count,
-    count,
-    division,
-    fingerprint_of,
-    guarded,
-    positive_seconds,
-    refuse,
-    seconds,
-)
+from ..checkpoint.loading import load
+from ..cli import division, fingerprint_of, guarded, refuse
 from ..compute.proof import set_kernels
 from ..decoding.sampling import Sampling, check_integer
 from ..decoding.validation import check_kv_quantization
 from ..errors import first_line
 from ..group import ALONE, Group, join
 from ..model import capacity
+from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
 from . import mlx_lm_interface
-from .checks import MAX_INTEGER
 from .engine import Engine
+from .flags import UNSUPPORTED, parser
 from .handler import Handler, Settings
 from .http_server import MAX_CONNECTIONS, Server
-from .provider import Provider
 
 DEMO = "qwen3-next-demo"  # the name of the bundled model
 LEAST_CACHE = 256 * 2**20  # bytes of the prompt cache at least, however full the memory is
-# Flags of mlx_lm.server that would have no effect here, with the reasons.
-_UNSUPPORTED = {
-    "draft_model": "the model drafts with its own MTP head: use --mtp",
-    "num_draft_tokens": "use --mtp",
-}
 _FINAL_WAIT = 5.0  # seconds for clients to read the end of their answers
-
-EPILOG = """examples:
-  %(prog)s
-      serve the bundled demo model at http://127.0.0.1:8080/v1
-  %(prog)s --model DIR_OR_REPO --port 1234 --prompt-cache-dir ~/.cache/prompts
-      serve a model on LM Studio's port, with a prompt cache that survives restarts
-  curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
-      -d '{"messages": [{"role": "user", "content": "What does math.sqrt do?"}]}'
-      ask the served model a question
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """Makes the command's parser: all flags of mlx_lm.server and ours."""
-    flags = mlx_lm_interface.stock_parser()
-    for action in flags._actions:
-        if action.dest in _UNSUPPORTED:
-            action.help = f"Not supported: {_UNSUPPORTED[action.dest]}."
-    result = Parser(
-        flags,
-        prog="python -m mlx_qwen3next.server",
-        usage="%(prog)s [--model DIR_OR_REPO] [--mtp DEPTH] [--prompt-cache-dir DIR] "
-        "[other options]",
-        description="Serve Qwen3-Next (Instruct, Thinking, Coder-Next) to OpenAI clients.",
-        epilog=EPILOG,
-    )
-    essential = result.add_argument_group("essential options")
-    essential.add_argument(
-        "--model",
-        metavar="DIR_OR_REPO",
-        help="Local directory or Hugging Face repository of the model; the server runs only this "
-        "one (default: the small demo model that ships with this package).",
-    )
-    essential.add_argument(
-        "--model-name",
-        metavar="NAME",
-        help="Name of the model in /v1/models and in answers; requests may use it as well "
-        "(default: the repository, or the name of the directory).",
-    )
-    essential.add_argument(
-        "--max-tokens",
-        type=count,
-        default=MAX_INTEGER,
-        metavar="N",
-        help="Most tokens of an answer if the request does not say (default: as many as the "
-        "context takes).",
-    )
-    add_speed_options(essential)
-    add_group_options(result)
-    fairness = result.add_argument_group("many requests at once")
-    fairness.add_argument(
-        "--max-stall",
-        type=positive_seconds,
-        default=0.5,
-        metavar="SECONDS",
-        help="Time for which the reading of a long prompt may hold up the answers that are being "
-        "generated, before their next token (default: %(default)s).",
-    )
-    fairness.add_argument(
-        "--max-queue",
-        type=count,
-        default=64,
-        metavar="N",
-        help="Requests that may wait while --decode-concurrency others are answered; more are "
-        "refused with status 429 (default: %(default)s).",
-    )
-    cache = result.add_argument_group("prompt cache")
-    cache.add_argument(
-        "--prompt-cache-bytes",
-        type=byte_count,
-        metavar="SIZE",
-        help="Memory for the prompt cache and the requests being answered together, such as 8GB "
-        "(default: half of the memory that the model leaves free).",
-    )
-    cache.add_argument(
-        "--prompt-cache-size",
-        type=count,
-        metavar="N",
-        help="Maximum number of different texts in the prompt cache (default: as many as fit).",
-    )
-    cache.add_argument(
-        "--prompt-cache-dir",
-        type=Path,
-        metavar="DIR",
-        help="Directory in which the prompt cache is saved, so that it survives restarts. It "
-        "takes as much space there as in memory.",
-    )
-    access = result.add_argument_group("access")
-    access.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help="Answer only requests that carry this key; @FILE reads the key from a file.",
-    )
-    access.add_argument(
-        "--allowed-origins",
-        type=lambda text: [origin.strip() for origin in text.split(",") if origin.strip()],
-        default=[],
-        metavar="ORIGINS",
-        help="Origins of web pages that may use the server, separated by commas; * allows all "
-        "(default: none).",
-    )
-    access.add_argument(
-        "--max-body-bytes",
-        type=byte_count,
-        default=Settings.max_body_bytes,
-        metavar="SIZE",
-        help="Size of the largest request that is accepted (default: %(default)s).",
-    )
-    access.add_argument(
-        "--drain-seconds",
-        type=seconds,
-        default=30.0,
-        metavar="SECONDS",
-        help="After SIGTERM or Ctrl-C, time to finish the requests being answered; a second "
-        "signal ends them at once (default: %(default)s).",
-    )
-    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -209,7 +79,7 @@ def _run(args: argparse.Namespace, group: Group) -> int:
         api_key=_api_key(args.api_key),
         max_body_bytes=args.max_body_bytes,
     )
-    refuse(args, parser(), _UNSUPPORTED)
+    refuse(args, parser(), UNSUPPORTED)
     config = read_config(args.model)  # checks the model before 45 GB are fetched or read
     kv_quantization = args.kv_bits, args.kv_group_size, args.quantized_kv_start
     check_kv_quantization(config.head_dim, *kv_quantization)
@@ -219,7 +89,7 @@ def _run(args: argparse.Namespace, group: Group) -> int:
     generator: Engine | None = None
     errors: list[Exception] = []
     stopping = threading.Event()
-    system = stock.get_system_fingerprint()
+    system = _system_fingerprint()
 
     def handler(*connection: Any) -> Handler:
         return Handler(generator, settings, *connection, system_fingerprint=system)
@@ -229,8 +99,9 @@ def _run(args: argparse.Namespace, group: Group) -> int:
         stopping.set()
 
     def engine() -> Engine:
+        model = partial(_load, args, group, divided)
         cache = partial(_prompt_cache, args, group=group)
-        return Engine(Provider(args, group, divided), cache, args.mtp, failed)
+        return Engine(args, model, cache, args.mtp, failed)
 
     if group.rank > 0:  # follows rank 0, without clients of its own
         logging.disable()
@@ -277,7 +148,7 @@ def _wait(event: threading.Event) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Checks the values of mlx-lm's flags, which its parser does not check.
+    """Checks the values of mlx-lm's flags, which the parser does not check.
 
     Raises:
         ValueError: a value is out of its range.
@@ -286,7 +157,6 @@ def _check(args: argparse.Namespace) -> None:
         "decode_concurrency": 1,
         "prompt_concurrency": 1,
         "prefill_step_size": 1,
-        "num_draft_tokens": 0,
         "port": 0,
     }
     for name, number in least.items():
@@ -310,6 +180,32 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
         names += [path.resolve().name, str(path.resolve())] if path.exists() else []
         names.append(args.model)
     return tuple(dict.fromkeys(names))
+
+
+def _load(
+    args: argparse.Namespace, group: Group, divided: dict[str, Any]
+) -> tuple[Model, TokenizerWrapper]:
+    """Loads the model that the arguments name.
+
+    Args:
+        divided: how the group divides it, as options of :func:`mlx_qwen3next.load`.
+
+    Raises:
+        ValueError: the model cannot be loaded, or not with these arguments.
+    """
+    config: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    if args.chat_template:
+        config["chat_template"] = args.chat_template
+    model, tokenizer = load(
+        args.model,
+        tokenizer_config=config,
+        adapter_path=args.adapter_path,
+        group=group,
+        **divided,
+    )
+    if args.use_default_chat_template and tokenizer.chat_template is None:
+        tokenizer.chat_template = tokenizer.default_chat_template
+    return model, tokenizer
 
 
 def _prompt_cache(args: argparse.Namespace, tokenizer: Any, group: Group = ALONE) -> PromptCache:
@@ -339,6 +235,12 @@ def _api_key(text: str | None) -> str | None:
     if not key:
         raise ValueError("--api-key is empty")
     return key
+
+
+def _system_fingerprint() -> str:
+    """The versions and the machine that answers depend on, as mlx_lm.server writes them."""
+    chip = mx.device_info()["architecture"]
+    return f"{version('mlx-lm')}-{version('mlx')}-{platform.platform()}-{chip}"
 
 
 def _allow_files() -> None:

@@ -1,7 +1,6 @@
 """The generation thread of the server: requests in, tokens out, checkpoints kept on the way.
 
-:class:`Engine` takes the place of mlx_lm.server's ResponseGenerator. The tokens come from
-:mod:`mlx_qwen3next.server.batching`, the checkpoints are kept by
+The tokens come from :mod:`mlx_qwen3next.server.batching`, the checkpoints are kept by
 :mod:`mlx_qwen3next.prompt_cache`.
 
 If several processes run one model (:mod:`mlx_qwen3next.group`), each of them has this thread and
@@ -15,6 +14,7 @@ failure, and its request ends with the error.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import secrets
@@ -28,13 +28,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import greedy_sampler
-from mlx_lm.server import (
-    CompletionRequest,
-    GenerationArguments,
-    GenerationContext,
-    Response,
-    ResponseGenerator,
-)
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.loading import default_dtype
@@ -45,101 +38,112 @@ from ..decoding.speculation import MTP, Speculation
 from ..errors import QueueFullError, first_line
 from ..model import capacity
 from ..model.cache import Cache
+from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
+from .arguments import Arguments, Prompt
 from .batching import SpeculativeBatchGenerator
 from .lone_sequence import Generated, Prompted
 from .pace import PromptPace
-from .request import NullQueue, Request, read_request, tokenized
+from .request import NullQueue, Request, read_request
+from .responses import Context, Response
 
 ATTEMPTS = 3  # failed forwards that end a request
 IDLE = 0.1  # seconds to wait for a request if there is nothing else to do
+PATIENCE = 1.0  # seconds to wait before looking whether the thread has ended
 KEEPALIVE = 1.0  # seconds between two progress reports to waiting requests
 
 
-class Engine(ResponseGenerator):
+class Engine:
     """Loads the model and answers requests, in a thread of its own.
 
     Args:
-        provider: mlx_lm.server's ModelProvider, of a Qwen3-Next model.
+        args: the arguments of the command.
+        load: loads the model and its tokenizer.
         prompt_cache: makes the prompt cache for a tokenizer, after the model is loaded.
         mtp: as for :func:`mlx_qwen3next.generate_step`.
         failed: called with the error if the model cannot be loaded.
+
+    Attributes:
+        args: the arguments of the command.
+        ended: the event that the thread sets last. ``Thread.join()`` is no replacement for waiting:
+            it takes a thread for ended once Ctrl-C has interrupted it.
     """
 
     def __init__(
         self,
-        provider: Any,
+        args: argparse.Namespace,
+        load: Callable[[], tuple[Model, TokenizerWrapper]],
         prompt_cache: Callable[[TokenizerWrapper], PromptCache],
         mtp: MTP = "auto",
         failed: Callable[[Exception], None] = lambda _: None,
     ):
-        self._make_prompt_cache, self._mtp, self._failed = prompt_cache, mtp, failed
+        self.args, self.ended = args, threading.Event()
+        self._load, self._make_prompt_cache = load, prompt_cache
+        self._mtp, self._failed = mtp, failed
+        self._arrived: Queue[Request] = Queue()
         self._running: dict[int, Request] = {}  # by the batch's number of the sequence
         self._waiting: deque[Request] = deque()
         self._numbers = count()
         self._last_keepalive = 0.0
         self._loaded = threading.Event()
-        # For waiting: Thread.join() takes a thread for ended once Ctrl-C has interrupted it.
-        self.ended = threading.Event()
         # One request enters at a time: tokenizers are not safe for several threads.
         self._entering = threading.Lock()
+        self._draining = False
         self._deadline, self._save = 0.0, True  # end of draining; whether to save the cache then
-        unused: Any = None  # mlx-lm's own prompt cache
-        super().__init__(provider, unused)
+        self._error: Exception | None = None  # that has ended the thread
+        threading.Thread(target=self._run).start()
 
     # --- for other threads ---------------------------------------------------------------------
     @property
     def health(self) -> str:
-        """The state of the engine: "ok", "loading", "draining" or "unavailable"."""
-        if not self.generation_available():
+        """The state: "ok", "loading", "draining" or "unavailable"."""
+        if self.ended.is_set():
             return "unavailable"
-        return "draining" if self._stop else "ok" if self._loaded.is_set() else "loading"
-
-    @property
-    def is_healthy(self) -> bool:
-        return self.health == "ok"
+        return "draining" if self._draining else "ok" if self._loaded.is_set() else "loading"
 
     def generate(
         self,
-        completion: CompletionRequest,
-        arguments: GenerationArguments,
-        progress_callback: Callable[[int, int], None] | None = None,
-    ) -> tuple[GenerationContext, Iterator[Response]]:
-        """Answers a request, as mlx_lm.server's ResponseGenerator does.
+        prompt: Prompt,
+        arguments: Arguments,
+        progress: Callable[[int, int], None] = lambda *_: None,
+    ) -> tuple[Context, Iterator[Response]]:
+        """Answers a request once the model is loaded; tokenizes in the caller's thread.
 
-        Waits until the model is loaded, and tokenizes in the caller's thread.
+        Args:
+            progress: called with the number of prompt tokens processed and of all of them, at
+                times, while the responses are awaited.
 
         Raises:
             ValueError: the request cannot be answered.
             QueueFullError: too many requests wait already.
             RuntimeError: the server is shutting down.
         """
-        while not self._loaded.wait(1) and self.generation_available():
+        while not self._loaded.wait(PATIENCE) and not self.ended.is_set():
             pass
-        if self._stop or not self.generation_available():
+        if self._draining or self.ended.is_set():
             raise RuntimeError("the server is shutting down")
         with self._entering:
             self._check_queue()
             try:
-                request = self._read(completion, arguments, Queue())
+                request = self._read(prompt, arguments, Queue())
             except ValueError:
                 raise
             except Exception as error:  # templates and tokenizers raise all kinds of exceptions
                 raise ValueError(first_line(error)) from error
-            self.requests.put(request)
-        return request.context, self._responses(request, progress_callback or (lambda *_: None))
+            self._arrived.put(request)
+        return request.context, self._responses(request, progress)
 
     def _check_queue(self) -> None:
         """Checks that one more request may wait, if there is no free place for it in the batch."""
-        limit = self.cli_args.max_queue
-        known = len(self._running) + len(self._waiting) + self.requests.qsize()
+        limit = self.args.max_queue
+        known = len(self._running) + len(self._waiting) + self._arrived.qsize()
         if known >= self._max_running + limit:
             raise QueueFullError(f"{limit} requests are waiting already; try again later")
 
     def _responses(
         self, request: Request, progress: Callable[[int, int], None]
     ) -> Generator[Response]:
-        while (response := self._await_response(request.queue)) is not None:
+        while (response := self._next_response(request)) is not None:
             if isinstance(response, Exception):
                 raise response
             if isinstance(response, tuple):
@@ -147,40 +151,61 @@ class Engine(ResponseGenerator):
             else:
                 yield response
 
+    def _next_response(self, request: Request) -> Any:
+        """Waits for the next item of a request's queue.
+
+        Raises:
+            RuntimeError: there will be none, because the thread has died.
+        """
+        while True:
+            ended = self.ended.is_set()  # asked before, since the thread may put items until then
+            try:
+                return request.queue.get(timeout=0 if ended else PATIENCE)
+            except Empty:
+                if ended:
+                    raise RuntimeError("the generation thread has died") from self._error
+
     def drain(self, seconds: float) -> None:
         """Ends the thread after it has answered all requests, or after that many seconds.
 
         The prompt cache is saved before, unless ``seconds`` is 0. The event ``ended`` is set last.
         """
         self._deadline, self._save = time.monotonic() + seconds, seconds > 0
-        self._stop = True
+        self._draining = True
 
     # --- the thread ----------------------------------------------------------------------------
-    def _run_generate(self) -> None:
-        super()._run_generate()
+    def _run(self) -> None:
+        try:
+            if self._prepare():
+                self._serve()
+        except Exception as error:
+            logging.exception("The generation thread has died")
+            self._error = error
         # MLX aborts the process at exit if a thread that drew random numbers leaves its streams.
         mx.clear_streams()
         self.ended.set()
 
-    def _generate(self) -> None:
+    def _prepare(self) -> bool:
+        """Loads the model and makes all that is needed beside it; returns whether that worked."""
         try:
-            self.model_provider.load_default()
-            provider: Any = self.model_provider
-            self._model, self._tokenizer = provider.model, provider.tokenizer
+            self._model, self._tokenizer = self._load()
             depth = Speculation.of(self._model).depth(self._mtp)
             self._group = self._model.group
             self._checkpoints = self._make_prompt_cache(self._tokenizer)
         except Exception as error:
-            self._generation_failed = True
+            self._error = error
             self._failed(error)
-            return
+            return False
         self._stream = mx.default_stream(mx.default_device())
         self._budget = min(self._group.gather("budget", self._checkpoints.max_bytes))
         # Where keys and values are quantized, the tokens depend on the chunks.
-        max_stall = self.cli_args.max_stall if self.cli_args.kv_bits is None else math.inf
+        max_stall = self.args.max_stall if self.args.kv_bits is None else math.inf
         self._pace = PromptPace(max_stall, self._group)
         self._make_batch(depth)
         self._loaded.set()
+        return True
+
+    def _serve(self) -> None:
         while self._update_requests():
             self._admit()
             if self._running:
@@ -190,10 +215,9 @@ class Engine(ResponseGenerator):
             pass
         self._batch.close()
         del self._batch, self._checkpoints, self._model, self._tokenizer
-        self.model_provider.reset()
 
     def _make_batch(self, depth: Depth) -> None:
-        args = self.cli_args
+        args = self.args
         self._batch = SpeculativeBatchGenerator(
             self._model,
             depth,
@@ -219,13 +243,13 @@ class Engine(ResponseGenerator):
             over = self._is_over()
             new = [] if over else self._accept_requests()
             known = [*self._running.values(), *self._waiting]
-            gone = {request.number for request in known if request.context._should_stop}
+            gone = {request.number for request in known if request.context.stopped}
             if not (over or new or known):
                 return True  # nothing that the other ranks need to know
             decision = over, [(request.tokens, request.arguments) for request in new], gone
         over, contents, gone = self._group.decide("requests", decision)
         if self._group.rank > 0:
-            new = [self._read(tokenized(tokens), args, NullQueue()) for tokens, args in contents]
+            new = [self._read(tokens, args, NullQueue()) for tokens, args in contents]
         for request in new:
             request.number = next(self._numbers)
         self._waiting += new
@@ -234,13 +258,13 @@ class Engine(ResponseGenerator):
 
     def _is_over(self) -> bool:
         """Whether draining has ended; at its deadline the requests left end with an error."""
-        if not self._stop:
+        if not self._draining:
             return False
         left = [*self._running.values(), *self._waiting]
         if time.monotonic() < self._deadline:
-            return not left and self.requests.empty()
-        while not self.requests.empty():
-            left.append(self.requests.get())
+            return not left and self._arrived.empty()
+        while not self._arrived.empty():
+            left.append(self._arrived.get())
         for request in left:
             request.queue.put(RuntimeError("the server is shutting down"))
         return True
@@ -249,29 +273,16 @@ class Engine(ResponseGenerator):
         """Returns the new requests. If there are no others, waits for one or saves the cache."""
         idle, new = not (self._running or self._waiting), []
         try:
-            new.append(self.requests.get(block=idle, timeout=IDLE))
+            new.append(self._arrived.get(block=idle, timeout=IDLE))
             while True:
-                new.append(self.requests.get_nowait())
+                new.append(self._arrived.get_nowait())
         except Empty:
             if idle and not new:
                 self._checkpoints.save_next()
         return new
 
-    def _read(
-        self, completion: CompletionRequest, arguments: GenerationArguments, queue: Queue[Any]
-    ) -> Request:
-        """Reads a request; see :func:`read_request`."""
-        key = self.model_provider.model_key
-        template_options = self.cli_args.chat_template_args
-        return read_request(
-            completion,
-            arguments,
-            queue,
-            self._model,
-            self._tokenizer,
-            state_machines=self._make_state_machine(key, self._tokenizer, ()),
-            template_options=template_options | (arguments.chat_template_kwargs or {}),
-        )
+    def _read(self, prompt: Prompt, arguments: Arguments, queue: Queue[Any]) -> Request:
+        return read_request(prompt, arguments, queue, self._model, self._tokenizer)
 
     def _drop(self, gone: Container[int]) -> None:
         """Drops requests, by their numbers."""
@@ -318,8 +329,8 @@ class Engine(ResponseGenerator):
 
     def _insert(self, request: Request) -> None:
         cache, held = self._checkpoints.fetch(request.tokens)
-        if request.context.prompt_cache_count < 0:
-            request.context.prompt_cache_count = held
+        if request.context.cached is None:
+            request.context.cached = held
             logging.info(f"Prompt: {len(request.tokens)} tokens, {held} of them cached")
         sampler = request.sampler
         if sampler is not greedy_sampler or self._group.size > 1:
@@ -377,7 +388,7 @@ class Engine(ResponseGenerator):
 
     def _send(self, request: Request, response: Generated) -> None:
         """Sends the next token of a request, and keeps its cache if that was the last token."""
-        if not request.send(response, self._tokenizer):
+        if not request.send(response):
             return
         del self._running[response.uid]
         if response.prompt_cache is None or response.all_tokens is None:  # ended by a stop word

@@ -25,23 +25,17 @@ from typing import Any
 from urllib.parse import unquote
 
 from jinja2 import TemplateError
-from mlx_lm.server import (
-    CompletionRequest,
-    GenerationArguments,
-    GenerationContext,
-    Response,
-    get_system_fingerprint,
-)
 
 from ..errors import ContextLengthError, QueueFullError, first_line
 from . import logprobs
 from .answers import Reader, call_format
-from .arguments import completion_request, generation_arguments
+from .arguments import Arguments, Chat, Prompt, arguments_of, prompt_of
 from .body import read_body
 from .events import Event, Text
 from .http_server import RETRY, Incoming
 from .prompt import template_of
 from .protocols.openai import Completion
+from .responses import Context, Response
 from .schema import RequestError, normalise, parse, served_name
 
 _LARGE = 2**20  # bytes of a large body; the parsed body may take 30 times as many
@@ -86,11 +80,10 @@ class Handler(BaseHTTPRequestHandler):
     """Answers the request of one connection.
 
     Args:
-        generator: has the methods of mlx-lm's ResponseGenerator. ``generate`` raises ValueError
-            for a fault of the client; ``health`` is "ok", "loading", "draining" or "unavailable".
+        generator: an :class:`mlx_qwen3next.server.engine.Engine`.
         settings: the settings of the HTTP side.
         connection: the arguments of ``socketserver``: request, client_address, server.
-        system_fingerprint: computed for every request if missing.
+        system_fingerprint: of the versions and the machine, in answers.
     """
 
     timeout = 60  # seconds to receive a request, and for each write of the answer
@@ -102,17 +95,17 @@ class Handler(BaseHTTPRequestHandler):
         generator: Any,
         settings: Settings,
         *connection: Any,
-        system_fingerprint: str | None = None,
+        system_fingerprint: str,
     ):
         self.generator, self.settings = generator, settings
         self.created = int(time.time())
-        self._fingerprint = system_fingerprint or get_system_fingerprint()
+        self._fingerprint = system_fingerprint
         self._streams = False  # whether the answer is to be an event stream
         self._is_streaming = False  # whether the headers of an event stream are sent
         self._is_unread = True  # whether the body, if there is one, is still to be read
         self._sampled: list[Response] = []  # tokens whose log-probabilities are still to be sent
         self._wants_logprobs = False
-        self._context: GenerationContext | None = None
+        self._context: Context | None = None
         self._generated = 0  # tokens
         self._text_offset = 0  # characters
         self._sent = 0.0  # when the last chunk was sent
@@ -198,26 +191,24 @@ class Handler(BaseHTTPRequestHandler):
         with _large_bodies if len(raw) > _LARGE else nullcontext():
             fields = normalise(parse(raw), chat=is_chat, names=names, adapter=adapter)
         del raw
-        request = completion_request(fields, is_chat=is_chat)
+        prompt = prompt_of(fields, is_chat=is_chat)
         try:
-            arguments = generation_arguments(
-                fields, self.generator.cli_args, fields.get("adapters")
-            )
+            arguments = arguments_of(fields, self.generator.args)
         except ValueError as error:  # the flags' values: those of the request are checked
             raise _server_error(error) from error
         self._streams = fields.get("stream", False)
         with_usage = fields.get("stream_options", {}).get("include_usage", False)
         try:
-            context, responses = self._generate(request, arguments)
+            context, responses = self._generate(prompt, arguments)
             reader = None
-            if is_chat:
+            if isinstance(prompt, Chat):
                 options = self.generator.cli_args.chat_template_args
                 name = (options | fields.get("chat_template_kwargs", {})).get("chat_template")
-                template = template_of(self._tokenizer, name, request.tools)
+                template = template_of(context.tokenizer, name, prompt.tools)
                 reader = Reader(
                     format=call_format(template),
-                    tools=request.tools,
-                    reasoning_open=context.initial_state == "reasoning",
+                    tools=prompt.tools,
+                    reasoning_open=context.reasoning_open,
                 )
             if self._streams:
                 self._begin_stream()
@@ -231,7 +222,7 @@ class Handler(BaseHTTPRequestHandler):
         self,
         form: Completion,
         reader: Reader | None,
-        context: GenerationContext,
+        context: Context,
         responses: Iterator[Response],
         with_usage: bool,
     ) -> None:
@@ -248,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._keep_alive()
         events += [] if reader is None else reader.end()
         last = self._with_logprobs(form.choice(events, reason))
-        counts = len(context.prompt), context.prompt_cache_count, self._generated
+        counts = len(context.prompt), context.cached, self._generated
         if not self._streams:
             self._send(200, last | form.usage(*counts))
             return
@@ -278,9 +269,7 @@ class Handler(BaseHTTPRequestHandler):
             "created": self.created,
         }
 
-    def _generate(
-        self, request: CompletionRequest, arguments: GenerationArguments
-    ) -> tuple[GenerationContext, Iterator[Response]]:
+    def _generate(self, prompt: Prompt, arguments: Arguments) -> tuple[Context, Iterator[Response]]:
         self._wants_logprobs = arguments.logprobs
 
         def progress(processed: int, total: int) -> None:
@@ -293,9 +282,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise ClientGone(first_line(error)) from None
 
         try:
-            context, responses = self.generator.generate(
-                request, arguments, progress_callback=progress
-            )
+            context, responses = self.generator.generate(prompt, arguments, progress)
         except ContextLengthError as error:
             raise RequestError(first_line(error), code="context_length_exceeded") from error
         except (ValueError, TemplateError) as error:
@@ -306,8 +293,6 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             raise self._failure(error) from error
         self._context = context
-        # The provider drops it when the server drains.
-        self._tokenizer = self.generator.model_provider.tokenizer
         return context, responses
 
     def _checked(self, responses: Iterator[Response]) -> Iterator[Response]:
@@ -327,11 +312,13 @@ class Handler(BaseHTTPRequestHandler):
     def _with_logprobs(self, content: dict[str, Any]) -> dict[str, Any]:
         """Adds the log-probabilities that are still to be sent, in OpenAI's form."""
         if self._wants_logprobs:
+            assert self._context is not None
+            tokenizer = self._context.tokenizer
             sampled, self._sampled = self._sampled, []
             content["choices"][0]["logprobs"] = (
-                logprobs.chat_form(self._tokenizer, sampled)
+                logprobs.chat_form(tokenizer, sampled)
                 if content["object"].startswith("chat")
-                else logprobs.text_form(self._tokenizer, sampled, self._text_offset)
+                else logprobs.text_form(tokenizer, sampled, self._text_offset)
             )
             self._text_offset += sum(len(token.text) for token in sampled)
         return content

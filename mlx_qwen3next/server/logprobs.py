@@ -5,13 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_lm.server import Response
+import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from .responses import Response
 
 # The characters that stand for bytes in the vocabulary of a byte-level tokenizer, such as GPT-2's.
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 _LEAST = -9999.0  # OpenAI's number for minus infinity, which JSON lacks
+
+
+def most_probable(logprobs: mx.array, n: int) -> tuple[tuple[int, float], ...]:
+    """Finds the ``n`` most probable tokens and their log-probabilities, in any order.
+
+    Args:
+        logprobs: ``[vocab]``.
+    """
+    if n == 0:
+        return ()
+    tokens = mx.argpartition(-logprobs, kth=n - 1)[:n]
+    ids: Any = tokens.tolist()
+    values: Any = logprobs[tokens].tolist()
+    return tuple(zip(ids, values, strict=True))
 
 
 def chat_form(tokenizer: TokenizerWrapper, sampled: Sequence[Response]) -> dict[str, Any]:
@@ -22,7 +38,7 @@ def chat_form(tokenizer: TokenizerWrapper, sampled: Sequence[Response]) -> dict[
     content = []
     for response in sampled:
         entry = _entry(tokenizer, response.token, response.logprob)
-        content.append(entry | {"top_logprobs": _most_probable(tokenizer, response)})
+        content.append(entry | {"top_logprobs": _top_entries(tokenizer, response)})
     return {"content": content}
 
 
@@ -40,7 +56,7 @@ def text_form(
         offsets.append(offset)
         offset += len(response.text)
         # The most probable token comes last, so that it wins among tokens of the same text.
-        entries_at = reversed(_most_probable(tokenizer, response))
+        entries_at = reversed(_top_entries(tokenizer, response))
         tops.append({entry["token"]: entry["logprob"] for entry in entries_at} or None)
     return {
         "tokens": [entry["token"] for entry in entries],
@@ -50,9 +66,9 @@ def text_form(
     }
 
 
-def _most_probable(tokenizer: TokenizerWrapper, response: Response) -> list[dict[str, Any]]:
+def _top_entries(tokenizer: TokenizerWrapper, response: Response) -> list[dict[str, Any]]:
     """The entries of the most probable tokens at a position, in descending order."""
-    entries = [_entry(tokenizer, top["id"], top["logprob"]) for top in response.top_tokens]
+    entries = [_entry(tokenizer, token, logprob) for token, logprob in response.top_tokens]
     return sorted(entries, key=lambda entry: -entry["logprob"])
 
 

@@ -6,32 +6,39 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from mlx_lm.server import CompletionRequest, convert_chat
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .arguments import Chat, Prompt
+
 _MARK = re.compile("(\ue000[0-9]+\ue001)")
+# What stands before a message of each role, and after every message, without a chat template.
+_ROLES = {
+    "system": "ASSISTANT's RULE: ",
+    "user": "USER: ",
+    "assistant": "ASSISTANT: ",
+    "stop": "\n",
+}
 
 
 def tokenized_prompt(
-    completion: CompletionRequest, tokenizer: TokenizerWrapper, template_options: dict[str, Any]
-) -> tuple[list[int], str]:
+    prompt: Prompt, tokenizer: TokenizerWrapper, template_options: dict[str, Any]
+) -> tuple[list[int], bool]:
     """Tokenizes the prompt.
 
     Returns:
-        The token ids, and the kind of text that the answer begins with: "normal" or "reasoning".
+        The token ids, and whether the answer begins within reasoning that the prompt has opened.
     """
-    if isinstance(completion.prompt, list):
-        return completion.prompt, "normal"
-    if completion.request_type == "text":
-        return tokenizer.encode(completion.prompt), "normal"
-    arguments = _template_arguments(completion, tokenizer, template_options)
+    if isinstance(prompt, list):
+        return prompt, False
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt), False
+    arguments = _template_arguments(prompt, tokenizer, template_options)
     if not tokenizer.has_chat_template:
         if arguments["continue_final_message"]:
             raise ValueError("without a chat template this model can continue no message")
-        text = convert_chat(completion.messages, completion.role_mapping)
-        return tokenizer.encode(text), "normal"
+        return tokenizer.encode(_without_template(prompt)), False
     plain = _PlainText(tokenizer)
-    messages, tools = plain.mark(completion.messages), plain.mark(completion.tools)
+    messages, tools = plain.mark(prompt.messages), plain.mark(prompt.tools)
 
     def render(**options: Any) -> str:
         return tokenizer.apply_chat_template(
@@ -39,8 +46,15 @@ def tokenized_prompt(
         )
 
     text = render()
-    opens = _opens_reasoning(text, render, arguments)
-    return plain.encode(text), "reasoning" if opens else "normal"
+    return plain.encode(text), _opens_reasoning(text, render, arguments)
+
+
+def _without_template(chat: Chat) -> str:
+    """The text of a chat for a model without a chat template, as mlx-lm's server writes it."""
+    roles = chat.role_mapping or _ROLES
+    end = roles.get("stop", "")
+    lines = [roles.get(m["role"], "") + m["content"] + end for m in chat.messages]
+    return ("".join(lines) + roles.get("assistant", "")).rstrip()
 
 
 def _opens_reasoning(text: str, render: Callable[..., str], arguments: dict[str, Any]) -> bool:
@@ -97,7 +111,7 @@ class _PlainText:
 
 
 def _template_arguments(
-    completion: CompletionRequest, tokenizer: TokenizerWrapper, options: dict[str, Any]
+    chat: Chat, tokenizer: TokenizerWrapper, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Makes the arguments of transformers' ``apply_chat_template``.
 
@@ -109,7 +123,7 @@ def _template_arguments(
         ValueError: there is no such message, or no such template.
     """
     arguments = {"add_generation_prompt": True} | options
-    last = completion.messages[-1]
+    last = chat.messages[-1]
     is_answer = last["role"] == "assistant" and not last.get("tool_calls")
     goes_on = arguments.get("continue_final_message")
     if goes_on is None:
@@ -124,7 +138,7 @@ def _template_arguments(
     thinks = goes_on and not last["content"] and "reasoning_content" in last
     arguments["continue_final_message"] = "reasoning_content" if thinks else goes_on
     arguments["add_generation_prompt"] = arguments["add_generation_prompt"] and not goes_on
-    name = _template_name(tokenizer, arguments.pop("chat_template", None), completion.tools)
+    name = _template_name(tokenizer, arguments.pop("chat_template", None), chat.tools)
     return arguments if name is None else arguments | {"chat_template": name}
 
 

@@ -11,13 +11,13 @@ import threading
 import time
 from types import SimpleNamespace
 
-from mlx_lm.generate import make_text_state_machine
-from mlx_lm.server import GenerationContext, Response, ResponseGenerator
 from mlx_lm.tokenizer_utils import load
 
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.server.handler import Handler, Settings
 from mlx_qwen3next.server.http_server import Server
+from mlx_qwen3next.server.prompt import tokenized_prompt
+from mlx_qwen3next.server.responses import Context, Response
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -40,7 +40,7 @@ def tokenizer():
 class Fake:
     """A generator that answers every request with one text, token by token.
 
-    mlx-lm's own code and the model's template make the prompt.
+    The model's template makes the prompt.
 
     Args:
         text: the answer.
@@ -60,38 +60,25 @@ class Fake:
         self.logprobs = options.pop("logprobs", (-0.25, -2.0))
         self.health = options.pop("health", "ok")
         defaults = {"max_tokens": 64, "temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-        defaults |= {"num_draft_tokens": 3, "allowed_origins": "*", "chat_template_args": {}}
-        self.cli_args = SimpleNamespace(**defaults | options)
-        self.model_provider = SimpleNamespace(
-            tokenizer=tokenizer(), processor=None, cli_args=self.cli_args
-        )
+        defaults |= {"allowed_origins": "*", "chat_template_args": {}}
+        self.args = SimpleNamespace(**defaults | options)
         self.requests = []
         self.contexts = []
 
-    def generate(self, request, args, progress_callback=None):
-        self.requests.append((request, args))
+    def generate(self, prompt, args, progress):
+        self.requests.append((prompt, args))
         if self.before is not None:
             raise self.before
-        words, prompt, state = tokenizer(), request.prompt, "normal"
-        if not isinstance(prompt, list):
-            prompt, _, _, state, _ = ResponseGenerator._tokenize(self, words, request, args)
-        ctx = GenerationContext(
-            has_tool_calling=True,
-            has_thinking=True,
-            tool_parser=words.tool_parser,
-            text_sm=make_text_state_machine(words, args.stop_words),
-            initial_state=state,
-            prompt=prompt,
-            prompt_cache_count=1,
-        )
+        tokens, reasoning_open = tokenized_prompt(prompt, tokenizer(), args.template_options)
+        ctx = Context(tokenizer(), tokens, reasoning_open, cached=1)
         self.contexts.append(ctx)
-        return ctx, self._responses(args, progress_callback)
+        return ctx, self._responses(args, progress)
 
-    def _responses(self, args, progress_callback):
+    def _responses(self, args, progress):
         tokens = tokenizer().encode(self.text, add_special_tokens=False)
         detokenizer = tokenizer().detokenizer
         for i in range(self.progress):
-            progress_callback(i, self.progress)
+            progress(i, self.progress)
         for i, token in enumerate([*tokens, None] if self.end else tokens):
             if i >= self.at and self.fail is not None:
                 raise self.fail
@@ -104,10 +91,9 @@ class Fake:
                 detokenizer.add_token(token)
             if reason is not None:
                 detokenizer.finalize()
-            top = list(zip((token, 5), self.logprobs, strict=True))[: max(args.top_logprobs, 0)]
-            tops = tuple({"id": t, "token": "?", "logprob": x} for t, x in reversed(top))
+            top = list(zip((token, 5), self.logprobs, strict=True))[: args.top_logprobs]
             text = detokenizer.last_segment
-            yield Response(text, token, self.logprobs[0], reason, tops)
+            yield Response(text, token, self.logprobs[0], reason, tuple(reversed(top)))
             if reason is not None:
                 return
 

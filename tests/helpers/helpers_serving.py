@@ -11,21 +11,16 @@ from helpers_generate import bundled, tokens_of
 from helpers_server import serving
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import greedy_sampler
-from mlx_lm.server import (
-    CompletionRequest,
-    GenerationArguments,
-    LogitsProcessorArguments,
-    ModelDescription,
-    ModelProvider,
-    SamplingArguments,
-)
 
 from mlx_qwen3next import stream_generate
+from mlx_qwen3next.decoding.sampling import Sampling
 from mlx_qwen3next.model.cache import tokens_held
 from mlx_qwen3next.server import handler
+from mlx_qwen3next.server.arguments import Arguments, Chat
 from mlx_qwen3next.server.batching import SpeculativeBatchGenerator
-from mlx_qwen3next.server.command import _prompt_cache, parser
+from mlx_qwen3next.server.command import _prompt_cache
 from mlx_qwen3next.server.engine import Engine
+from mlx_qwen3next.server.flags import parser
 
 TEXTS = ("import os\n", "class Queue:\n    def put(self", "def merge(left, right):\n", "x = [")
 ENDLESS = {4086: -100.0, 4088: -100.0}  # a bias against both stop tokens
@@ -130,22 +125,6 @@ TOOLS = [
 ]
 
 
-class Loaded(ModelProvider):
-    """mlx-lm's provider of a model that is loaded already.
-
-    Args:
-        load: returns model and tokenizer.
-    """
-
-    def __init__(self, args, load=bundled):
-        super().__init__(args)
-        self._get = load
-
-    def load_default(self):
-        self.model, self.tokenizer = self._get()
-        self.model_key, self.is_batchable = ("model", None, None), True
-
-
 @contextlib.contextmanager
 def running(
     *flags,
@@ -160,6 +139,7 @@ def running(
 
     Args:
         flags: flags of the command.
+        load: returns model and tokenizer.
         cache: the prompt cache, or a function that makes one for a tokenizer; by default the
             command's.
         dies: expects the thread to have died.
@@ -168,14 +148,14 @@ def running(
     make = cache if callable(cache) else lambda _: cache
     if cache is None:
         make = functools.partial(_prompt_cache, parser().parse_args([]))
-    started = engine(Loaded(parser().parse_args(map(str, flags)), load), make, mtp, failed)
+    started = engine(parser().parse_args(map(str, flags)), load, make, mtp, failed)
     try:
         yield started
-        assert dies or started._stop or started.generation_available(), "its thread has died"
+        assert dies or started._draining or not started.ended.is_set(), "its thread has died"
     finally:
         started.drain(0)
-        started.join()
-    assert started._generation_failed == dies
+        started.ended.wait()
+    assert (started._error is not None) == dies
 
 
 def served(engine):
@@ -183,23 +163,13 @@ def served(engine):
     return serving(engine, handler.Settings(names=("demo",)))
 
 
-def arguments(**fields):
-    """The arguments of a request, as mlx_lm.server's handler makes them."""
-    return GenerationArguments(
-        ModelDescription("default_model", "default_model", None),
-        SamplingArguments(
-            fields.pop("temperature", 0.0),
-            fields.pop("top_p", 1.0),
-            *(fields.pop("top_k", 0), fields.pop("min_p", 0.0), 0.0, 0.1),
-        ),
-        LogitsProcessorArguments(
-            fields.pop("logit_bias", None), fields.pop("penalty", 0.0), 20, 0.0, 20, 0.0, 20
-        ),
-        fields.pop("stop", []),
-        fields.pop("max_tokens", 16),
-        *(3, fields.pop("logprobs", False), fields.pop("top_logprobs", -1)),
-        *(fields.pop("seed", None), fields.pop("template", None)),
-    )
+def arguments(template=None, **fields):
+    """The arguments of a request, with the names of its fields."""
+    names = {"temperature": "temp", "penalty": "repetition_penalty"}
+    fields = {names.get(name, name): value for name, value in fields.items()}
+    sampling = {x: fields.pop(x) for x in [*fields] if x in Sampling.__dataclass_fields__}
+    fields = {"max_tokens": 16, "stop_words": fields.pop("stop", [])} | fields
+    return Arguments(Sampling(**sampling), template_options=template or {}, **fields)
 
 
 class Asked:
@@ -211,17 +181,11 @@ class Asked:
     """
 
     def __init__(self, engine, prompt, tools=None, **fields):
-        chat = not isinstance(prompt, str) and not isinstance(prompt[0], int)
-        request = CompletionRequest(
-            "chat" if chat else "text",
-            "" if chat else prompt,
-            copy.deepcopy(prompt) if chat else [],
-            tools,
-            None,
-        )
+        if not isinstance(prompt, str) and not isinstance(prompt[0], int):
+            prompt = Chat(copy.deepcopy(prompt), tools)
         self.progress = []
         self.ctx, self._responses = engine.generate(
-            request, arguments(**fields), lambda *at: self.progress.append(at)
+            prompt, arguments(**fields), lambda *at: self.progress.append(at)
         )
         self.seen = []
 
@@ -249,7 +213,7 @@ class Asked:
 
     @property
     def cached(self):
-        return self.ctx.prompt_cache_count
+        return self.ctx.cached
 
 
 def ask(engine, prompt, **fields):

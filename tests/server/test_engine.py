@@ -104,7 +104,7 @@ def test_log_probabilities(engine):
     answer = ask(engine, TEXTS[2], logprobs=True, top_logprobs=3)
     for response, want in zip(answer.seen, expected(TEXTS[2], **engine.options), strict=True):
         assert response.logprob == pytest.approx(want.logprobs[want.token].item(), abs=1e-3)
-        tops = sorted((top["logprob"] for top in response.top_tokens), reverse=True)
+        tops = sorted((logprob for _, logprob in response.top_tokens), reverse=True)
         assert tops == pytest.approx(sorted(want.logprobs.tolist())[:-4:-1], abs=1e-3)
 
 
@@ -186,7 +186,7 @@ def test_the_checkpoint_of_a_prompt_lies_before_the_reasoning_it_opens(monkeypat
     with running() as engine:
         monkeypatch.setattr(tokenizer._tokenizer, "chat_template", thinking)
         first = ask(engine, [user("Why?")], max_tokens=9)
-        assert first.ctx.initial_state == "reasoning"
+        assert first.ctx.reasoning_open
         think = tokenizer.convert_tokens_to_ids("<think>")
         later = [user("Why?"), assistant("Because."), user("Really?")]
         assert ask(engine, later, max_tokens=1).cached == first.ctx.prompt.index(think)
@@ -355,7 +355,7 @@ def test_a_client_that_closes_is_noticed_at_the_next_chunk(monkeypatch, company)
             until(lambda: len(read) == 2)
             (context,) = (r.context for r in engine._running.values() if len(r.tokens) == 4000)
         permits.release()  # after this chunk the handler tries to tell the client the progress
-        until(lambda: context._should_stop)
+        until(lambda: context.stopped)
         permits.release()  # the chunk that may have begun by now; there is none after it
         until(lambda: len(engine._running) == len(live))
         assert len(read) <= 4 and set(read) == {16}

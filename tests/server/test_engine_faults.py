@@ -1,11 +1,22 @@
 """A request that fails harms neither the other requests nor the server."""
 
+import json
 import threading
 
 import pytest
 from helpers_generate import bundled, tokens_of
-from helpers_server import until
-from helpers_serving import ENDLESS, TEXTS, Asked, ask, encode, expected, expected_text, running
+from helpers_server import TEXT, exchange, until
+from helpers_serving import (
+    ENDLESS,
+    TEXTS,
+    Asked,
+    ask,
+    encode,
+    expected,
+    expected_text,
+    running,
+    served,
+)
 
 from mlx_qwen3next.decoding.detokenize import TextDecoder
 from mlx_qwen3next.decoding.sampling import Sampling
@@ -224,13 +235,12 @@ def test_health_and_requests_while_loading():
 
     with running(load=slow) as engine:
         assert engine.health == "loading"
-        assert not engine.is_healthy
         client = threading.Thread(target=lambda: answers.append(ask(engine, TEXTS[0]).text))
         client.start()
         go.set()
         client.join()
         assert answers == [expected_text(TEXTS[0])]
-        assert engine.health == "ok" and engine.is_healthy
+        assert engine.health == "ok"
 
 
 def test_a_model_that_cannot_be_loaded():
@@ -240,7 +250,7 @@ def test_a_model_that_cannot_be_loaded():
         raise ValueError("no such model")
 
     with running(load=fails, failed=errors.append, dies=True) as engine:
-        engine.join()
+        engine.ended.wait()
         assert [str(error) for error in errors] == ["no such model"]
         assert engine.health == "unavailable"
         with pytest.raises(RuntimeError):
@@ -255,7 +265,7 @@ def test_a_depth_the_model_cannot_draft_to_is_an_error_of_loading():
         return type("Headless", (), {"mtp": None, "layers": model.layers})(), tokenizer
 
     with running(load=load, mtp=2, failed=errors.append, dies=True) as engine:
-        engine.join()
+        engine.ended.wait()
     assert "no MTP head" in str(errors[0])
 
 
@@ -274,13 +284,33 @@ def test_draining_answers_earlier_requests(tmp_path):
             Asked(engine, TEXTS[0])
         want = expected_text(prompt, 20)
         assert [answer.read().text for answer in asked] == [want] * 4
-        engine.join()
+        engine.ended.wait()
         assert engine.health == "unavailable"
-        assert engine.model_provider.model is None  # its memory is free
+        assert not hasattr(engine, "_model") and not hasattr(engine, "_batch")  # memory is free
     with running(cache=cache, mtp=3) as engine:
         answer = ask(engine, prompt, max_tokens=20)
         assert answer.cached == len(prompt) - 1
         assert answer.text == want
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_sent_to_its_end_when_the_thread_has_ended(monkeypatch, stream):
+    with running() as engine, served(engine) as server:
+        generate = engine.generate
+
+        def ended(*args):
+            context, responses = generate(*args)
+            engine.drain(60)
+            engine.ended.wait()
+            return context, responses
+
+        monkeypatch.setattr(engine, "generate", ended)
+        fields = {"prompt": TEXTS[0], "max_tokens": 16, "logprobs": 1, "temperature": 0}
+        status, _, raw = exchange(server, "POST", TEXT, fields | {"stream": stream})
+    assert status == 200
+    chunks = raw.decode().split("data: ")[1:-1] if stream else [raw]
+    texts = [json.loads(chunk)["choices"][0]["text"] for chunk in chunks]
+    assert "".join(texts) == expected_text(TEXTS[0])
 
 
 def test_the_deadline_ends_the_requests_left():
@@ -291,7 +321,7 @@ def test_the_deadline_ends_the_requests_left():
         for answer in asked:
             with pytest.raises(RuntimeError, match="shutting down"):
                 answer.read()
-        engine.join()
+        engine.ended.wait()
 
 
 def test_an_idle_engine_saves_its_checkpoints(tmp_path):

@@ -5,6 +5,7 @@ import json
 import logging
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 from helpers_server import (
@@ -273,7 +274,7 @@ def test_nothing_is_generated_for_a_client_that_is_gone(text, fields, caplog):
             connection.shutdown(socket.SHUT_WR)
         hold.set()
     assert len(tokens) <= 3  # two if the second was sent already
-    assert generator.contexts[0]._should_stop
+    assert generator.contexts[0].stopped
     assert [r for r in caplog.records if "is gone" in r.message]
     assert not [r for r in caplog.records if r.levelno > logging.INFO or r.exc_info]
 
@@ -298,7 +299,7 @@ def test_no_prompt_is_processed_for_a_client_that_is_gone(streamed):
             until(lambda: generator.contexts)
         hold.set()
     assert len(steps) == 1
-    assert generator.contexts[0]._should_stop
+    assert generator.contexts[0].stopped
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -310,7 +311,7 @@ def test_generating_stops_if_not_even_the_headers_can_be_sent(streamed, monkeypa
     generator = Fake()
     with serving(generator) as server, connected(server, post(stream=streamed)) as connection:
         everything(connection)
-    assert generator.contexts[0]._should_stop
+    assert generator.contexts[0].stopped
     assert not [r for r in caplog.records if r.levelno > logging.INFO]
 
 
@@ -323,17 +324,17 @@ def test_a_client_that_stops_reading_does_not_hold_its_thread(progress, monkeypa
 
     def flood(args, callback):
         for response in responses(args, callback):
-            response.text, response.finish_reason = "x" * 100_000, None
+            flooding = replace(response, text="x" * 100_000, finish_reason=None)
             while True:
                 if progress:
-                    callback(response.text, 1)
+                    callback(flooding.text, 1)
                 else:
-                    yield response
+                    yield flooding
 
     generator._responses = flood
     with serving(generator) as server, connected(server, post(stream=True)):
         until(lambda: generator.contexts and server.wait(0))
-    assert generator.contexts[0]._should_stop
+    assert generator.contexts[0].stopped
     assert not [r for r in caplog.records if r.levelno > logging.INFO]
 
 

@@ -4,15 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 from helpers_server import tokenizer
-from mlx_lm.server import Response
 
 from mlx_qwen3next.server import logprobs
+from mlx_qwen3next.server.responses import Response
 
 
 def entries(words, tokens):
-    sampled = [
-        Response("", token, -1.0, None, ({"id": token, "logprob": -1.0},)) for token in tokens
-    ]
+    sampled = [Response("", token, -1.0, None, ((token, -1.0),)) for token in tokens]
     return logprobs.chat_form(words, sampled)["content"]
 
 

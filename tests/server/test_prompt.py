@@ -6,9 +6,9 @@ import json
 import pytest
 from helpers_server import tokenizer as bundled
 from helpers_templates import CODER, INSTRUCT, THINKING
-from mlx_lm.server import CompletionRequest
 
 from mlx_qwen3next.server.answers import Reader
+from mlx_qwen3next.server.arguments import Chat
 from mlx_qwen3next.server.messages import message
 from mlx_qwen3next.server.prompt import tokenized_prompt
 from mlx_qwen3next.server.protocols.openai import Completion
@@ -24,7 +24,7 @@ def with_template(template):
 
 
 def prompt(tokenizer, messages, tools=None):
-    return tokenized_prompt(CompletionRequest("chat", "", messages, tools, None), tokenizer, {})
+    return tokenized_prompt(Chat(messages, tools), tokenizer, {})
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
@@ -51,8 +51,8 @@ def test_control_tokens_in_tools_are_text():
 def test_only_the_template_opens_the_reasoning(template, text):
     for role in ("user", "system", "tool"):
         messages = [{"role": role, "content": text}, {"role": "user", "content": text}]
-        _, state = prompt(with_template(template), messages)
-        assert state == ("reasoning" if template is THINKING else "normal")
+        _, reasoning_open = prompt(with_template(template), messages)
+        assert reasoning_open == (template is THINKING)
 
 
 ANSWERS = [
@@ -89,12 +89,12 @@ def test_an_answer_that_comes_back_has_the_tokens_that_were_generated(
     tokenizer, messages = with_template(template), [{"role": "user", "content": "Do it."}]
     form = "xml" if template is CODER else "json"
     for answer in answers * 2:
-        before, state = prompt(tokenizer, messages, TOOLS)
+        before, reasoning_open = prompt(tokenizer, messages, TOOLS)
         text = (thought + "\n</think>\n\n" if thought else "") + answer
         reader = Reader(
             format=form,
             tools=[{"type": "function", "function": WRITE}],
-            reasoning_open=state == "reasoning",
+            reasoning_open=reasoning_open,
         )
         completion = Completion({}, is_chat=True, is_streamed=streamed)
         events = reader.add(text) + reader.end()

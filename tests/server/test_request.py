@@ -9,16 +9,17 @@ import pytest
 from helpers_generate import bundled
 from helpers_server import Fake, ask, serving
 from helpers_serving import TOOLS, arguments, assistant, chat, running, served, user
-from mlx_lm.server import CompletionRequest
+from mlx_lm.server import convert_chat
 from mlx_lm.tokenizer_utils import load
 
 from mlx_qwen3next import stream_generate
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.errors import ContextLengthError
-from mlx_qwen3next.server import command
+from mlx_qwen3next.server import flags
 from mlx_qwen3next.server.answers import call_format
+from mlx_qwen3next.server.arguments import Chat
 from mlx_qwen3next.server.prompt import template_of
-from mlx_qwen3next.server.request import read_request, tokenized
+from mlx_qwen3next.server.request import read_request
 
 QUESTION = user("What does math.sqrt do?")
 THINKING = """{%- for message in messages %}
@@ -33,21 +34,12 @@ THINKING = """{%- for message in messages %}
 
 def read(*messages, tools=None, tokenizer=None, **options):
     """The request to answer messages, with options of the chat template."""
-    completion = CompletionRequest("chat", "", list(messages), tools, None)
-    return read_completion(completion, tokenizer, template_options=options)
+    return read_prompt(Chat(list(messages), tools), tokenizer, template=options)
 
 
-def read_completion(completion, tokenizer=None, max_tokens=16, template_options=None):
+def read_prompt(prompt, tokenizer=None, **fields):
     model, own = bundled()
-    return read_request(
-        completion,
-        arguments(max_tokens=max_tokens),
-        Queue(),
-        model,
-        tokenizer or own,
-        state_machines=(None, None),
-        template_options=template_options or {},
-    )
+    return read_request(prompt, arguments(**fields), Queue(), model, tokenizer or own)
 
 
 def text(request):
@@ -111,6 +103,21 @@ def test_without_a_template_no_message_can_be_continued():
     assert text(read(QUESTION, tokenizer=tokenizer)).endswith("ASSISTANT:")
     with pytest.raises(ValueError, match="without a chat template"):
         read(QUESTION, assistant("It"), tokenizer=tokenizer, continue_final_message=True)
+
+
+@pytest.mark.parametrize("roles", [None, {"user": "Q ", "assistant": "A\n", "stop": ";"}])
+def test_without_a_template_a_chat_is_written_as_by_mlx_lm_s_server(roles):
+    messages = [{"role": "system", "content": "Be brief."}, QUESTION, assistant("It is"), user("x")]
+    request = read_prompt(Chat(messages, None, roles), with_templates(None))
+    assert text(request) == convert_chat(messages, roles)
+
+
+def test_each_stop_token_ends_an_answer():
+    tokenizer = bundled()[1]
+    stop = read(QUESTION).stop
+    assert len(tokenizer.eos_token_ids) == 2
+    assert all(stop.matcher().advance(token) for token in tokenizer.eos_token_ids)
+    assert not stop.matcher().advance(5)
 
 
 # --- several templates --------------------------------------------------------------------------
@@ -212,27 +219,27 @@ def test_only_names_of_templates_are_taken():
 @pytest.mark.parametrize("max_tokens", [2**31 - 1, 9000])
 def test_an_answer_has_at_most_the_rest_of_the_context(max_tokens):
     limit = bundled()[0].args.max_position_embeddings
-    assert read_completion(tokenized([5] * 100), max_tokens=max_tokens).max_tokens == limit - 100
-    assert read_completion(tokenized([5] * limit), max_tokens=max_tokens).max_tokens == 1
+    assert read_prompt([5] * 100, max_tokens=max_tokens).max_tokens == limit - 100
+    assert read_prompt([5] * limit, max_tokens=max_tokens).max_tokens == 1
 
 
 def test_a_prompt_beyond_the_context_is_refused_in_openai_s_words():
     limit = bundled()[0].args.max_position_embeddings
     words = f"^This model's maximum context length is {limit} tokens. However, your "
     with pytest.raises(ContextLengthError, match=rf"{words}prompt resulted in {limit + 1} tokens"):
-        read_completion(tokenized([5] * (limit + 1)))
+        read_prompt([5] * (limit + 1))
     with pytest.raises(ContextLengthError, match=rf"{words}messages resulted in \d+ tokens"):
         read(user("x " * limit))
 
 
-@pytest.mark.parametrize(("flags", "length"), [((), 2**31 - 1), (("--max-tokens", "7"), 7)])
-def test_without_a_limit_an_answer_may_fill_the_context(flags, length):
-    generator = Fake(max_tokens=command.parser().parse_args(flags).max_tokens)
+@pytest.mark.parametrize(("given", "length"), [((), 2**31 - 1), (("--max-tokens", "7"), 7)])
+def test_without_a_limit_an_answer_may_fill_the_context(given, length):
+    generator = Fake(max_tokens=flags.parser().parse_args(given).max_tokens)
     with serving(generator) as listening:
         ask(listening)
         ask(listening, max_tokens=2**31 - 1)
-    given, asked = (arguments.max_tokens for _, arguments in generator.requests)
-    assert (given, asked) == (length, 2**31 - 1)
+    default, asked = (arguments.max_tokens for _, arguments in generator.requests)
+    assert (default, asked) == (length, 2**31 - 1)
 
 
 # --- over HTTP ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The server's command: its flags, its checks before loading, and its processes."""
 
+import argparse
 import contextlib
 import functools
 import inspect
@@ -8,6 +9,7 @@ import re
 import signal
 import socket
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import openai
@@ -17,30 +19,55 @@ from helpers_group import free_port
 from helpers_server import CALL, CHAT, TEXT, ask, bodies, calls_of, exchange, until
 from helpers_serving import TOOLS, running, served, user
 from mlx_lm import server as stock
-from mlx_lm.generate import BatchGenerator, GenerationBatch
+from mlx_lm.generate import BatchGenerator, GenerationBatch, StopSequences
 
 from mlx_qwen3next import stream_generate
 from mlx_qwen3next.cli import fingerprint_of
 from mlx_qwen3next.decoding.sampling import Sampling
 from mlx_qwen3next.server import command as server
-from mlx_qwen3next.server import handler, mlx_lm_interface
+from mlx_qwen3next.server import flags, handler, mlx_lm_interface
 
 
 # --- flags --------------------------------------------------------------------------------------
-def flags(parser):
-    """Every flag of a parser, with its default."""
-    return {flag: a.default for a in parser._actions for flag in a.option_strings}
+@pytest.fixture
+def stock_flags(monkeypatch):
+    """The flags of mlx_lm.server as argparse's actions; only its main() makes its parser."""
+
+    class Recorded(BaseException):
+        pass
+
+    def record(parser):
+        raise Recorded(parser)
+
+    with monkeypatch.context() as patched, pytest.raises(Recorded) as recorded:
+        patched.setattr(argparse.ArgumentParser, "parse_args", record)
+        stock.main()
+    (parser,) = recorded.value.args
+    return {flag: action for action in parser._actions for flag in action.option_strings}
 
 
-def test_every_flag_of_mlx_lm_s_server_is_there_with_its_default():
+def test_every_flag_of_mlx_lm_s_server_is_there_with_its_default(stock_flags):
     """Three defaults differ: mlx-lm's server is open to all web pages, and limits its cached texts
-    and its answers."""
-    stock_flags, ours = flags(mlx_lm_interface.stock_parser()), flags(server.parser())
+    and its answers. Values that it takes are taken here, too."""
+    ours = {flag: a for a in flags.parser()._actions for flag in a.option_strings}
     assert len(stock_flags) > 25
     assert stock_flags.keys() <= ours.keys()
-    differ = {flag for flag, default in stock_flags.items() if ours[flag] != default}
+    differ = {flag for flag, a in stock_flags.items() if ours[flag].default != a.default}
     assert differ == {"--allowed-origins", "--prompt-cache-size", "--max-tokens"}
-    assert ours["--allowed-origins"] == []
+    assert ours["--allowed-origins"].default == []
+    for flag, action in stock_flags.items():
+        if flag in ("-h", "--help"):
+            continue
+        assert ours[flag].dest == action.dest
+        value = "5" if action.type is int else (action.choices or ["0.5"])[-1]
+        value = "{}" if flag == "--chat-template-args" else value
+        value = "5MB" if flag == "--prompt-cache-bytes" else value
+        given = [flag] if action.nargs == 0 else [flag, value]
+        parsed = getattr(flags.parser().parse_args(given), action.dest)
+        if flag == "--pipeline":  # may have the numbers of layers here
+            assert parsed is not False
+        else:
+            assert parsed == (True if action.nargs == 0 else (action.type or str)(value))
 
 
 def test_the_help_of_all_flags_can_be_printed(call):
@@ -50,7 +77,7 @@ def test_the_help_of_all_flags_can_be_printed(call):
 
 
 def test_sizes_and_lists_are_read():
-    args = server.parser().parse_args(
+    args = flags.parser().parse_args(
         ["--prompt-cache-bytes", "2MB", "--allowed-origins", "http://a, http://b", "--mtp", "3"]
     )
     assert args.prompt_cache_bytes == 2_000_000
@@ -107,8 +134,8 @@ def test_a_port_that_is_taken(call):
 
 
 def test_a_model_s_names(tmp_path, monkeypatch):
-    def names(*flags):
-        return server._names(server.parser().parse_args(flags))
+    def names(*given):
+        return server._names(flags.parser().parse_args(given))
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
@@ -147,6 +174,13 @@ def test_a_server_that_others_can_reach_warns_about_the_key(caplog, host, key, w
 
 
 # --- mlx-lm's version ---------------------------------------------------------------------------
+def test_nothing_of_mlx_lm_s_server_is_used():
+    files = [*Path(server.__file__).parents[1].rglob("*.py")]
+    assert len(files) > 80
+    used = re.compile(r"^\s*(from|import) mlx_lm(\.server\b| import .*\bserver\b)", re.MULTILINE)
+    assert [file.name for file in files if used.search(file.read_text())] == []
+
+
 def test_the_mlx_lm_that_is_installed_fits():
     assert mlx_lm_interface.check() is None
 
@@ -166,15 +200,15 @@ def named(**names):
 @pytest.mark.parametrize(
     ("owner", "name", "value", "message"),
     [
-        (stock, "_format_top_logprobs", None, "_format_top_logprobs is missing"),
+        (StopSequences, "matcher", None, "mlx_lm.generate.StopSequences.matcher is missing"),
         (BatchGenerator, "_next", None, "BatchGenerator._next is missing"),
         (
             *(BatchGenerator, "remove", named(uids=0, caches=0)),
             "remove has no parameter return_prompt_caches",
         ),
         (
-            *(stock, "convert_chat", named(role_mapping=0, messages=0)),
-            "convert_chat takes its parameters in another order",
+            *(BatchGenerator, "remove", named(return_prompt_caches=0, uids=0)),
+            "remove takes its parameters in another order",
         ),
     ],
 )
@@ -317,7 +351,7 @@ def test_spoiled_requests_break_nothing(over_http):
         statuses.add(status)
     assert {200, 400} <= statuses
     assert exchange(listening, "GET", "/health")[0] == 200
-    assert engine.generation_available()
+    assert engine.health == "ok"
     until(lambda: not engine._running)
 
 
@@ -339,10 +373,10 @@ def test_only_the_config_of_another_model_is_fetched(hub, tmp_path, call):
 
 
 @contextlib.contextmanager
-def command(*flags):
+def command(*given):
     """A process of the command, and its address."""
     port = free_port()
-    with process("-m", "mlx_qwen3next.server", "--port", str(port), *map(str, flags)) as child:
+    with process("-m", "mlx_qwen3next.server", "--port", str(port), *map(str, given)) as child:
         yield child, SimpleNamespace(server_address=("127.0.0.1", port))
 
 
@@ -361,8 +395,8 @@ def get_ready(child, at):
 def test_the_fingerprint_of_a_prompt_cache(tmp_path):
     """It depends on all options that change the values in a cache, and on no others."""
 
-    def of(*flags):
-        return fingerprint_of(server.parser().parse_args(list(map(str, flags))))
+    def of(*given):
+        return fingerprint_of(flags.parser().parse_args(list(map(str, given))))
 
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -395,9 +429,9 @@ def test_a_server_that_is_told_to_stop_answers_first_and_keeps_what_it_has_read(
     """After SIGTERM a streamed answer is completed, the status is 0, and the next server has the
     prompt in its cache."""
     model, cached = endless(tmp_path / "model"), tmp_path / "cached"
-    flags = ("--model", model, "--prompt-cache-dir", cached, "--temp", "0.5")
+    given = ("--model", model, "--prompt-cache-dir", cached, "--temp", "0.5")
     messages = [user("What is a list?")]
-    with command(*flags) as (child, at):
+    with command(*given) as (child, at):
         get_ready(child, at)
         with streaming(at, CHAT, messages=messages, max_tokens=300) as stream:
             child.send_signal(signal.SIGTERM)
@@ -408,7 +442,7 @@ def test_a_server_that_is_told_to_stop_answers_first_and_keeps_what_it_has_read(
         assert '"finish_reason": "length"' in rest
         assert child.wait(60) == 0, child.stderr.read()
     assert any(cached.rglob("*.safetensors"))
-    with command(*flags) as (child, at):
+    with command(*given) as (child, at):
         get_ready(child, at)
         _, answer = ask(at, messages=messages, max_tokens=2)
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 5
@@ -431,11 +465,11 @@ def test_a_server_that_is_told_twice_to_stop_does_at_once(tmp_path):
 def test_a_server_that_is_told_to_stop_while_it_loads_ends_at_once():
     slow = (
         "import sys, time\n"
-        "from mlx_qwen3next.server import command, provider\n"
+        "from mlx_qwen3next.server import command\n"
         "def load(*args, **options):\n"
         "    print('loading', flush=True)\n"
         "    time.sleep(600)\n"
-        "provider.load = load\n"
+        "command.load = load\n"
         "sys.exit(command.main(['--port', '0']))\n"
     )
     with process("-c", slow) as child:

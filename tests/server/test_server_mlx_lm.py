@@ -1,9 +1,11 @@
 """mlx-lm's tests of its own server, applied to this one (after tests/test_server.py of mlx-lm
 0.32.2), with the bundled model in place of a downloaded one."""
 
+import copy
 import functools
+import gc
 import json
-from types import SimpleNamespace
+import weakref
 
 import pytest
 from helpers_generate import bundled
@@ -105,38 +107,26 @@ def test_calls_and_their_results_in_a_chat(server, content, arguments):
 
 
 def test_the_end_of_the_thread_releases_the_model():
-    with running() as engine:
-        provider = engine.model_provider
-        assert ask_text(engine) and provider.model is not None
-        engine.stop_and_join()
-        assert (provider.model, provider.tokenizer, provider.is_batchable) == (None, None, False)
+    models = []
+
+    def load():
+        model, tokenizer = bundled()
+        model = copy.copy(model)  # that nobody else holds
+        models.append(weakref.ref(model))
+        return model, tokenizer
+
+    with running(load=load) as engine:
+        assert ask_text(engine) and models[0]() is not None
+        engine.drain(1)
+        engine.ended.wait()
+        gc.collect()
+        assert models[0]() is None
         # The threads of the handler still read this.
-        assert engine.cli_args.allowed_origins == []
+        assert engine.args.allowed_origins == []
 
 
 def ask_text(engine):
     return Asked(engine, "Once upon", max_tokens=2).read().text
-
-
-def test_a_tool_call_that_nothing_ends(engine):
-    """Some models mark only the beginning of a call; the stop token ends it."""
-    tokenizer = SimpleNamespace(
-        has_thinking=False,
-        has_tool_calling=True,
-        tool_call_start="[TOOL_CALLS]",
-        tool_call_end="",
-        eos_token_ids=[2],
-        structural_markers=(),
-        response_transitions={},
-        encode=lambda *_, **__: [],
-    )
-    stop, text = engine._make_state_machine(("no end", None, None), tokenizer, stop_words=[])
-    state = text.make_state()
-    state, clean, kind = text.step(state, "hello[TOOL_CALLS]body")
-    assert (clean, kind) == ("hellobody", "tool")
-    assert text.discard(state)[1] == "tool"
-    matcher = stop.matcher()
-    assert not matcher.advance(1) and matcher.advance(2)
 
 
 def test_the_models(server):
@@ -155,7 +145,8 @@ def test_health_before_and_after_the_end():
         for status, health in ((200, "ok"), (503, "unavailable")):
             got, _, raw = exchange(listening, "GET", "/health")
             assert (got, json.loads(raw)) == (status, {"status": health})
-            engine.stop_and_join()
+            engine.drain(1)
+            engine.ended.wait()
 
 
 # --- TestServerWithDraftModel, with the drafts of the model's own head --------------------------
@@ -249,8 +240,8 @@ def test_no_request_waits_for_a_thread_that_could_not_load():
         raise RuntimeError("no memory")
 
     with running(load=fails, dies=True) as engine, served(engine) as listening:
-        engine.join()
-        assert not engine.generation_available() and not engine.is_healthy
+        engine.ended.wait()
+        assert engine.health == "unavailable"
         status, answer = ask(listening)
         assert (status, answer["error"]["type"]) == (503, "server_error")
         with pytest.raises(RuntimeError):

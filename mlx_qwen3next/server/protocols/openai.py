@@ -49,14 +49,14 @@ class Completion:
             choice["message"] = message
         return self._common | {"choices": [choice]}
 
-    def usage(self, prompt: int, cached: int, generated: int) -> dict[str, Any]:
-        """The counts of tokens; a negative number of cached tokens is not known."""
+    def usage(self, prompt: int, cached: int | None, generated: int) -> dict[str, Any]:
+        """The counts of tokens; ``cached`` is None if not known."""
         counts: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
         }
-        if cached >= 0:
+        if cached is not None:
             counts["prompt_tokens_details"] = {"cached_tokens": cached}
         return {"usage": counts}
 

@@ -1,0 +1,50 @@
+"""The answer to a request, as the engine hands it to the HTTP side: token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+@dataclass
+class Context:
+    """The facts of a request that both sides read.
+
+    Args:
+        tokenizer: the model's.
+        prompt: the prompt's token ids.
+        reasoning_open: whether the answer begins within reasoning that the prompt has opened.
+        cached: how many of the prompt's tokens were in the prompt cache; None until that is known.
+        stopped: whether the client has gone.
+    """
+
+    tokenizer: TokenizerWrapper
+    prompt: list[int]
+    reasoning_open: bool = False
+    cached: int | None = None
+    stopped: bool = False
+
+    def stop(self) -> None:
+        """Tells the engine to drop the request."""
+        self.stopped = True
+
+
+@dataclass(frozen=True)
+class Response:
+    """A generated token.
+
+    Args:
+        text: what it adds to the answer's text.
+        token: its id.
+        logprob: its log-probability, or 0 if that was not asked for.
+        finish_reason: "stop" or "length" with the last token, otherwise None.
+        top_tokens: the most probable tokens at its place and their log-probabilities, as many as
+            were asked for, in any order.
+    """
+
+    text: str
+    token: int
+    logprob: float = 0.0
+    finish_reason: str | None = None
+    top_tokens: tuple[tuple[int, float], ...] = ()
