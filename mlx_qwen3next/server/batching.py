@@ -17,7 +17,9 @@ from mlx_lm.generate import (
     BatchGenerator,
     GenerationBatch,
     PromptProcessingBatch,
+    StopSequences,
 )
+from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
 from ..decoding.draft_depth import Depth
 from ..decoding.sequence import NOT_QUANTIZED, KVQuantization
@@ -51,6 +53,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         **options: Any,
     ):
         informing: Any = InformingModel(model)
+        self._entries: dict[int, Entry] = {}  # the live sequences
         self._alone: LoneSequence | None = None
         self._pace = pace or PromptPace()
         self._are_tokens_waiting = False
@@ -68,14 +71,21 @@ class SpeculativeBatchGenerator(BatchGenerator):
     def insert_segments(  # type: ignore[override]
         self,
         segments: list[list[list[int]]],
-        max_tokens: list[int] | None = None,
-        caches: Sequence[Cache | None] | None = None,
-        *options: Any,
-        **named: Any,
+        max_tokens: list[int],
+        caches: Sequence[Cache | None],
+        all_tokens: list[list[int]],
+        samplers: list[Sampler],
+        logits_processors: list[list[LogitsProcessor]],
+        stop_sequences: list[StopSequences],
     ) -> list[int]:
         """Inserts as mlx-lm's does; a given cache is advanced in place."""
-        with_drafters = [self._with_drafters(cache) for cache in caches or [None] * len(segments)]
-        return super().insert_segments(segments, max_tokens, with_drafters, *options, **named)
+        with_drafters = [self._with_drafters(cache) for cache in caches]
+        options = samplers, logits_processors, stop_sequences
+        uids = super().insert_segments(segments, max_tokens, with_drafters, all_tokens, *options)
+        lengths = [sum(map(len, parts)) for parts in segments]
+        entries = map(Entry, uids, lengths, max_tokens, *options)
+        self._entries |= {entry.uid: entry for entry in entries}
+        return uids
 
     def extract_cache(self, uids: Sequence[int]) -> dict[int, tuple[Cache, list[int]]]:
         """The caches of sequences whose prompts are being processed, and the tokens in them.
@@ -85,7 +95,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         caches = super().extract_cache(uids)
         alone = self._alone
         if alone is not None and alone.entry.uid in uids:
-            caches[alone.entry.uid] = alone.entry.cache, alone.tokens
+            caches[alone.entry.uid] = alone.cache, alone.tokens
         return {uid: (without_drafters(cache), tokens) for uid, (cache, tokens) in caches.items()}
 
     def remove(
@@ -98,6 +108,8 @@ class SpeculativeBatchGenerator(BatchGenerator):
         caches = super().remove(uids, return_prompt_caches)
         if alone is not None and alone.finished:
             self._alone = None
+        for uid in uids:
+            self._entries.pop(uid, None)
         return caches
 
     @property
@@ -121,7 +133,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
     @property
     def prompt_cache_nbytes(self) -> int:
         """Bytes of the live sequences' caches."""
-        alone = () if self._alone is None else self._alone.entry.cache
+        alone = () if self._alone is None else self._alone.cache
         return super().prompt_cache_nbytes + sum(c.nbytes for c in alone)
 
     def _next(self) -> Responses:
@@ -133,13 +145,17 @@ class SpeculativeBatchGenerator(BatchGenerator):
         if self._alone is None:
             prompted, generated = self._next_of_batch(bool(reported))
             for response in generated:
+                self._entries[response.uid].generated += 1
                 if response.prompt_cache is not None:
                     response.prompt_cache = without_drafters(response.prompt_cache)
-            return prompted, reported + generated
-        responses = self._alone.next()
-        if self._alone.finished:
-            self._alone = None
-        return responses
+        else:
+            prompted, generated = self._alone.next()
+            if self._alone.finished:
+                self._alone = None
+        for response in reported + generated:
+            if response.finish_reason is not None:
+                del self._entries[response.uid]
+        return prompted, reported + generated
 
     def _next_of_batch(self, are_tokens_waiting: bool) -> Responses:
         """mlx-lm's step: a token of each stream, and a chunk of the prompts."""
@@ -169,28 +185,31 @@ class SpeculativeBatchGenerator(BatchGenerator):
     # --- between the batch and the lone sequence -------------------------------------------------
     def _take(self) -> LoneSequence | None:
         """Takes the one live sequence out of the batch; None if there are more or none."""
-        unprocessed, prompts = self._unprocessed_sequences, self._prompt_batch
-        generating, chosen = self._generation_batch, None
-        if len(unprocessed) + len(prompts) + len(generating) != 1:
+        if len(self._entries) != 1:
             return None
+        (entry,) = self._entries.values()
+        generating, segments, matcher, chosen = self._generation_batch, [], None, None
         if len(generating):
-            entry = Entry.of(generating, [])
-            entry.matcher, entry.generated = generating._matchers[0], generating._num_tokens[0]
+            (matcher,) = generating._matchers
             chosen = generating._next_tokens, generating._next_logprobs[0]
-            generating.filter([])
-        elif len(prompts):
-            ((segments, processed, total),) = self._currently_processing
-            entry = Entry.of(prompts, segments)
-            entry.processed, entry.total = processed, total
-            prompts.filter([])
-            self._currently_processing = []
+        elif self._currently_processing:
+            ((segments, *_),) = self._currently_processing
         else:
-            uid, segments, limit, cache, tokens, sampler, processors, stop = unprocessed.popleft()
-            entry = Entry(
-                uid, segments, limit, cache, tokens, sampler, processors, stop, stop.matcher()
-            )
+            ((_, segments, *_),) = self._unprocessed_sequences
+        cache, tokens = super().extract_cache([entry.uid])[entry.uid]
+        super().remove([entry.uid])
         return LoneSequence(
-            self._lm, entry, self.depth, self._step_size, self._pace, self._quantization, chosen
+            self._lm,
+            entry,
+            cache,
+            tokens,
+            segments,
+            depth=self.depth,
+            step_size=self._step_size,
+            pace=self._pace,
+            quantization=self._quantization,
+            matcher=matcher,
+            chosen=chosen,
         )
 
     def _give_back(self) -> list[Generated]:
@@ -203,21 +222,21 @@ class SpeculativeBatchGenerator(BatchGenerator):
         if not alone.is_decoding:
             options = entry.sampler, entry.processors, entry.stop
             self._unprocessed_sequences.appendleft(
-                (entry.uid, alone.segments, entry.max_tokens, entry.cache, alone.tokens, *options)
+                (entry.uid, alone.segments, entry.max_tokens, alone.cache, alone.tokens, *options)
             )
             return reported
         batch = GenerationBatch(
             self.model,
             [entry.uid],
             mx.array([alone.last], mx.uint32),
-            [c.merge([c]) for c in entry.cache],
+            [c.merge([c]) for c in alone.cache],
             [alone.tokens],
             [entry.sampler],
             self.sampler,
             [entry.processors],
             [entry.stop],
-            [entry.max_tokens],
+            [entry.max_tokens - entry.generated],
         )
-        batch._num_tokens, batch._matchers = [entry.generated], [entry.matcher]
+        batch._matchers = [alone.matcher]
         self._generation_batch.extend(batch)
         return reported

@@ -27,49 +27,28 @@ Responses = tuple[list[Prompted], list[Generated]]
 
 @dataclass
 class Entry:
-    """The parts of one sequence in mlx-lm's batch."""
+    """A sequence of the batch, wherever it is computed."""
 
     uid: int
-    segments: list[list[int]]  # of the prompt, still to be fed; the last one is one token
+    prompt_tokens: int  # that were not in its cache at the beginning
     max_tokens: int
-    cache: Cache  # an entry a layer, then Drafters
-    tokens: list[int]  # in the cache
     sampler: Sampler
     processors: list[LogitsProcessor]
     stop: StopSequences
-    matcher: StopSequences.Matcher
-    processed: int = 0  # prompt tokens fed…
-    total: int = 0  # …of so many
     generated: int = 0  # tokens
-
-    def __post_init__(self) -> None:
-        self.total = self.total or sum(len(segment) for segment in self.segments)
-
-    @classmethod
-    def of(cls, batch: PromptProcessingBatch | GenerationBatch, segments: list[list[int]]) -> Entry:
-        """The only sequence of a batch."""
-        (stop,) = batch.stop_sequences
-        assert batch.samplers and batch.logits_processors is not None
-        return cls(
-            batch.uids[0],
-            segments,
-            batch.max_tokens[0],
-            batch.extract_cache(0),
-            batch.tokens[0],
-            batch.samplers[0],
-            batch.logits_processors[0],
-            stop,
-            stop.matcher(),
-        )
 
 
 class LoneSequence(TokenSequence):
     """The only live sequence: gives mlx-lm's responses, a prompt's chunk or a token at a time.
 
     Args:
-        entry: its parts in the batch.
+        entry: the sequence.
+        cache: an entry a layer, then Drafters; advanced in place.
+        held: the tokens in the cache.
+        segments: the prompt's tokens still to be fed; the last segment is one token.
         step_size: prompt tokens read at a time, at most.
         pace: sizes the chunks of the prompt.
+        matcher: of the stop sequences, in the state it has; by default at the beginning.
         chosen: the token ``[1]`` that the batch chose last, and its log-probabilities ``[vocab]``,
             if it has begun to decode there.
     """
@@ -78,27 +57,33 @@ class LoneSequence(TokenSequence):
         self,
         model: Model,
         entry: Entry,
+        cache: Cache,
+        held: list[int],
+        segments: list[list[int]],
+        *,
         depth: Depth,
         step_size: int,
         pace: PromptPace,
         quantization: KVQuantization,
+        matcher: StopSequences.Matcher | None = None,
         chosen: tuple[mx.array, mx.array] | None = None,
     ):
-        segments, self._chosen = entry.segments, None
+        self._chosen: Token | None = None
         if chosen is not None:
             token, logprobs = int(cast(int, chosen[0].item())), chosen[1]
             segments, self._chosen = [[token]], Token(token, logprobs, False)
         super().__init__(
             model,
-            entry.cache,
-            entry.tokens,
+            cache,
+            held,
             segments,
             depth=depth,
-            drafter=entry.cache[-1].rows[0].drafter,
+            drafter=cache[-1].rows[0].drafter,
             step_size=step_size,
             quantization=quantization,
         )
-        self.entry, self._group = entry, model.group
+        self.entry, self.cache, self._group = entry, cache, model.group
+        self.matcher = entry.stop.matcher() if matcher is None else matcher
         self._full_size, self._pace = step_size, pace
         self._steps: Generator[Token] | None = None
         self.finished = False
@@ -117,14 +102,14 @@ class LoneSequence(TokenSequence):
             return [], [self._report_chosen()]
         if not self.is_reading:
             self._start()
-            return [Prompted(entry.uid, (entry.total, entry.total), True, True)], []
+            return [Prompted(entry.uid, (entry.prompt_tokens,) * 2, True, True)], []
         before = len(self.tokens)
         self.step_size = self._pace.size(self._full_size)
         self._pace.start()
         segment_ended = self.read()
         self._pace.stop(len(self.tokens) - before)
-        entry.processed += len(self.tokens) - before
-        return [Prompted(entry.uid, (entry.processed, entry.total), segment_ended, False)], []
+        processed = entry.prompt_tokens - sum(map(len, self.segments))
+        return [Prompted(entry.uid, (processed, entry.prompt_tokens), segment_ended, False)], []
 
     def leave(self) -> list[Generated]:
         """Makes the sequence fit for a batch; returns the tokens still to be reported."""
@@ -186,11 +171,11 @@ class LoneSequence(TokenSequence):
         entry = self.entry
         entry.generated += 1
         reason = "length" if entry.generated >= entry.max_tokens else None
-        if entry.matcher.advance(token.token):
+        if self.matcher.advance(token.token):
             reason = "stop"
         response = Generated(entry.uid, token.token, token.logprobs, reason, None, None)
         if reason is not None:
             self.close()
-            response.prompt_cache = without_drafters(entry.cache)
+            response.prompt_cache = without_drafters(self.cache)
             response.all_tokens = self.tokens
         return response

@@ -1,7 +1,7 @@
 """The parts of mlx_lm.generate that the batch relies on: names, parameters and attributes.
 
-:func:`check` runs at the start of the server, so that
-a version of mlx-lm that has renamed something is noticed before the first request.
+:func:`check` runs at the start of the server, so that a version of mlx-lm that has renamed
+something is noticed before the first request.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ _CALLS: dict[str, tuple[str, ...] | None] = {
     "BatchGenerator.prompt_cache_nbytes": None,
     "BatchGenerator._next": (),
     "BatchGenerator._make_batch": ("n",),
-    "PromptProcessingBatch.filter": ("keep",),
-    "PromptProcessingBatch.extract_cache": ("idx",),
     "PromptProcessingBatch.Response": ("uid", "progress", "end_of_segment", "end_of_prompt"),
     "GenerationBatch": (
         *("model", "uids", "inputs", "prompt_cache", "tokens", "samplers", "fallback_sampler"),
@@ -41,20 +39,13 @@ _CALLS: dict[str, tuple[str, ...] | None] = {
     "GenerationBatch.Response": (
         *("uid", "token", "logprobs", "finish_reason", "prompt_cache", "all_tokens"),
     ),
+    "StopSequences": ("stop_sequences",),
     "StopSequences.matcher": (),
+    "StopSequences.Matcher.advance": ("token",),
 }
 _ATTRIBUTES = {
-    "PromptProcessingBatch": (
-        *("uids", "tokens", "samplers", "logits_processors", "stop_sequences", "max_tokens"),
-    ),
-    "GenerationBatch": (
-        *("uids", "tokens", "samplers", "logits_processors", "stop_sequences", "max_tokens"),
-        *("_next_tokens", "_next_logprobs", "_num_tokens", "_matchers"),
-    ),
-    "BatchGenerator": (
-        *("_unprocessed_sequences", "_currently_processing", "_prompt_batch"),
-        "_generation_batch",
-    ),
+    "GenerationBatch": ("_next_tokens", "_next_logprobs", "_matchers"),
+    "BatchGenerator": ("_unprocessed_sequences", "_currently_processing", "_generation_batch"),
 }
 
 
@@ -68,7 +59,6 @@ def check() -> None:
         _check_call(name, wanted)
     nothing: Any = None
     instances = {
-        "PromptProcessingBatch": generate.PromptProcessingBatch.empty(nothing, nothing),
         "GenerationBatch": generate.GenerationBatch.empty(nothing, nothing),
         "BatchGenerator": generate.BatchGenerator(nothing),
     }
