@@ -21,7 +21,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import count, pairwise
 from queue import Empty, Queue
 from typing import Any
@@ -49,7 +49,7 @@ from .responses import Context, Response
 
 ATTEMPTS = 3  # failed forwards that end a request
 IDLE = 0.1  # seconds to wait for a request if there is nothing else to do
-PATIENCE = 1.0  # seconds to wait before looking whether the thread has ended
+AHEAD = 256  # tokens of each answer for which there must be memory when a request is admitted
 KEEPALIVE = 1.0  # seconds between two progress reports to waiting requests
 
 
@@ -118,10 +118,10 @@ class Engine:
             QueueFullError: too many requests wait already.
             RuntimeError: the server is shutting down.
         """
-        while not self._loaded.wait(PATIENCE) and not self.ended.is_set():
+        while not self._loaded.wait(IDLE) and not self.ended.is_set():
             pass
         if self._draining or self.ended.is_set():
-            raise RuntimeError("the server is shutting down")
+            raise RuntimeError("the server is shutting down") from self._error
         with self._entering:
             self._check_queue()
             try:
@@ -131,7 +131,7 @@ class Engine:
             except Exception as error:  # templates and tokenizers raise all kinds of exceptions
                 raise ValueError(first_line(error)) from error
             self._arrived.put(request)
-        return request.context, self._responses(request, progress)
+        return request.context, request.responses(progress, self.ended)
 
     def _check_queue(self) -> None:
         """Checks that one more request may wait, if there is no free place for it in the batch."""
@@ -139,31 +139,6 @@ class Engine:
         known = len(self._running) + len(self._waiting) + self._arrived.qsize()
         if known >= self._max_running + limit:
             raise QueueFullError(f"{limit} requests are waiting already; try again later")
-
-    def _responses(
-        self, request: Request, progress: Callable[[int, int], None]
-    ) -> Generator[Response]:
-        while (response := self._next_response(request)) is not None:
-            if isinstance(response, Exception):
-                raise response
-            if isinstance(response, tuple):
-                progress(*response)
-            else:
-                yield response
-
-    def _next_response(self, request: Request) -> Any:
-        """Waits for the next item of a request's queue.
-
-        Raises:
-            RuntimeError: there will be none, because the thread has died.
-        """
-        while True:
-            ended = self.ended.is_set()  # asked before, since the thread may put items until then
-            try:
-                return request.queue.get(timeout=0 if ended else PATIENCE)
-            except Empty:
-                if ended:
-                    raise RuntimeError("the generation thread has died") from self._error
 
     def drain(self, seconds: float) -> None:
         """Ends the thread after it has answered all requests, or after that many seconds.
@@ -208,7 +183,9 @@ class Engine:
     def _serve(self) -> None:
         while self._update_requests():
             self._admit()
+            self._postpone()
             if self._running:
+                self._make_room()
                 self._step()
             self._send_keepalives()
         while self._save and self._checkpoints.save_next():
@@ -307,7 +284,7 @@ class Engine:
             self._waiting
             and len(self._running) < self._max_running
             and not any(request.on_trial for request in self._running.values())
-            and self._has_memory_for(self._waiting[0])
+            and self._has_memory_for([*self._running.values(), self._waiting[0]], AHEAD)
         ):
             request = self._waiting.popleft()
             try:
@@ -315,17 +292,30 @@ class Engine:
             except Exception as error:
                 request.fail(error)
 
-    def _has_memory_for(self, request: Request) -> bool:
-        """Whether the batch fits the memory with one more request.
+    def _postpone(self) -> None:
+        """Makes the youngest requests wait again while the batch has no memory for its next tokens.
 
-        mlx-lm pads all sequences of a batch to the longest one.
+        They resume from their tokens.
         """
-        batch = [request, *self._running.values()]
-        longest = max(len(request.tokens) for request in batch)
+        while not self._has_memory_for([*self._running.values()], 1):
+            uid = max(self._running, key=lambda uid: self._running[uid].number)
+            request = self._running.pop(uid)
+            logging.info("A request waits again: the answers have outgrown the memory")
+            self._waiting.appendleft(request)
+            # With new tokens in it the checkpoint would hold the whole text, and be of no use.
+            self._remove([uid], keep=request.fresh)
+
+    def _has_memory_for(self, requests: Sequence[Request], ahead: int) -> bool:
+        """Whether a batch of requests fits the memory, with so many more tokens of each answer.
+
+        mlx-lm pads all sequences of a batch to the longest one. A single one fits at any length.
+        """
+        if len(requests) <= 1:
+            return True
+        longest = max(len(r.tokens) + min(ahead, r.max_tokens - r.generated) for r in requests)
         config, mtp = self._model.args, self._model.mtp is not None
         row = capacity.cache_bytes(config, longest, mtp=mtp, itemsize=default_dtype().size)
-        fits = len(batch) == 1 or len(batch) * row <= self._budget
-        return self._group.decide("fits", fits)
+        return self._group.decide("fits", len(requests) * row <= self._budget)
 
     def _insert(self, request: Request) -> None:
         cache, held = self._checkpoints.fetch(request.tokens)
@@ -349,7 +339,6 @@ class Engine:
             [request.stop],
         )
         self._running[uid], request.fresh = request, True
-        self._make_room()
 
     def _make_room(self) -> None:
         """Shrinks the prompt cache to the memory that the running requests leave."""
@@ -392,9 +381,7 @@ class Engine:
             return
         del self._running[response.uid]
         if response.prompt_cache is None or response.all_tokens is None:  # ended by a stop word
-            caches = self._batch.remove([response.uid], return_prompt_caches=True)
-            for cache, tokens in caches.values():  # none if a later token of this step ends it
-                self._keep_checkpoint(tokens, cache)
+            self._remove([response.uid], keep=True)
         else:
             self._keep_checkpoint(response.all_tokens, response.prompt_cache)
 
@@ -405,13 +392,21 @@ class Engine:
         except Exception as error:
             logging.error(f"A checkpoint could not be kept: {first_line(error)}")
 
-    def _remove(self, uids: list[int]) -> None:
-        """Removes sequences from the batch, in whatever state they are."""
+    def _remove(self, uids: list[int], keep: bool = False) -> None:
+        """Removes sequences from the batch, in whatever state they are.
+
+        Args:
+            keep: whether their caches are kept as checkpoints.
+        """
         try:
-            self._batch.remove(uids)
+            caches = self._batch.remove(uids, return_prompt_caches=keep)
         except Exception as error:  # completing their caches may take a forward
             logging.error(f"A sequence could not be ended: {first_line(error)}", exc_info=error)
             self._restart_batch()
+            return
+        for cache, tokens in caches.values():  # none if a later token of this step has ended it
+            if tokens:
+                self._keep_checkpoint(tokens, cache)
 
     # --- after an error ------------------------------------------------------------------------
     def _recover(self, error: Exception) -> None:

@@ -8,9 +8,10 @@ into the responses that the HTTP side reads from a queue.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 
 from mlx_lm.generate import StopSequences
@@ -26,6 +27,8 @@ from .batching import Generated
 from .logprobs import most_probable
 from .prompt import tokenized_prompt
 from .responses import Context, Response
+
+_PATIENCE = 1.0  # seconds to wait for a response before looking whether the thread has ended
 
 
 class NullQueue(Queue[Any]):
@@ -74,6 +77,36 @@ class Request:
             return False
         self.queue.put(None)
         return True
+
+    def responses(
+        self, progress: Callable[[int, int], None], ended: threading.Event
+    ) -> Generator[Response]:
+        """Yields the responses as they come.
+
+        Args:
+            progress: called with the number of prompt tokens processed and of all of them.
+            ended: set when the thread that generates has ended.
+
+        Raises:
+            RuntimeError: the answer has failed, or the thread has died.
+        """
+        while (response := self._next(ended)) is not None:
+            if isinstance(response, Exception):
+                raise response
+            if isinstance(response, tuple):
+                progress(*response)
+            else:
+                yield response
+
+    def _next(self, ended: threading.Event) -> Any:
+        """Waits for the next item of the queue."""
+        while True:
+            last = ended.is_set()  # asked first, since the thread may put items until then
+            try:
+                return self.queue.get(timeout=0 if last else _PATIENCE)
+            except Empty:
+                if last:
+                    raise RuntimeError("the generation thread has died") from None
 
     def fail(self, error: Exception) -> None:
         """Ends the answer with an error."""

@@ -243,6 +243,54 @@ def test_a_request_waits_until_there_is_memory_for_it():
         assert len(long.read().tokens) == 1  # alone it is admitted with any length
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """For each step of the running engines: (tokens of each request, bytes of caches)."""
+    seen, step = [], serving.Engine._step
+
+    def watched(engine):
+        held = engine._checkpoints.nbytes + engine._batch.prompt_cache_nbytes
+        seen.append(([len(request.tokens) for request in engine._running.values()], held))
+        step(engine)
+
+    monkeypatch.setattr(serving.Engine, "_step", watched)
+    return seen
+
+
+@pytest.mark.parametrize(("mtp", "temperature"), [("off", 0.8), (3, 0.0)])
+def test_answers_that_outgrow_the_memory_wait_in_turn(steps, monkeypatch, mtp, temperature):
+    """The youngest waits first, and goes on where it was. Two sequences of 512 tokens do not fit,
+    nor do three of 256."""
+    monkeypatch.setattr(serving, "AHEAD", 1)
+    budget = 3 * 2**20
+    prompts = [encode(TEXTS[1] * 60)[-n:] for n in (500, 240, 240)]
+    want = [tokens_of(expected(p, 20, seed=4, temp=temperature)) for p in prompts]
+    options = {"seed": 4, "temperature": temperature, "max_tokens": 20}
+    with running(cache=PromptCache(max_bytes=budget), mtp=mtp) as engine:
+        asked = [Asked(engine, prompt, **options) for prompt in prompts]
+        assert [answer.read().tokens for answer in asked] == want
+    at = next(i for i, (lengths, _) in enumerate(steps) if max(lengths) == 512)
+    (before, _), (after, _) = steps[at - 1 : at + 1]
+    assert (len(before), max(before), after) == (2, 511, [512])
+    assert min(before) > 240  # the second one had begun
+    assert all(len(lengths) < 2 or max(lengths) < 512 for lengths, _ in steps)
+    assert max(held for _, held in steps) <= budget
+
+
+def test_the_cache_makes_room_for_an_answer_that_grows(steps):
+    cache = PromptCache(max_bytes=2**30)
+    with running(cache=cache) as engine:
+        for token in (5, 6):
+            ask(engine, [token] * 300, max_tokens=1)
+        until(lambda: len(cache) == 4)  # at the end of each prompt and each answer
+        # Enough for the answer and the checkpoint of its prompt with 256 tokens, not with 512.
+        engine._budget = budget = cache.nbytes + 1_100_000
+        answer = Asked(engine, [9] * 250, max_tokens=12, logit_bias=ENDLESS).read(2)
+        assert len(cache) == 5
+        assert len(answer.read().tokens) == 12
+    assert max(held for _, held in steps) <= budget
+
+
 # --- slots --------------------------------------------------------------------------------------
 def waits(engine):
     """The number of waiting requests."""
