@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=32,
         metavar="N",
-        help="Requests that are answered together (default: %(default)s).",
+        help="Requests that are answered together; with --kv-bits always 1 (default: %(default)s).",
     )
     fairness.add_argument(
         "--prompt-concurrency",
