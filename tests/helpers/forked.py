@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 from polite import polite
 
@@ -79,6 +80,7 @@ def forks(requests):
             os._exit(0)
         between = os.fork()
         if between == 0:
+            between = os.getpid()
             child = os.fork()
             if child:
                 requests.send(str(child).encode())
@@ -89,6 +91,8 @@ def forks(requests):
         for file in files:
             os.close(file)
     requests.close()
+    while os.getppid() == between:
+        time.sleep(0.001)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for standard, file in enumerate(files):
         os.dup2(file, standard)
@@ -116,7 +120,7 @@ def main():
     elif first == "-m":
         module, *rest = rest
         sys.argv, sys.path[0] = [module, *rest], os.getcwd()
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        runpy._run_module_as_main(module)  # as Python itself does
     else:
         sys.argv, sys.path[0] = [first, *rest], os.path.dirname(os.path.abspath(first))
         runpy.run_path(first, run_name="__main__")
