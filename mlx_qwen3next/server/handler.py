@@ -202,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
             context, responses = self._generate(prompt, arguments)
             reader = None
             if isinstance(prompt, Chat):
-                options = self.generator.cli_args.chat_template_args
+                options = self.generator.args.chat_template_args
                 name = (options | fields.get("chat_template_kwargs", {})).get("chat_template")
                 template = template_of(context.tokenizer, name, prompt.tools)
                 reader = Reader(
