@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ import mlx.core as mx
 
 LANES = 32  # threads of a simdgroup
 THREADGROUP_BYTES = 32768
+_DEFINITION = re.compile(r"^\w.*?(?:;\n|\n(?:.*\n)*?};?\n)", re.MULTILINE)
+_DEFINED = re.compile(r"^(?!template).*?(\w+)(?:\(| =| {)", re.MULTILINE)
+_PUNCTUATION = re.compile(r" *([{}()\[\];,=?<>]) *")
 
 
 class Kernel(NamedTuple):
@@ -39,9 +43,30 @@ def compiled(kernel: Kernel) -> Any:
         name=f"qwen3next_{kernel.name}",
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
-        header=text("common") + text(kernel.family),
-        source=kernel.body,
+        header=needed(text("common") + text(kernel.family), kernel.body),
+        source=condensed(kernel.body),
     )
+
+
+def needed(text: str, body: str) -> str:
+    """Returns the definitions of a text that a body needs, condensed.
+
+    MLX copies and hashes a kernel's text at each launch. A definition ends with a line ``}`` or
+    ``};``, or is one line; it stands before those that use it.
+    """
+    definitions = _DEFINITION.findall(re.sub(" *//.*", "", text))
+    kept = condensed(body)
+    for definition in reversed(definitions):
+        (name,) = _DEFINED.search(definition).groups()  # type: ignore[union-attr]
+        if re.search(rf"\b{name}\b", kept):
+            kept = condensed(definition) + kept
+    return kept.removesuffix(condensed(body))
+
+
+def condensed(code: str) -> str:
+    """Returns code without comments, empty lines, indentation, and spaces beside punctuation."""
+    lines = (line.strip() for line in re.sub("//.*", "", code).splitlines())
+    return "".join(_PUNCTUATION.sub(r"\1", line) + "\n" for line in lines if line)
 
 
 @cache

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_qwen3next import metal_kernels
+from mlx_qwen3next.metal_kernels import kernel as kernel_module
 from mlx_qwen3next.metal_kernels.kernel import text as file_text
 
 EPS = 0.1  # of the norms, large, so that it is not taken for another
@@ -166,6 +167,7 @@ def changed(kernel, defect):
         assert text.count(defect.old) == 1, f"{text.count(defect.old)} times: {defect.old}"
         text = text.replace(defect.old, defect.new)
     header, source = text.split("\0")
+    header, source = kernel_module.needed(header, source), kernel_module.condensed(source)
     return mx.fast.metal_kernel(kernel.name, kernel.inputs, kernel.outputs, source, header)
 
 
@@ -313,8 +315,6 @@ norm of a sum that was not rounded | add_rms_norm | bits | fast: normed has othe
 static_cast<float>(static_cast<T>(value + load(y, i))) => value + load(y, i)
 sum written over an input | add_rms_norm | types | cannot assign|read-only
 sum[start + i] = => x[start + i] =
-maximum of float and integer | add_rms_norm | types | call to 'max' is ambiguous
-metal::max(x, 0.0f) => metal::max(x, 0)
 device memory for threadgroup memory | add_rms_norm | types | no matching function for .*'rms_norm'
 device T* normed, threadgroup float* => device T* normed, device float*
 pointer without address space | add_rms_norm | lint | without address space: const T. x
@@ -327,6 +327,8 @@ lambda | add_rms_norm | lint | a lambda is not Metal
 value = load(x, i); => value = [&](uint j) { return load(x, j); }(i);
 
 == gated_delta
+maximum of float and integer | delta_step | types | call to 'max' is ambiguous
+metal::max(x, 0.0f) => metal::max(x, 0)
 no barrier after staging q, k and v | delta_step | run | UNORDERED
 threadgroup_barrier(mem_flags::mem_threadgroup);\n\n    // The delta => // The delta
 no barrier before the gated norm | delta_step | run | UNORDERED

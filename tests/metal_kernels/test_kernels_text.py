@@ -5,7 +5,7 @@ import re
 import pytest
 from helpers_metal import KERNELS
 
-from mlx_qwen3next.metal_kernels.kernel import text
+from mlx_qwen3next.metal_kernels.kernel import condensed, needed, text
 
 INEXACT = re.compile(
     r"(?<!precise::)\b(a?(?:sin|cos|tan)h?|exp(?:2|10)?|log(?:2|10)?|r?sqrt|powr?|divide)\("
@@ -29,3 +29,72 @@ def test_every_file_is_part_of_a_kernel():
     """And is installed with the package: it is read from there."""
     assert FAMILIES == ["attention", "common", "experts", "gated_delta", "norms", "router"]
     assert all(f"inline {kind}" in text("common") for kind in ("float load", "float sigmoid"))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_a_kernels_text_is_short(kernel):
+    """MLX copies and hashes it at each launch; the file's text is for readers.
+
+    A whole Gated DeltaNet layer does not fit 5 KB; it had 13.
+    """
+    of_files = text("common") + text(kernel.family)
+    header, source = needed(of_files, kernel.body), condensed(kernel.body)
+    most = 7900 if kernel.name in ("gated_delta_step", "gated_delta_round") else 5000
+    assert len(header + source) <= most
+    assert not re.search(r"//|^\s|\n\n|  ", header + source)
+    for other in KERNELS:  # nothing of another kernel
+        assert f" {other.name}(" not in header or f" {other.name}<" in kernel.body
+
+
+def test_a_text_holds_what_a_kernel_needs():
+    file = """
+// Unused.
+inline float other(float x) {
+  return first(x);
+}
+
+constant constexpr int kOne = 1;  // one
+constant constexpr int kTwo = 2;
+
+template <typename T>
+struct Pair {
+  T x;  // named x
+};
+
+template <
+    typename T, int N>
+inline T add(
+    T x, T y) {
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    x += -y * kOne / *&y;
+  }
+
+  return x;
+}
+
+inline float first(Pair<float> pair) {
+  return add<float, 2>(pair.x, 1.0f);
+}
+"""
+    expected = """constant constexpr int kOne=1;
+template<typename T>
+struct Pair{
+T x;
+};
+template<
+typename T,int N>
+inline T add(
+T x,T y){
+#pragma unroll
+for(int i=0;i<N;i++){
+x +=-y * kOne / *&y;
+}
+return x;
+}
+inline float first(Pair<float>pair){
+return add<float,2>(pair.x,1.0f);
+}
+"""
+    assert needed(file, "y[0] = first(pair);") == expected
+    assert needed(file, "firsts(pair)") == ""
