@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 
 from .norms import rms_norm
@@ -60,4 +62,9 @@ def attention_gate(o: mx.array, x: mx.array, *, kv_heads: int) -> mx.array:
     """
     B, nh, L, hd = o.shape
     gate = x[..., (nh + 2 * kv_heads) * hd :]
-    return o.transpose(0, 2, 1, 3).reshape(B, L, nh * hd) * mx.sigmoid(gate)
+    return _gated(o.transpose(0, 2, 1, 3).reshape(B, L, nh * hd), gate)
+
+
+@partial(mx.compile, shapeless=True)
+def _gated(x: mx.array, gate: mx.array) -> mx.array:
+    return x * mx.sigmoid(gate)

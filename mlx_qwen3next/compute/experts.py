@@ -18,23 +18,40 @@ from .cpu_matmul import TransposedWeights
 MANY = 64  # pairs of rows and experts from which on they are sorted, as in mlx-lm
 
 
-def route(logits: mx.array, top_k: int, normalise: bool) -> tuple[mx.array, mx.array]:
+def route(
+    logits: mx.array, top_k: int, normalise: bool, like: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
     """Returns the top k experts of each token and their weights; ties go to the lowest index.
 
     Args:
         logits: ``[..., E]``.
 
     Returns:
-        ``(experts, weights)``, each ``[..., top_k]``; weights float32, softmax over all experts,
-        summing to one if ``normalise``.
+        ``(experts, weights)``, each ``[..., top_k]``; weights float32, or in the dtype
+        of ``like``, softmax over all experts, summing to one if ``normalise``.
     """
-    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
-    experts = mx.argsort(-probabilities, axis=-1)[..., :top_k]
-    experts = mx.stop_gradient(experts)
-    weights = mx.take_along_axis(probabilities, experts, axis=-1)
-    if normalise:
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-    return experts, weights
+    logits, descending = _both_signs(logits)
+    experts = mx.stop_gradient(mx.argsort(descending, axis=-1)[..., :top_k])
+    weights = mx.take_along_axis(mx.softmax(logits, axis=-1), experts, axis=-1)
+    total = weights.sum(axis=-1, keepdims=True) if normalise else mx.array(1.0)
+    return experts, _shares(weights, total, weights if like is None else like)
+
+
+# Compiled, so that each takes one launch.
+@mx.compile
+def _both_signs(logits: mx.array) -> tuple[mx.array, mx.array]:
+    logits = logits.astype(mx.float32)
+    return logits, -logits
+
+
+@mx.compile
+def _shares(weights: mx.array, total: mx.array, like: mx.array) -> mx.array:
+    return (weights / total).astype(like.dtype)
+
+
+@mx.compile
+def _gate(logits: mx.array, like: mx.array) -> mx.array:
+    return mx.sigmoid(logits.astype(mx.float32)).astype(like.dtype)
 
 
 def only_own(experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array, mx.array]:
@@ -70,24 +87,23 @@ def sparse_experts(
     Returns:
         ``[R, H]``.
     """
-    indices, weights = route(logits[:, :experts], top_k, normalise)
+    indices, weights = route(logits[:, :experts], top_k, normalise, like=x)
     if own is not None:
         indices, weights = only_own(indices, weights, own)
     if logits.shape[1] > experts:
         shared = mx.full((x.shape[0], 1), len(own or range(experts)), indices.dtype)
         indices = mx.concatenate([indices, shared], axis=1)
-        gate = mx.sigmoid(logits[:, experts:].astype(mx.float32))
-        weights = mx.concatenate([weights, gate], axis=1)
+        weights = mx.concatenate([weights, _gate(logits[:, experts:], like=x)], axis=1)
     if indices.size < MANY:
         y = _mixed(x[:, None, None], gate_up, down, indices, is_sorted=False)  # [R, k, 1, H]
-        return residual + (y.squeeze(-2) * weights[..., None].astype(y.dtype)).sum(axis=-2)
+        return mx.addmm(residual[:, None], weights[:, None], y.squeeze(-2)).squeeze(-2)
     # Sorted by expert, so that MLX reads an expert's weights once.
     k, indices, weights = indices.shape[1], indices.flatten(), weights.flatten()
     if own is None:
         order = mx.argsort(indices)
         y = _mixed(x[order // k, None, None], gate_up, down, indices[order, None], is_sorted=True)
         y = y[mx.argsort(order)].reshape(-1, k, x.shape[-1])
-        return residual + (y * weights.reshape(-1, k, 1).astype(y.dtype)).sum(axis=-2)
+        return residual + (y * weights.reshape(-1, k, 1)).sum(axis=-2)
     # Pairs without weight belong to other ranks; their number has to be known here.
     here = weights > 0
     order = mx.argsort(mx.where(here, indices, experts))
@@ -96,7 +112,7 @@ def sparse_experts(
         return residual
     rows = order // k
     y = _mixed(x[rows, None, None], gate_up, down, indices[order, None], is_sorted=True)
-    y = y.reshape(-1, x.shape[-1]) * weights[order, None].astype(y.dtype)
+    y = y.reshape(-1, x.shape[-1]) * weights[order, None]
     return residual.at[rows].add(y)
 
 

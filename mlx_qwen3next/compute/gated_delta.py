@@ -90,6 +90,12 @@ def decay(a: mx.array, A_log: mx.array, dt_bias: mx.array) -> mx.array:
     )
 
 
+@partial(mx.compile, shapeless=True)
+def write_strength(b: mx.array) -> mx.array:
+    """Returns ``beta = sigmoid(b)``, float32."""
+    return mx.sigmoid(b.astype(mx.float32))
+
+
 def replayed(before: LayerState) -> tuple[mx.array, mx.array]:
     """Returns the convolution's last K-1 inputs and the state, a round's kept tokens replayed."""
     if before.tape is None:

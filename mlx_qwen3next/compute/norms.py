@@ -26,7 +26,7 @@ def _rms_norm(x: mx.array, weight: mx.array | float, eps: float) -> mx.array:
     if mx.default_device() == mx.cpu:
         squares = mx.square(x).sum(axis=-1, keepdims=True)
         return _divided(x, squares, weight, 1 / x.shape[-1], eps)
-    if isinstance(weight, mx.array):
+    if isinstance(weight, mx.array) and weight.ndim == 1:
         return mx.fast.rms_norm(x, weight, eps)
     return mx.fast.rms_norm(x, None, eps) * weight
 
@@ -42,8 +42,15 @@ def add_rms_norm(
     x: mx.array, y: mx.array, weight: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]:
     """Returns the residual stream after a layer's part, ``x + y``, and its :func:`rms_norm`."""
+    total, exact = _sum(x, y)
+    return total, _rms_norm(exact, weight, eps).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _sum(x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+    """Returns the sum, and the same in float32."""
     total = x + y
-    return total, rms_norm(total, weight, eps)
+    return total, total.astype(mx.float32)
 
 
 def gated_rms_norm(x: mx.array, z: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -52,7 +59,11 @@ def gated_rms_norm(x: mx.array, z: mx.array, weight: mx.array, eps: float) -> mx
     return precise_swiglu(z, z, y)
 
 
-def l2norm(x: mx.array, scale: float = 1.0) -> mx.array:
-    """Returns ``scale x rsqrt(sum(x^2) + 1e-6)`` over the last axis, float32."""
+def l2norm(x: mx.array, scale: mx.array | float = 1.0) -> mx.array:
+    """Returns ``scale x rsqrt(sum(x^2) + 1e-6)`` over the last axis, float32.
+
+    Args:
+        scale: one, or an array ``[..., 1]``.
+    """
     D = x.shape[-1]  # the mean of squares is their sum over D
     return _rms_norm(x.astype(mx.float32), scale * D**-0.5, L2_EPS / D)

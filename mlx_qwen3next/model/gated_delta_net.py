@@ -14,6 +14,8 @@ Delta Networks", eq. 10, and transformers' ``modeling_qwen3_next.py``.
 
 from __future__ import annotations
 
+from functools import cache
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -27,10 +29,17 @@ from ..compute.gated_delta import (
     gated_delta_steps,
     last_rows,
     replayed,
+    write_strength,
 )
 from ..compute.norms import gated_rms_norm, l2norm
 from .cache import GatedDeltaCache
 from .config import Config
+
+
+@cache
+def _query_scale(Dk: int) -> mx.array:
+    """The factors of normalised queries and keys, ``[2, 1, 1]``."""
+    return mx.array([Dk**-0.5, 1.0]).reshape(2, 1, 1)
 
 
 class RMSNormGated(nn.Module):
@@ -158,15 +167,15 @@ class GatedDeltaNet(nn.Module):
         C, K, _ = weights.conv1d.shape
         rows, state = replayed(before)
         qkv, z, b, a = mx.split(projected, [C, C + Hv * Dv, C + Hv * Dv + Hv], axis=-1)
-        beta = mx.sigmoid(b.astype(mx.float32))
+        beta = write_strength(b)
         g = decay(a, weights.A_log, weights.dt_bias)
         if mask is not None:
             qkv, beta, g = (mx.where(mask[..., None], y, 0) for y in (qkv, beta, g))
 
         rows = mx.concatenate([rows, qkv], axis=1)  # [B, K-1 + L, C]
-        q, k, v = mx.split(causal_conv(rows, weights.conv1d), [Hk * Dk, 2 * Hk * Dk], axis=-1)
-        q = l2norm(q.reshape(B, L, Hk, Dk), scale=Dk**-0.5)
-        k = l2norm(k.reshape(B, L, Hk, Dk))
+        qk, v = mx.split(causal_conv(rows, weights.conv1d), [2 * Hk * Dk], axis=-1)
+        qk = l2norm(qk.reshape(B, L, 2, Hk, Dk), scale=_query_scale(Dk))
+        q, k = qk[:, :, 0], qk[:, :, 1]
         v = v.reshape(B, L, Hv, Dv)
         if recording:
             o, _, delta = gated_delta_steps(q, k, v, g, beta, state)

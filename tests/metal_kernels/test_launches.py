@@ -10,6 +10,11 @@ def test_a_period_with_kernels(rows, speculating):
     assert counted.total() == 40
 
 
+def test_a_period_without_kernels():
+    """MLX's own operations alone: fewer launches than mlx-lm's."""
+    assert launches.per_period(launches.ours, 1).total() == 148
+
+
 def test_a_period_of_mlx_lm():
     """The count that the others stand beside."""
     assert launches.per_period(launches.mlx_lm, 1).total() == 160
