@@ -83,6 +83,7 @@ class Reader:
         self._events: list[Event] = []
         self._final = False
         self._state = self._read_opened if reasoning_open else self._read_beginning
+        self.is_cut = False  # whether the answer has ended within an argument of a call
         self._begun = False  # whether there is content
         self._has_content = False  # whether any was sent
         self._blanks = ""  # before the last calls, which only matter if content follows them
@@ -302,6 +303,8 @@ class Reader:
             value = value.removesuffix("\n")
             if self._text.startswith("</parameter>"):
                 self._call += self._consume(len("</parameter>"))
+            else:
+                self.is_cut = self._final and not self._text
             if self._streams:
                 self._send_string(value)
                 self._events.append(ArgumentText('"'))
@@ -394,6 +397,7 @@ class Reader:
             self._events.append(ArgumentText(arguments))
         if not self._mended.is_done:
             return False
+        self.is_cut = self._mended.is_cut
         self._mended, self._state = MendedJSON(), self._read_json_rest
         self._mended.read('{"arguments": {}', final=False)
         return True

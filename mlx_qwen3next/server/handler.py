@@ -202,8 +202,7 @@ class Handler(BaseHTTPRequestHandler):
             context, responses = self._generate(prompt, arguments)
             reader = None
             if isinstance(prompt, Chat):
-                options = self.generator.args.chat_template_args
-                name = (options | fields.get("chat_template_kwargs", {})).get("chat_template")
+                name = arguments.template_options.get("chat_template")
                 template = template_of(context.tokenizer, name, prompt.tools)
                 reader = Reader(
                     format=call_format(template),
@@ -228,16 +227,19 @@ class Handler(BaseHTTPRequestHandler):
     ) -> None:
         """Sends the answer in chunks as it comes, or as a whole."""
         events: list[Event] = []
-        reason = "stop"
+        reason, by_itself = "stop", True
         for response in self._checked(responses):
             events += [Text(response.text)] if reader is None else reader.add(response.text)
             reason = response.finish_reason or reason
+            by_itself = response.token in context.tokenizer.eos_token_ids
             if self._streams and any(event != Text("") for event in events):
                 self._send_chunk(self._with_logprobs(form.choice(events)))
                 events = []
             elif self._streams:
                 self._keep_alive()
         events += [] if reader is None else reader.end()
+        # A call that a stop string has cut off must not be run.
+        form.has_whole_calls = reader is None or by_itself or not reader.is_cut
         last = self._with_logprobs(form.choice(events, reason))
         counts = len(context.prompt), context.cached, self._generated
         if not self._streams:

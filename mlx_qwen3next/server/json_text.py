@@ -78,6 +78,7 @@ class MendedJSON:
     def __init__(self) -> None:
         self.is_done = False
         self.is_guess = False  # whether there was more than usual mistakes
+        self.is_cut = False  # whether the text has ended before the JSON
         self._out: list[str] = []
         self._closers: list[str] = []  # of the open brackets
         self._expected = "value"  # or "item", or "comma" after one
@@ -101,6 +102,7 @@ class MendedJSON:
             if end is not None:
                 at = end
             elif final:
+                self.is_cut = True
                 self._stop()
             else:
                 break

@@ -62,6 +62,7 @@ class Fake:
         defaults = {"max_tokens": 64, "temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
         defaults |= {"allowed_origins": "*", "chat_template_args": {}}
         self.args = SimpleNamespace(**defaults | options)
+        self.tokenizer = tokenizer()
         self.requests = []
         self.contexts = []
 
@@ -69,8 +70,8 @@ class Fake:
         self.requests.append((prompt, args))
         if self.before is not None:
             raise self.before
-        tokens, reasoning_open = tokenized_prompt(prompt, tokenizer(), args.template_options)
-        ctx = Context(tokenizer(), tokens, reasoning_open, cached=1)
+        tokens, reasoning_open = tokenized_prompt(prompt, self.tokenizer, args.template_options)
+        ctx = Context(self.tokenizer, tokens, reasoning_open, cached=1)
         self.contexts.append(ctx)
         return ctx, self._responses(args, progress)
 

@@ -195,8 +195,8 @@ def test_answers_are_read_in_the_form_of_the_chosen_template(name, is_call, plac
     options = {} if name is None else {"chat_template": name}
     flags = {"chat_template_args": options} if place == "flag" else {}
     generator = Fake(f"<function={TOOLS[0]['function']['name']}>\n</function>", **flags)
-    own = generator.model_provider.tokenizer.chat_template
-    generator.model_provider.tokenizer = with_templates({"default": "none", "tool_use": own})
+    own = generator.tokenizer.chat_template
+    generator.tokenizer = with_templates({"default": "none", "tool_use": own})
     with serving(generator) as server:
         fields = {"chat_template_kwargs": options} if place != "flag" else {}
         status, answer = ask(server, tools=TOOLS, **fields)
