@@ -138,7 +138,8 @@ class Control:
     def leave(self, status: int) -> NoReturn:
         """Ends all the others at once, and with them this process."""
         self._send_last("end", (status, ""))
-        sys.stdout.flush()
+        with suppress(RuntimeError):  # a signal came within a write, which nobody may enter again
+            sys.stdout.flush()
         os._exit(status)
 
     def _end_with(self, rank: int, status: int, text: str) -> NoReturn:
