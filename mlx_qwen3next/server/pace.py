@@ -16,6 +16,8 @@ from ..group import ALONE, Group
 PATIENCE = 2.0  # seconds a chunk may take where no stream waits for it
 FIRST = 64  # tokens of the first chunk, before anything is measured
 LEAST = 16  # tokens; the sizes are multiples of it, so that few different shapes occur
+# Of the time, since a chunk takes longer than the one before it, which had fewer tokens to attend.
+MARGIN = 0.85
 _RECENT = 3  # chunks that the next one is judged by
 
 
@@ -69,8 +71,8 @@ class PromptPace:
         self._recent.append((tokens, self._clock() - self._started))
 
     def _tokens_in(self, seconds: float) -> float:
-        """How many tokens can be read in that time, at the pace of the recent chunks."""
+        """How many tokens can be read in that time, at the pace of the slowest recent chunk."""
         if not self._recent:
             return FIRST
-        tokens, measured = map(sum, zip(*self._recent, strict=True))
-        return tokens * seconds / measured if measured else math.inf
+        paces = [tokens / measured if measured else math.inf for tokens, measured in self._recent]
+        return MARGIN * seconds * min(paces)

@@ -112,14 +112,14 @@ def test_the_last_token_of_a_stream_waits_no_longer_either(monkeypatch, depth):
 
 def test_prompts_that_are_read_together_share_the_time(monkeypatch):
     clock = Clock(monkeypatch)
-    sequences = Sequences(model(), FixedDepth(0), step_size=FULL, pace=clock.pace(0.8))
+    sequences = Sequences(model(), FixedDepth(0), step_size=FULL, pace=clock.pace(1.0))
     begin(sequences, sequences.insert(prompt(2), 100))
     clock.chunks.clear()
     for seed in (8, 9):
         sequences.insert(prompt(500, seed), 3)
     sequences.run()
     assert {prompts for prompts, *_ in clock.chunks} == {2}
-    assert all(0.4 <= seconds <= 0.8 for *_, seconds in clock.chunks[1:-1])
+    assert all(0.5 <= seconds <= 1.0 for *_, seconds in clock.chunks[1:-1])
 
 
 def test_a_pace_without_a_limit_measures_nothing():
