@@ -68,7 +68,8 @@ class PromptPace:
 
     def stop(self, tokens: int) -> None:
         """Ends the measurement of a chunk of so many tokens, of all its prompts together."""
-        self._recent.append((tokens, self._clock() - self._started))
+        if tokens >= LEAST:  # fewer say little: they take a step's time
+            self._recent.append((tokens, self._clock() - self._started))
 
     def _tokens_in(self, seconds: float) -> float:
         """How many tokens can be read in that time, at the pace of the slowest recent chunk."""
