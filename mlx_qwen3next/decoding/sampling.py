@@ -202,7 +202,7 @@ class Chooser:
         return self._group.agree(tokens), logprobs
 
     def _process(self, logits: mx.array, after: Sequence[mx.array]) -> mx.array:
-        """What the processors make of one row."""
+        """Applies the processors to the logits of one row."""
         self._seed(len(after))
         if self._processors:
             tokens = mx.concatenate([mx.array(self._tokens), *after])
