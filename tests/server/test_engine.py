@@ -417,13 +417,14 @@ def test_a_long_prompt_is_read_in_small_chunks_beside_a_stream(chunks, mtp):
     prompts = [encode(text * 30) for text in TEXTS[:2]]
     want = [tokens_of(expected(prompt, 12)) for prompt in prompts]
     with running("--max-stall", 1e-9, mtp=mtp) as engine:
-        live = Asked(engine, TEXTS[0], max_tokens=8000, logit_bias=ENDLESS).read(2)
+        first = TEXTS[0] * 10  # enough to tell the pace
+        live = Asked(engine, first, max_tokens=8000, logit_bias=ENDLESS).read(2)
         chunks.clear()
         asked = [Asked(engine, prompt, max_tokens=12) for prompt in prompts]
         assert [answer.read().tokens for answer in asked] == want
         assert max(n for _, n in chunks) == LEAST
         live.read(20).leave()
-    assert live.text.startswith(expected_text(TEXTS[0], 12))
+    assert live.text.startswith(expected_text(first, 12))
 
 
 def test_with_quantized_keys_and_values_chunks_have_full_size(chunks):

@@ -279,7 +279,8 @@ def test_only_the_config_of_another_model_is_fetched(hub, tmp_path, call):
 def command(*given):
     """A process of the command, and its address."""
     port = free_port()
-    with process("-m", "mlx_qwen3next.server", "--port", str(port), *map(str, given)) as child:
+    args = "--port", str(port), *map(str, given)
+    with process("-m", "mlx_qwen3next.server", *args, cold=True) as child:
         yield child, SimpleNamespace(server_address=("127.0.0.1", port))
 
 
