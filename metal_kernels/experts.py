@@ -34,8 +34,8 @@ EXPERT_DOWN = Kernel(
     const Weights<T> weights = {(const device uint*)weight, scales, biases};
     expert_down<T, BITS, G, H, I, SG>(
         x, weights, experts, starts, rows, pair_weights, residual, y, x_shape[0],
-        residual_shape[0], threadgroup_position_in_grid.x, thread_index_in_simdgroup,
-        simdgroup_index_in_threadgroup);
+        residual_shape[0] * residual_shape[1], threadgroup_position_in_grid.x,
+        thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
     """,
 )
 OUTPUTS = 4  # kPairs and kOutputs in experts.metal
@@ -63,7 +63,7 @@ def expert_gate_up(x: mx.array, weights: Experts, routing: Routing) -> mx.array:
     """Returns ``silu(gate x) up x`` for every pair of the routing, in one launch.
 
     Args:
-        x: ``[R, H]`` T, R at most 16.
+        x: ``[..., H]`` T, at most 16 rows.
         weights: ``[E, 2 I, H]``, gate's rows, then up's; scales, biases or unquantized: T.
 
     Returns:
@@ -74,7 +74,7 @@ def expert_gate_up(x: mx.array, weights: Experts, routing: Routing) -> mx.array:
     groups = min(2, I // OUTPUTS)
     (y,) = EXPERT_GATE_UP.launch(
         inputs=[x, *_stored(weights, x.dtype), routing.experts, routing.starts, routing.rows],
-        template=_expert_template(weights, x.dtype, H=x.shape[1], I=I, groups=groups),
+        template=_expert_template(weights, x.dtype, H=x.shape[-1], I=I, groups=groups),
         grid=(LANES * groups * -(-I // (OUTPUTS * groups)), N, 1),
         threadgroup=(LANES * groups, 1, 1),
         output_shapes=[(N, I)],
@@ -88,13 +88,13 @@ def expert_down(x: mx.array, weights: Experts, routing: Routing, residual: mx.ar
 
     Args:
         x: ``[N, I]`` T, the result of :func:`expert_gate_up`.
-        weights: ``[E, H, I]``. residual: ``[R, H]`` T, R at most 16.
+        weights: ``[E, H, I]``. residual: ``[B, L, H]`` T, B L at most 16.
 
     Returns:
-        ``[R, H]`` T. The order of the sum is that of the experts' numbers. Limits:
+        ``[B, L, H]`` T. The order of the sum is that of the experts' numbers. Limits:
         :func:`takes_experts`.
     """
-    H = residual.shape[1]
+    H = residual.shape[-1]
     groups = min(4, H // OUTPUTS)
     (y,) = EXPERT_DOWN.launch(
         inputs=[

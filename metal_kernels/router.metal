@@ -60,28 +60,26 @@ inline void choose_experts(
 // logits: [R, E + Shared], the shared expert's gate last. With S = Top + Shared and N = R S pairs,
 // sorted by expert, then row: experts: [N] the distinct ones; starts: [N + 1] where each one's
 // pairs begin, N after the last; rows, weights: [N], of each pair. The shared expert is number E.
-// keys, sorted: [N]; pair_weights: [N].
+// keys, sorted: [N]; pair_weights: [N]. One simdgroup a row.
 template <typename T, int E, int Top, bool Shared, bool Normalise>
 inline void route(
     const device T* logits, device uint* experts, device uint* starts, device uint* rows,
     device float* weights, threadgroup uint* keys, threadgroup uint* sorted,
-    threadgroup float* pair_weights, uint R, uint thread_index, uint threads, uint lane,
-    uint simdgroup) {
+    threadgroup float* pair_weights, uint thread_index, uint threads, uint lane, uint row) {
   constexpr uint S = Top + Shared;
+  const uint R = threads / 32;
   const uint N = R * S;
-  for (uint row = simdgroup; row < R; row += threads / 32) {
-    const device T* from = logits + row * (E + Shared);
-    uint expert;
-    float weight;
-    choose_experts<T, E, Top, Normalise>(from, lane, expert, weight);
-    if (lane < Top) {
-      keys[row * S + lane] = expert * R + row;
-      pair_weights[row * S + lane] = weight;
-    }
-    if (Shared && lane == 0) {
-      keys[row * S + Top] = E * R + row;
-      pair_weights[row * S + Top] = sigmoid(load(from, E));
-    }
+  const device T* from = logits + row * (E + Shared);
+  uint expert;
+  float weight;
+  choose_experts<T, E, Top, Normalise>(from, lane, expert, weight);
+  if (lane < Top) {
+    keys[row * S + lane] = expert * R + row;
+    pair_weights[row * S + lane] = weight;
+  }
+  if (Shared && lane == 0) {
+    keys[row * S + Top] = E * R + row;
+    pair_weights[row * S + Top] = sigmoid(load(from, E));
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 

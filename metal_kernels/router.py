@@ -19,7 +19,7 @@ ROUTER = Kernel(
     threadgroup uint sorted[PAIRS];
     threadgroup float pair_weights[PAIRS];
     route<T, E, TOP, SHARED, NORMALISE>(
-        logits, experts, starts, rows, weights, keys, sorted, pair_weights, logits_shape[0],
+        logits, experts, starts, rows, weights, keys, sorted, pair_weights,
         thread_index_in_threadgroup, threads_per_threadgroup.x, thread_index_in_simdgroup,
         simdgroup_index_in_threadgroup);
     """,
@@ -48,13 +48,14 @@ def route(logits: mx.array, *, experts: int, top_k: int, normalise: bool) -> Rou
     """Returns the top k experts of up to 16 rows and their weights, sorted, in one launch.
 
     Args:
-        logits: ``[R, E]`` or ``[R, E + 1]`` T: the shared expert's gate last, if it is one more
+        logits: ``[..., E]`` or ``[..., E + 1]`` T: the shared expert's gate last, if it is one more
             expert, number E, of weight sigmoid(gate).
         normalise: whether a row's top-k weights sum to one.
 
     Ties go to the lowest index. Limits: :func:`takes_router`.
     """
-    R, columns = logits.shape
+    columns = logits.shape[-1]
+    R = logits.size // columns
     N = R * (top_k + columns - experts)
     outputs = ROUTER.launch(
         inputs=[logits],

@@ -78,15 +78,17 @@ def sparse_experts(
     """Returns ``residual`` plus the mixture of experts, on packed weights.
 
     Args:
-        x, residual: ``[R, H]``.
-        logits: ``[R, E]``, or ``[R, E + 1]`` where the shared expert is number E, its gate last.
+        x, residual: ``[..., H]``.
+        logits: ``[..., E]``, or ``[..., E + 1]`` if the shared expert is number E, its gate last.
         gate_up: ``[E, 2 I, H]``, gate's rows first; down: ``[E, H, I]``.
         experts: E; top_k, normalise: as for :func:`route`.
         own: the experts that ``gate_up`` and ``down`` have, if not all.
 
     Returns:
-        ``[R, H]``.
+        ``[..., H]``.
     """
+    shape = x.shape
+    x, logits, residual = (a.reshape(-1, a.shape[-1]) for a in (x, logits, residual))
     indices, weights = route(logits[:, :experts], top_k, normalise, like=x)
     if own is not None:
         indices, weights = only_own(indices, weights, own)
@@ -94,6 +96,24 @@ def sparse_experts(
         shared = mx.full((x.shape[0], 1), len(own or range(experts)), indices.dtype)
         indices = mx.concatenate([indices, shared], axis=1)
         weights = mx.concatenate([weights, _gate(logits[:, experts:], like=x)], axis=1)
+    return _mixture(x, gate_up, down, residual, indices, weights, own).reshape(shape)
+
+
+def _mixture(
+    x: mx.array,
+    gate_up: Experts | TransposedWeights,
+    down: Experts | TransposedWeights,
+    residual: mx.array,
+    indices: mx.array,
+    weights: mx.array,
+    own: range | None,
+) -> mx.array:
+    """Returns ``residual`` plus each row's weighted experts.
+
+    Args:
+        x, residual: ``[R, H]``. indices, weights: ``[R, k]``. The others as in
+            :func:`sparse_experts`.
+    """
     if indices.size < MANY:
         y = _mixed(x[:, None, None], gate_up, down, indices, is_sorted=False)  # [R, k, 1, H]
         return mx.addmm(residual[:, None], weights[:, None], y.squeeze(-2)).squeeze(-2)
@@ -106,7 +126,7 @@ def sparse_experts(
         return residual + (y * weights.reshape(-1, k, 1)).sum(axis=-2)
     # Pairs without weight belong to other ranks; their number has to be known here.
     here = weights > 0
-    order = mx.argsort(mx.where(here, indices, experts))
+    order = mx.argsort(mx.where(here, indices, len(own) + 1))
     order = order[: int(cast(int, here.sum().item()))]
     if order.size == 0:
         return residual

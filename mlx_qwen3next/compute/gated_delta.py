@@ -50,7 +50,8 @@ class LayerState(NamedTuple):
     rows: mx.array  # [B, K-1 + n, C], inputs of the convolution: K-1, and the round's n
     state: mx.array  # [B, Hv, Dv, Dk] float32, before the round
     tape: Tape | None = None  # of the round
-    keep: int = 0  # how many of the round's tokens are part of the sequence
+    # How many of the round's tokens are part of the sequence; in a trace [1] int32.
+    keep: int = 0
 
     @property
     def kept_rows(self) -> mx.array:

@@ -275,7 +275,7 @@ def _experts_facts(
     for w in (gate_up, down):
         types += [a.dtype for a in (w.scales, w.biases) if a is not None] or [w.weight.dtype]
     stored = [(w.weight.shape, w.bits, w.group_size) for w in (gate_up, down)]
-    return x.shape, x.dtype, (*types,), (*stored,), logits.shape[1], experts, top_k, normalise
+    return x.shape, x.dtype, (*types,), (*stored,), logits.shape[-1], experts, top_k, normalise
 
 
 def _experts_kind(
@@ -288,9 +288,11 @@ def _experts_kind(
     top_k: int,
     normalise: bool,
 ) -> str | None:
-    R, H = shape
+    *before, H = shape
+    R = int(np.prod(before))
     taken = (
         dtype in _NAMES
+        and len(before) == 2
         and all(t == dtype for t in types)
         and kernels.takes_router(R, E, top_k)
         and all(kernels.takes_experts(*of) for of in stored)

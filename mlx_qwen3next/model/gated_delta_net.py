@@ -94,10 +94,9 @@ class GatedDeltaNet(nn.Module):
         """Returns ``[B, L, H]``, as ``x``; ``mask`` ``[B, L]`` is False at padding."""
         if cache is None:
             return self.advance(x, None, mask=mask)[0]
+        before = cache.layer_state()  # first, since it may settle a round, which the lengths count
         recording, lengths = cache.recording, cache.lengths
-        y, after = self.advance(
-            x, cache.layer_state(), mask=mask, recording=recording, lengths=lengths
-        )
+        y, after = self.advance(x, before, mask=mask, recording=recording, lengths=lengths)
         cache.store(after, x.shape[1])
         return y
 

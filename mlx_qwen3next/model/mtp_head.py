@@ -44,17 +44,15 @@ class MTPHead(nn.Module):
         The cache (:meth:`make_cache`) holds the head's keys and values for positions before i. The
         result has the dtype of ``hidden``.
         """
-        x = mx.concatenate(
-            [
-                self.pre_fc_norm_embedding(self.embed(next_tokens)),
-                self.pre_fc_norm_hidden(hidden),
-            ],
-            axis=-1,
-        )
-        x = self.fc(x)
+        x = self.joined(self.embed(next_tokens), hidden)
         entry = None if cache is None else cache[0]
         x = self.layers[0](x, create_attention_mask(x, entry), entry)
         return self.norm(x)
+
+    def joined(self, embedding: mx.array, hidden: mx.array) -> mx.array:
+        """Returns x_i of the next tokens' embeddings and the hidden states, all ``[B, L, H]``."""
+        parts = [self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)]
+        return self.fc(mx.concatenate(parts, axis=-1))
 
     def make_cache(self) -> Cache:
         """Returns an empty cache for the head's attention layer."""

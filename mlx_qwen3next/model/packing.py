@@ -24,154 +24,21 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
-from ..compute import operations
-from ..compute.cpu_matmul import TransposedLinear, TransposedWeights, transposed
-from ..compute.experts import sparse_experts
-from ..compute.gated_delta import LayerState, Tape
-from ..metal_kernels import Experts
+from ..compute.cpu_matmul import transposed
 from .gated_delta_net import GatedDeltaNet
 from .mtp_head import MTPHead
-from .parallel import ExpertParallelMoE, ParallelDecoderLayer, recast
-from .qwen3_next import MLP, DecoderLayer, GatedAttention, Model, RMSNorm, SparseMoE
-from .tracing import traced
-
-
-class PackedRMSNorm(RMSNorm):
-    """RMSNorm in one launch."""
-
-    @traced
-    def __call__(self, x: mx.array) -> mx.array:
-        return operations.rms_norm(x, self.weight, self.eps)
-
-
-class PackedGatedDeltaNet(GatedDeltaNet):
-    """Three launches: projection, everything between, projection."""
-
-    mix = operations.gated_delta_step(GatedDeltaNet.mix)  # type: ignore[assignment,has-type]
-
-    def project(self, x: mx.array) -> mx.array:
-        return self.in_proj(x) if "in_proj" in self else super().project(x)
-
-
-class PackedGatedAttention(GatedAttention):
-    """Projection, heads, two cache updates, attention, gate, projection."""
-
-    split_heads = operations.attention_heads  # type: ignore[assignment,has-type]
-    gate = operations.attention_gate  # type: ignore[assignment,has-type]
-
-    def project(self, x: mx.array) -> mx.array:
-        return self.in_proj(x) if "in_proj" in self else super().project(x)
-
-
-class PackedSparseMoE(SparseMoE):
-    """Router, gate and up, down: three launches after the logits', the residual's included."""
-
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
-        """Returns ``residual + mixture(x)``; ``x`` and ``residual`` are ``[B, L, H]``."""
-        shape = x.shape
-        x, residual = x.reshape(-1, shape[-1]), residual.reshape(-1, shape[-1])
-        logits = self.gate(x)
-        if "shared_expert" in self:
-            shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-            residual = residual + shared
-        weights = _experts(self.gate_up_proj), _experts(self.down_proj)
-        return self.add_experts(x, logits, *weights, residual).reshape(shape)
-
-    def add_experts(
-        self,
-        x: mx.array,
-        logits: mx.array,
-        gate_up: Experts | TransposedWeights,
-        down: Experts | TransposedWeights,
-        residual: mx.array,
-    ) -> mx.array:
-        """Returns ``residual`` plus the experts' mixture; see :func:`sparse_experts`."""
-        for_kernels = isinstance(gate_up, Experts) and isinstance(down, Experts)
-        form = operations.sparse_experts if for_kernels else sparse_experts
-        return form(x, logits, gate_up, down, residual, **self.router_options)
-
-    @property
-    def router_options(self) -> dict[str, Any]:
-        """The options of :func:`sparse_experts` about the router."""
-        return {
-            "experts": self.num_experts,
-            "top_k": self.top_k,
-            "normalise": self.norm_topk_prob,
-        }
-
-
-class PackedExpertParallelMoE(PackedSparseMoE):
-    """Packed :class:`ExpertParallelMoE`; no kernel takes a part of the experts."""
-
-    own: range  # the experts that are here
-
-    def add_experts(self, *arguments: Any) -> mx.array:
-        return sparse_experts(*arguments, own=self.own, **self.router_options)
-
-
-class PackedDecoderLayer(DecoderLayer):
-    """A decoder layer whose residual additions are part of other launches.
-
-    Between the reads and writes of the cache, a step of few rows is traced.
-    """
-
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
-        if not self.is_linear:
-            offset = 0 if cache is None else cache.offset
-            row, q, k, v = self.before_attention(x, number=offset)
-            return self.after_attention(x, row, self.self_attn.attend(q, k, v, mask, cache))
-        before = None if cache is None else cache.layer_state()
-        if cache is None or before is None or mask is not None or cache.lengths is not None:
-            return self.add_mlp(x, self.linear_attn(self.input_layernorm(x), mask, cache))
-        rows, state, tape, keep = before
-        arrays = rows, state, *(tape or ())
-        y, rows, state, *tape = self.linear_step(x, *arrays, number=keep, flag=cache.recording)
-        cache.store(LayerState(rows, state, Tape(*tape) if tape else None), x.shape[1])
-        return y
-
-    @traced
-    def linear_step(
-        self, x: mx.array, rows: mx.array, state: mx.array, *tape: mx.array, number: int, flag: bool
-    ) -> tuple[mx.array, ...]:
-        """Returns a linear layer's output and its state after the tokens: rows, state and tape.
-
-        Args:
-            rows, state, tape, number: a :class:`LayerState`, the last one its ``keep``.
-            flag: whether the tokens are a round.
-        """
-        before = LayerState(rows, state, Tape(*tape) if tape else None, number)
-        y, after = self.linear_attn.advance(self.input_layernorm(x), before, recording=flag)
-        return self.add_mlp(x, y), after.rows, after.state, *(after.tape or ())
-
-    @traced
-    def before_attention(self, x: mx.array, *, number: int | mx.array) -> tuple[mx.array, ...]:
-        """Returns :meth:`GatedAttention.heads` of normalised tokens, the first at ``number``."""
-        return self.self_attn.heads(self.input_layernorm(x), number)
-
-    @traced
-    def after_attention(self, x: mx.array, row: mx.array, o: mx.array) -> mx.array:
-        """Returns an attention layer's output."""
-        return self.add_mlp(x, self.self_attn.output(o, row))
-
-    def add_mlp(self, x: mx.array, y: mx.array) -> mx.array:
-        """Adds the mixer's output ``y`` to ``x``, then the MLP's output of both."""
-        norm = self.post_attention_layernorm
-        x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
-        if isinstance(self.mlp, PackedSparseMoE):
-            return self.mlp(y, x)
-        return x + self.mlp(y)
-
-
-class PackedParallelDecoderLayer(ParallelDecoderLayer):
-    """A :class:`PackedDecoderLayer` on several ranks: one sum for the mixer, one for the MLP."""
-
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
-        norm = self.post_attention_layernorm
-        y = self.group.all_sum(self.mixer(self.input_layernorm(x), mask, cache))
-        x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
-        if isinstance(self.mlp, PackedSparseMoE):  # one of the summands has the residual
-            return self.group.all_sum(self.mlp(y, x if self.group.rank == 0 else mx.zeros_like(x)))
-        return x + self.group.all_sum(self.mlp(y))
+from .packed import (
+    PackedDecoderLayer,
+    PackedExpertParallelMoE,
+    PackedGatedAttention,
+    PackedGatedDeltaNet,
+    PackedParallelDecoderLayer,
+    PackedRMSNorm,
+    PackedSparseMoE,
+)
+from .parallel import ExpertParallelMoE, ParallelDecoderLayer, PipelineTrunk, recast
+from .qwen3_next import MLP, DecoderLayer, GatedAttention, Model, RMSNorm, SparseMoE, Trunk
+from .steps import PackedMTPHead, PackedPipelineTrunk, PackedTrunk, TracedRMSNorm, stretches
 
 
 def pack(model: Model) -> Model:
@@ -189,6 +56,9 @@ def pack(model: Model) -> Model:
         for name, module in stack.children().items():
             if isinstance(module, RMSNorm):
                 stack[name] = recast(module, PackedRMSNorm)
+    model.model = _pack_trunk(model.model)
+    if model.mtp is not None and not isinstance(model.mtp.layers[0], ParallelDecoderLayer):
+        model.mtp = recast(model.mtp, PackedMTPHead)
     model.packed = True
     return model
 
@@ -205,6 +75,14 @@ def transpose(model: Model) -> None:
                 mx.eval(linear.parameters())
                 module[name] = linear
                 mx.clear_cache()
+
+
+def _pack_trunk(trunk: Trunk) -> Trunk:
+    trunk.norm = recast(trunk.norm, TracedRMSNorm)
+    if any(isinstance(layer, ParallelDecoderLayer) for layer in trunk.layers):
+        return trunk  # sums over the ranks cannot be traced
+    kind = PackedPipelineTrunk if isinstance(trunk, PipelineTrunk) else PackedTrunk
+    return recast(trunk, kind, stretches=stretches(trunk.layers))  # type: ignore[arg-type]
 
 
 def _pack_layer(layer: DecoderLayer) -> DecoderLayer:
@@ -261,14 +139,6 @@ def _is_plain(module: nn.Module) -> bool:
     affine = getattr(module, "mode", "affine") == "affine"
     known = isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
     return known and affine and "bias" not in module
-
-
-def _experts(module: nn.Module) -> Experts | TransposedWeights:
-    if isinstance(module, TransposedLinear):
-        return module.weights
-    if "scales" not in module:
-        return Experts(module.weight)
-    return Experts(module.weight, module.scales, module.biases, module.group_size, module.bits)
 
 
 # --- stacking ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ al. 2025, "Gated Attention for Large Language Models".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -223,17 +223,23 @@ class Trunk(nn.Module):
     ) -> mx.array:
         """Runs one layer after the other; ``x`` and the result are ``[B, L, H]``."""
         caches = [None] * len(self.layers) if cache is None else cache
-        pairs = list(zip(self.layers, caches, strict=True))
-        # All layers of a kind share one mask, the first one's.
-        linear = (c for layer, c in pairs if layer.is_linear and c is not None)
-        linear_mask = next((c.make_mask(x.shape[1]) for c in linear), None)
-        full = (c for layer, c in pairs if not layer.is_linear)
-        attention_mask = next((create_attention_mask(x, c) for c in full), None)
-        for i, (layer, c) in enumerate(pairs):
+        linear_mask, attention_mask = self.masks(x, caches)
+        for i, (layer, c) in enumerate(zip(self.layers, caches, strict=True)):
             if between is not None and i > 0:
                 between(i - 1, x)
             x = layer(x, linear_mask if layer.is_linear else attention_mask, c)
         return x
+
+    def masks(self, x: mx.array, caches: Sequence[Any]) -> tuple[mx.array | None, Any]:
+        """Returns the mask of all linear layers, and that of all attention layers.
+
+        Each is the first such layer's; ``caches`` has an entry or None for each layer.
+        """
+        pairs = list(zip(self.layers, caches, strict=True))
+        linear = (c for layer, c in pairs if layer.is_linear and c is not None)
+        linear_mask = next((c.make_mask(x.shape[1]) for c in linear), None)
+        full = (c for layer, c in pairs if not layer.is_linear)
+        return linear_mask, next((create_attention_mask(x, c) for c in full), None)
 
 
 class Model(nn.Module):

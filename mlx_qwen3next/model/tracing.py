@@ -12,9 +12,8 @@ bits, and a replay must give those of the round. Where no kernel can run nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,32 +23,39 @@ from ..compute import proof
 MOST_ROWS = 16  # of a step; a prompt's chunks have too many shapes, and pay for their graph
 
 trace = mx.compile
-_is_tracing = False
+
+
+def is_step(x: mx.array) -> bool:
+    """Returns whether ``x`` ``[B, L, H]`` belongs to a step whose methods may be traced."""
+    return x.shape[0] * x.shape[1] <= MOST_ROWS and proof.uses_kernels()
 
 
 def traced(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Traces a method ``method(module, x, *arrays, number=…, flag=…)``.
+    """Traces a method ``method(module, numbers, *arguments)``, called with facts before them.
 
-    The method is a pure function of its module's parameters and its arguments, and returns an array
-    or a tuple of arrays. ``x`` is ``[B, L, H]``. ``number`` is an int that changes from step to
-    step, so a trace gets it as an array ``[1]`` int32, or it is an array already. For each value of
-    ``flag``, a bool, there is a trace. Both may be missing.
+    The method is a pure function of its module's parameters and its arguments, which are arrays,
+    constants, and tuples and lists of such, as its results are. Each value of a constant makes a
+    trace of its own. ``numbers`` are ints that change from step to step, or arrays: a trace gets
+    each as an array, ``[1]`` int32 of an int.
 
-    The first call of a kind runs as it is, since kernels are proved by calls on real values.
+    Calls with equal ``facts`` run as the same kernels in all modules of a kind. The first of them
+    is not traced, since kernels are proved by calls on real values.
     """
 
     @wraps(method)
-    def call(module: nn.Module, x: mx.array, *arrays: mx.array, **options: Any) -> Any:
-        shape = x.shape
-        if _is_tracing or not proof.uses_kernels() or shape[0] * shape[1] > MOST_ROWS:
-            return method(module, x, *arrays, **options)
-        facts = kind(module), shape, x.dtype, len(arrays), options.get("flag")
-        key = method, proof.mode(), facts
+    def call(
+        module: nn.Module,
+        facts: tuple[Any, ...],
+        numbers: tuple[int | mx.array, ...],
+        *arguments: Any,
+    ) -> Any:
+        structure = structure_of(module)
+        key = method, structure.kind, proof.mode(), facts
         function = _functions.get(key)
         if function is not None:
-            return function(module, x, *arrays, **options)
+            return function(module, structure, numbers, *arguments)
         before = proof.compositions()
-        result = method(module, x, *arrays, **options)
+        result = method(module, numbers, *arguments)
         if key not in _functions:
             has_composition = proof.compositions() > before
             _functions[key] = None if has_composition else _Traced(method)
@@ -67,24 +73,30 @@ class _Traced:
         self._function = trace(self._run)
 
     def __call__(
-        self, module: nn.Module, *arrays: mx.array, number: Any = None, flag: Any = None
+        self,
+        module: nn.Module,
+        structure: Structure,
+        numbers: tuple[int | mx.array, ...],
+        *arguments: Any,
     ) -> Any:
-        number = _array(number) if isinstance(number, int) else number
         self._module = module
+        parameters = [owner[name] for owner, name in structure.places]
+        arrays = [_array(n) if isinstance(n, int) else n for n in numbers]
         try:
-            return self._function(module, *arrays, number=number, flag=flag)
+            return self._function(parameters, arrays, *arguments)
         finally:
             self._module = None
 
-    def _run(self, parameters: dict[str, Any], *arrays: mx.array, **options: Any) -> Any:
-        global _is_tracing
-        _is_tracing = True
-        options = {name: value for name, value in options.items() if value is not None}
+    def _run(self, parameters: list[mx.array], *arguments: Any) -> Any:
+        """Runs the method on a module that has other parameters for a while."""
+        own = [(part, name, part[name]) for part, name in structure_of(self._module).places]
         try:
-            with _lent(self._module, parameters):
-                return self._method(self._module, *arrays, **options)
+            for (part, name, _), value in zip(own, parameters, strict=True):
+                part[name] = value
+            return self._method(self._module, *arguments)
         finally:
-            _is_tracing = False
+            for part, name, value in own:
+                part[name] = value
 
 
 @lru_cache(maxsize=64)
@@ -92,36 +104,35 @@ def _array(number: int) -> mx.array:
     return mx.array([number], mx.int32)
 
 
-@contextmanager
-def _lent(module: nn.Module, parameters: dict[str, Any]) -> Iterator[None]:
-    """Gives a module other parameters for a while."""
-    pairs = list(_pairs(module, parameters))
-    own = [owner[name] for owner, name, _ in pairs]
-    try:
-        for owner, name, value in pairs:
-            owner[name] = value
-        yield
-    finally:
-        for (owner, name, _), value in zip(pairs, own, strict=True):
-            owner[name] = value
+class Structure(NamedTuple):
+    """All about a module but its parameters' values."""
+
+    module: int  # its id: a copy of a module has that one's attributes
+    kind: int  # the same for modules that differ in their parameters' values alone
+    parts: list[tuple[nn.Module, str, Any]]  # (module, name, its part of that name)
+    places: list[tuple[Any, Any]]  # of the parameters: (owner, name or index)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Returns whether no part was replaced."""
+        for owner, name, part in self.parts:
+            if owner.get(name) is not part:
+                return False
+        return self.module == id(module)
 
 
-def _pairs(owner: Any, values: Any) -> Iterator[tuple[Any, Any, mx.array]]:
-    """Yields each array of ``values`` with the part of ``owner`` that has its name."""
-    for name in values if isinstance(values, dict) else range(len(values)):
-        if isinstance(values[name], mx.array):
-            yield owner, name, values[name]
-        else:
-            yield from _pairs(owner[name], values[name])
-
-
-def kind(module: nn.Module) -> int:
-    """Returns a number, the same for modules that differ in their parameters' values alone."""
-    known = vars(module).get("_kind")
-    if known is None or known[0] != id(module):  # a copy of a module has that one's
+def structure_of(module: nn.Module) -> Structure:
+    """Returns a module's structure, which is looked up once."""
+    known = vars(module).get("_structure")
+    if known is None or not known.holds(module):
         number = _kinds.setdefault(_described(module), len(_kinds))
-        known = vars(module)["_kind"] = id(module), number
-    return known[1]
+        parts, places = [], []
+        for part, name in _leaves(module):
+            if isinstance(part[name], mx.array):
+                places.append((part, name))
+            elif isinstance(part, nn.Module):
+                parts.append((part, name, part[name]))
+        known = vars(module)["_structure"] = Structure(id(module), number, parts, places)
+    return known
 
 
 _kinds: dict[Any, int] = {}
@@ -134,5 +145,13 @@ def _described(part: Any) -> Any:
         return part.shape, part.dtype
     if isinstance(part, (list, tuple)):
         return tuple(_described(item) for item in part)
-    attributes = {name: value for name, value in vars(part).items() if name != "_kind"}
+    attributes = {k: v for k, v in vars(part).items() if k != "_structure" and not callable(v)}
     return type(part), repr(attributes), tuple((name, _described(part[name])) for name in part)
+
+
+def _leaves(part: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields the place of all that a part and its parts have: the owner, and its name in it."""
+    for name in part if isinstance(part, dict) else range(len(part)):
+        yield part, name
+        if not isinstance(part[name], mx.array):
+            yield from _leaves(part[name])

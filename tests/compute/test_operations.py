@@ -6,7 +6,7 @@ import pytest
 from mlx_qwen3next.compute import attention, operations
 from mlx_qwen3next.compute.gated_delta import DeltaWeights, LayerState, Tape
 from mlx_qwen3next.metal_kernels import Experts
-from mlx_qwen3next.model.packing import PackedGatedDeltaNet
+from mlx_qwen3next.model.packed import PackedGatedDeltaNet
 
 HALF, FULL = mx.bfloat16, mx.float32
 
@@ -49,8 +49,8 @@ def experts(rows=2, x=HALF, scales=HALF, biases=HALF, residual=HALF, bits=4, top
         return Experts(words, mx.zeros(groups, scales), mx.zeros(groups, biases), 32, bits)
 
     arguments = (
-        *(mx.zeros((rows, H), x), mx.zeros((rows, E), x), stack(2 * I, H), stack(H, I)),
-        mx.zeros((rows, H), residual),
+        *(mx.zeros((1, rows, H), x), mx.zeros((1, rows, E), x), stack(2 * I, H), stack(H, I)),
+        mx.zeros((1, rows, H), residual),
     )
     return arguments, {"experts": E, "top_k": top_k, "normalise": True} | options
 

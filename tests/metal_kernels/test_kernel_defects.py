@@ -144,7 +144,7 @@ def gate_up_16(dtype):
 
 def down(dtype):
     normal = numbers_from(6, dtype)
-    x, residual = normal(3 * (TOP + 1), 256), normal(3, 24)
+    x, residual = normal(3 * (TOP + 1), 256), normal(1, 3, 24)
     metal_kernels.expert_down(x, stack(normal, 24, 4), routed(dtype), residual)
 
 
@@ -407,7 +407,7 @@ value * sigmoid(gate) => static_cast<T>(value) * static_cast<T>(sigmoid(gate))
 
 == router
 no barrier between keys and rank | routed | run | UNORDERED
-E));\n    }\n  }\n  threadgroup_barrier(mem_flags::mem_threadgroup); => E)); } }
+E));\n  }\n  threadgroup_barrier(mem_flags::mem_threadgroup); => E)); }
 no barrier between rank and starts | routed | run | UNORDERED
 pair_weights[i];\n  }\n  threadgroup_barrier(mem_flags::mem_threadgroup); => pair_weights[i]; }
 end written behind the starts | routed | run | out of bounds write of 4 bytes at byte 52 of 'starts'

@@ -216,7 +216,7 @@ class Layer:
         weights = mx.random.uniform(0.1, 1, (self.R, len(stack.chosen[0]))).tolist()
         self.routing = routing_of_choice(stack.chosen, weights)
         self.x = normal(self.R if stack.gated else self.N, stack.columns, dtype=dtype)
-        self.residual = normal(self.R, stack.outputs, dtype=dtype)
+        self.residual = normal(1, self.R, stack.outputs, dtype=dtype)
 
     def __call__(self):
         if self.stack.gated:
@@ -231,7 +231,7 @@ class Layer:
             gate, up = mx.split(y, 2, axis=-1)
             return {"y": gate * mx.sigmoid(gate) * up}
         y = (self.exact[experts] @ x[..., None])[..., 0] * self.routing.weights[:, None]
-        return {"y": self.residual.astype(mx.float32).at[self.routing.rows].add(y)}
+        return {"y": self.residual.astype(mx.float32).at[0, self.routing.rows].add(y)}
 
 
 def every_stack(shapes):
@@ -288,7 +288,7 @@ def test_takes_experts(bits, G, outputs, columns, taken):
 def mixture(x, logits, gate_up, down, residual, case):
     routing = kernels.route(logits, **case.options)
     y = kernels.expert_gate_up(x, gate_up, routing)
-    return kernels.expert_down(y, down, routing, residual)
+    return kernels.expert_down(y, down, routing, residual[None])[0]
 
 
 @pytest.mark.parametrize(

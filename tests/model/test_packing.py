@@ -11,7 +11,8 @@ from mlx_qwen3next import load_model
 from mlx_qwen3next.model import packing
 from mlx_qwen3next.model.cache import Round
 from mlx_qwen3next.model.config import Config
-from mlx_qwen3next.model.packing import PackedSparseMoE, pack
+from mlx_qwen3next.model.packed import PackedSparseMoE
+from mlx_qwen3next.model.packing import pack
 from mlx_qwen3next.model.qwen3_next import Model, SparseMoE
 
 CASES = ("base", "base_fused", "dense", "eps", "permutation")

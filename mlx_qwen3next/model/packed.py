@@ -1,0 +1,145 @@
+"""The layers of a packed model: weights of one input stacked, several operations a launch.
+
+:mod:`mlx_qwen3next.model.packing` puts them in the place of the checkpoint's modules, whose
+equations they keep, and says which weights are stacked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..compute import operations
+from ..compute.cpu_matmul import TransposedLinear, TransposedWeights
+from ..compute.experts import sparse_experts
+from ..compute.gated_delta import LayerState
+from ..metal_kernels import Experts
+from .gated_delta_net import GatedDeltaNet
+from .parallel import ParallelDecoderLayer
+from .qwen3_next import DecoderLayer, GatedAttention, RMSNorm, SparseMoE
+
+
+class PackedRMSNorm(RMSNorm):
+    """RMSNorm in one launch."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return operations.rms_norm(x, self.weight, self.eps)
+
+
+class PackedGatedDeltaNet(GatedDeltaNet):
+    """Three launches: projection, everything between, projection."""
+
+    mix = operations.gated_delta_step(GatedDeltaNet.mix)  # type: ignore[assignment,has-type]
+
+    def project(self, x: mx.array) -> mx.array:
+        return self.in_proj(x) if "in_proj" in self else super().project(x)
+
+
+class PackedGatedAttention(GatedAttention):
+    """Projection, heads, two cache updates, attention, gate, projection."""
+
+    split_heads = operations.attention_heads  # type: ignore[assignment,has-type]
+    gate = operations.attention_gate  # type: ignore[assignment,has-type]
+
+    def project(self, x: mx.array) -> mx.array:
+        return self.in_proj(x) if "in_proj" in self else super().project(x)
+
+
+class PackedSparseMoE(SparseMoE):
+    """Router, gate and up, down: three launches after the logits', the residual's included."""
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
+        """Returns ``residual + mixture(x)``; ``x`` and ``residual`` are ``[B, L, H]``."""
+        logits = self.gate(x)
+        if "shared_expert" in self:
+            shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+            residual = residual + shared
+        weights = _experts(self.gate_up_proj), _experts(self.down_proj)
+        return self.add_experts(x, logits, *weights, residual)
+
+    def add_experts(
+        self,
+        x: mx.array,
+        logits: mx.array,
+        gate_up: Experts | TransposedWeights,
+        down: Experts | TransposedWeights,
+        residual: mx.array,
+    ) -> mx.array:
+        """Returns ``residual`` plus the experts' mixture; see :func:`sparse_experts`."""
+        for_kernels = isinstance(gate_up, Experts) and isinstance(down, Experts)
+        form = operations.sparse_experts if for_kernels else sparse_experts
+        return form(x, logits, gate_up, down, residual, **self.router_options)
+
+    @property
+    def router_options(self) -> dict[str, Any]:
+        """The options of :func:`sparse_experts` about the router."""
+        return {
+            "experts": self.num_experts,
+            "top_k": self.top_k,
+            "normalise": self.norm_topk_prob,
+        }
+
+
+class PackedExpertParallelMoE(PackedSparseMoE):
+    """Packed :class:`ExpertParallelMoE`; no kernel takes a part of the experts."""
+
+    own: range  # the experts that are here
+
+    def add_experts(self, *arguments: Any) -> mx.array:
+        return sparse_experts(*arguments, own=self.own, **self.router_options)
+
+
+class PackedDecoderLayer(DecoderLayer):
+    """A decoder layer whose residual additions are part of other launches."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
+        return self.add_mlp(x, self.mixer(self.input_layernorm(x), mask, cache))
+
+    def advance(
+        self, x: mx.array, before: LayerState, mask: mx.array | None, recording: bool
+    ) -> tuple[mx.array, LayerState]:
+        """Returns a linear layer's output, and its state after the tokens.
+
+        Arguments as :meth:`GatedDeltaNet.advance`.
+        """
+        x_normed = self.input_layernorm(x)
+        y, after = self.linear_attn.advance(x_normed, before, mask=mask, recording=recording)
+        return self.add_mlp(x, y), after
+
+    def before_attention(self, x: mx.array, offset: int | mx.array) -> tuple[mx.array, ...]:
+        """Returns :meth:`GatedAttention.heads` of an attention layer's normalised input."""
+        return self.self_attn.heads(self.input_layernorm(x), offset)
+
+    def after_attention(self, x: mx.array, row: mx.array, o: mx.array) -> mx.array:
+        """Returns an attention layer's output."""
+        return self.add_mlp(x, self.self_attn.output(o, row))
+
+    def add_mlp(self, x: mx.array, y: mx.array) -> mx.array:
+        """Adds the mixer's output ``y`` to ``x``, then the MLP's output of both."""
+        norm = self.post_attention_layernorm
+        x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
+        if isinstance(self.mlp, PackedSparseMoE):
+            return self.mlp(y, x)
+        return x + self.mlp(y)
+
+
+class PackedParallelDecoderLayer(ParallelDecoderLayer):
+    """A :class:`PackedDecoderLayer` on several ranks: one sum for the mixer, one for the MLP."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
+        norm = self.post_attention_layernorm
+        y = self.group.all_sum(self.mixer(self.input_layernorm(x), mask, cache))
+        x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
+        if isinstance(self.mlp, PackedSparseMoE):  # one of the summands has the residual
+            return self.group.all_sum(self.mlp(y, x if self.group.rank == 0 else mx.zeros_like(x)))
+        return x + self.group.all_sum(self.mlp(y))
+
+
+def _experts(module: nn.Module) -> Experts | TransposedWeights:
+    if isinstance(module, TransposedLinear):
+        return module.weights
+    if "scales" not in module:
+        return Experts(module.weight)
+    return Experts(module.weight, module.scales, module.biases, module.group_size, module.bits)
