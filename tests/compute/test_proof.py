@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers_metal import by_host
+from helpers_metal import by_host, new_process
 
 from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.compute import proof
@@ -46,22 +46,10 @@ class Forms:
 
 
 @pytest.fixture
-def file(tmp_path, monkeypatch):
-    """The findings' file on a machine with a GPU, where kernels take half the time."""
-    path = tmp_path / "cache" / "kernels.json"
-    monkeypatch.setattr(proof, "_file", lambda: path)
-    monkeypatch.setattr(metal_kernels, "available", lambda: True)
+def file(machine, monkeypatch):
+    """The findings' file on a machine where kernels take half the time."""
     monkeypatch.setattr(proof, "_time", lambda form, *_: {"kernel": 1e-6}.get(form.__name__, 2e-6))
-    new_process()
-    yield path
-    new_process()
-
-
-def new_process():
-    """Forgets all that is not in the file."""
-    proof._machine.cache_clear()
-    proof._findings.cache_clear()
-    proof.set_kernels("auto")
+    return machine
 
 
 def test_a_good_kernel_is_used_after_one_proof(file):
