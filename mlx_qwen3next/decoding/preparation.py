@@ -26,6 +26,7 @@ from ..compute.proof import Finding
 from ..model.cache import Round, settle
 from ..model.qwen3_next import Model
 from .draft_depth import MAX_DEPTH
+from .drafters.mtp import CATCH_UP
 from .speculation import MTP
 
 # Numbers of tokens in a forward. The experts' kernels have a kind for each number up to 16, the
@@ -120,10 +121,11 @@ def rehearsal(
 
     def prompt(n: int) -> list[mx.array]:
         """Reads n tokens, which the MTP head then catches up with."""
-        tokens = _tokens(model, n)
-        results = [model.model(tokens, model.make_cache())]
+        results = [model.model(_tokens(model, n), model.make_cache())]
         if depth:
-            # Not the trunk's states, which a proof would have to wait for.
+            # Some states may have waited before the longest chunk. In place of the trunk's states,
+            # which a proof would have to wait for, the head gets others.
+            tokens = _tokens(model, n + CATCH_UP - 1 if n == max(lengths) else n)
             hidden = model.model.embed(tokens)
             results.append(model.mtp(hidden, tokens, model.mtp.make_cache()))
         return results

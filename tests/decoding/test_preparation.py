@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
+from helpers_generate import process
 from helpers_metal import by_host, executed, new_process
 from mlx_lm.utils import dequantize_model
 
@@ -218,3 +219,23 @@ def test_without_a_gpu_functions_are_built_once(model, tmp_path, monkeypatch):
     assert said(model) == []
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert said(model) == ["building MLX's CPU kernels for this machine, once"]
+
+
+@by_host
+def test_the_place_where_mlx_keeps_what_it_has_built(tmp_path, monkeypatch):
+    """One function is built, in a process whose temporary files are elsewhere."""
+    code = (
+        "import mlx.core as mx\n"
+        "from types import SimpleNamespace\n"
+        "from mlx_qwen3next.decoding import preparation\n"
+        "function = mx.compile(lambda x: mx.exp(x) + x)\n"
+        "preparation.rehearsal = lambda *_: [lambda: function(mx.ones(2))]\n"
+        "model = SimpleNamespace(mtp=None, group=SimpleNamespace(size=1))\n"
+        "for _ in range(2):\n"
+        "    preparation.prepare(model, say=print)\n"
+    )
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with process("-c", code, cold=True) as child:
+        out, err = child.communicate()
+    assert (err, out) == (b"", b"building MLX's CPU kernels for this machine, once\n")
+    assert [file.suffix for file in tmp_path.rglob("*.so")] == [".so"]
