@@ -7,6 +7,7 @@ import pytest
 from helpers_server import until
 from helpers_serving import Asked, running
 
+from mlx_qwen3next.compute import proof
 from mlx_qwen3next.group import ALONE
 from mlx_qwen3next.server.command import _load
 from mlx_qwen3next.server.flags import parser
@@ -24,6 +25,9 @@ def test_kernels_are_proved_at_the_start(proved, caplog, mtp):
         before = len(proved)
         (line,) = [m for m in caplog.messages if m.startswith("kernels: ")]
         assert re.match(rf"kernels: {before} proved in [\d.]+ s, {before} not used \(", line)
+        kinds = proof.findings()
+        assert any(" round" in key for key in kinds) == (mtp != "off")
+        assert not any("rows=257" in key for key in kinds)
         for prompt in ("import os\n", "def merge(left, right):\n" * 20):
             Asked(engine, prompt, max_tokens=12).read()
         assert len(proved) == before
