@@ -27,7 +27,8 @@ from ..model.cache import Round, settle
 from ..model.qwen3_next import Model
 from .draft_depth import MAX_DEPTH
 from .drafters.mtp import CATCH_UP
-from .speculation import MTP
+from .sampling import check_integer
+from .speculation import MTP, check_depth
 
 # Numbers of tokens in a forward. The experts' kernels have a kind for each number up to 16, the
 # others for classes that end at powers of two (:func:`..compute.operations.rows_class`).
@@ -56,7 +57,12 @@ def prepare(
         mtp: as for :func:`mlx_qwen3next.generate_step`; tells which rounds there will be.
         chunk: prompt tokens that will be processed at a time; up to 2048 are prepared for.
         say: takes a line about the work, if there is any.
+
+    Raises:
+        ValueError: ``mtp`` or ``chunk`` is out of range.
     """
+    check_depth(mtp, model)
+    check_integer("chunk", chunk, least=1)
     if model.group.size > 1:
         return
     depth = 0 if mtp == "off" or model.mtp is None else MAX_DEPTH if mtp == "auto" else mtp

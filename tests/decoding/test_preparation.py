@@ -210,6 +210,16 @@ def test_in_other_modes_nothing_is_proved(model, proved, mode):
     assert said(model) == [] and proved == []
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [({"mtp": 9}, "mtp must be 'auto', 'off' or 1 to 8, got 9"), ({"chunk": 0}, "chunk must be")],
+)
+def test_bad_input(model, proved, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(model, **options)
+    assert proved == []
+
+
 def test_several_processes_prove_at_first_use(proved):
     assert said(SimpleNamespace(group=SimpleNamespace(size=2))) == [] and proved == []
 
