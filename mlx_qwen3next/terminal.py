@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .checkpoint.loading import DEFAULT_CONTEXT, load
 from .cli import division, fingerprint_of
 from .compute.proof import set_kernels
 from .decoding.generation import GenerationResponse, statistics, stream_generate
+from .decoding.preparation import prepare
 from .decoding.sampling import Sampling
 from .decoding.validation import check_max_tokens
 from .group import Group, join
@@ -115,6 +117,12 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
             "No --model given: running the bundled demo model, which knows a little Python.",
             file=sys.stderr,
         )
+    prepare(
+        model,
+        mtp=args.mtp,
+        chunk=args.prefill_step_size,
+        say=partial(print, file=sys.stderr, flush=True),
+    )
     generated: list[int] = []
     try:
         return _print(responses, generated, progress, verbose=args.verbose)

@@ -8,10 +8,13 @@ import jit
 import mlx.core as mx
 import pytest
 from helpers_convert import refusal  # noqa: F401
+from helpers_metal import new_process
 from hub import hub  # noqa: F401
 
 from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.compute import proof
+from mlx_qwen3next.compute.proof import Finding
+from mlx_qwen3next.model import tracing
 
 # Where metal_host cannot run, there are its own tests to leave out, and without a Mac's GPU those
 # of the kernels as well.
@@ -38,6 +41,8 @@ SLOWEST = (
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # before there are workers
         jit.precompile()
+        # One function for the CPU: where there is none, a command says that it has them built.
+        mx.eval(mx.compile(lambda x: mx.exp(x) + x)(mx.ones(2)))
 
 
 def pytest_collection_modifyitems(items):
@@ -51,6 +56,31 @@ def kernels_off(tmp_path_factory, monkeypatch):
     findings = tmp_path_factory.getbasetemp() / "kernels.json"
     monkeypatch.setattr(proof, "_file", lambda: findings)
     proof.set_kernels("off" if metal_kernels.available() else "auto")
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with a GPU, about which nothing is known; the file of its findings."""
+    file = tmp_path / "cache" / "kernels.json"
+    monkeypatch.setattr(proof, "_file", lambda: file)
+    monkeypatch.setattr(metal_kernels, "available", lambda: True)
+    monkeypatch.setattr(tracing, "_functions", {})
+    new_process()
+    yield file
+    new_process()
+
+
+@pytest.fixture
+def proved(machine, monkeypatch):
+    """The operations proved on that machine, where each kernel is found to be too slow."""
+    names = []
+
+    def prove(operation, *_):
+        names.append(operation.name)
+        return Finding(False, "9.0 µs, MLX's own operations 1.0 µs", 9e-6, 1e-6)
+
+    monkeypatch.setattr(proof, "_prove", prove)
+    return names
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from ..cli import LineParser, add_group_options, count, counts, guarded, positiv
 from . import shapes
 from .agreement import Disagreement
 from .host import host_table
+from .kernels import kernel_lines
 from .run import run_bench
 
 EPILOG = """examples:
@@ -21,6 +22,8 @@ EPILOG = """examples:
       measure a model
   python -m mlx_qwen3next.bench --shape 80b
       measure random weights in the shapes of the 80B model, without a download
+  python -m mlx_qwen3next.bench --kernels --shape 80b
+      prove the Metal kernels in the shapes of the 80B model
   python -m mlx_qwen3next.bench --shape small --growth 32768 --plots figures
       also measure how the cost grows with the text, and draw the figures
 
@@ -94,7 +97,15 @@ def parser() -> LineParser:
         metavar="N",
         help="Also measure how time and memory grow while N tokens are read, such as 32768.",
     )
-    subject.add_argument(
+    alone = subject.add_mutually_exclusive_group()
+    alone.add_argument(
+        "--kernels",
+        action="store_true",
+        help="Measure nothing else than the model's Metal kernels: prove each of them anew for all "
+        "kinds of call, and list its time, that of MLX's own operations, and whether it is used. "
+        "This is the table for a bug report. With --shape, 4 layers are enough.",
+    )
+    alone.add_argument(
         "--host",
         action="store_true",
         help="Measure nothing else than the host's time for a step of 48 layers: how long Python "
@@ -141,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if args.host:
                 print(host_table())
+            elif args.kernels:
+                print("\n".join(kernel_lines(args)))
             else:
                 run_bench(args)
             return 0

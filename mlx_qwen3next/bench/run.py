@@ -37,11 +37,11 @@ def run_bench(args: argparse.Namespace) -> None:
         ValueError: an option or the model is not usable, or a worker has failed.
         Disagreement: the sides do not compute the same.
     """
-    _check(args)
+    check(args)
     divided = division(args, 1 if rank() is None else 2)
     choice: DtypeChoice = args.dtype or ("both" if mx.default_device() == mx.cpu else "default")
     with ExitStack() as stack:
-        directory, model = stack.enter_context(_model(args, choice))
+        directory, model = stack.enter_context(model_directory(args, choice))
         config = Config.from_file(directory / "config.json")
         tensors = files.read_headers(files.find_files(directory))
         sides = sides_of(choice, tensors, stock=not args.without_mlx_lm and rank() is None)
@@ -84,7 +84,12 @@ def run_bench(args: argparse.Namespace) -> None:
         plots.draw(args.plots, figures, raw.get("growth", []))
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
+    """Checks the options.
+
+    Raises:
+        ValueError: an option is not usable, or not with the others.
+    """
     if args.tokens < 2:
         raise ValueError(
             "--tokens must be at least 2: the time of the first token is that of the prompt"
@@ -108,7 +113,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _model(args: argparse.Namespace, choice: DtypeChoice) -> Iterator[tuple[Path, dict[str, Any]]]:
+def model_directory(
+    args: argparse.Namespace, choice: DtypeChoice
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yields the directory of the model, and its description for the JSON file."""
     if args.shape is None:
         directory = resolve(args.model)
@@ -116,7 +123,9 @@ def _model(args: argparse.Namespace, choice: DtypeChoice) -> Iterator[tuple[Path
         yield directory, {"name": name, "revision": _revision(directory), "shape": None}
         return
     models = 1 if args.without_mlx_lm else 2 + (choice == "both")
-    layers = args.layers or shapes.layers_that_fit(args.shape, models)
+    layers = args.layers
+    if layers is None:  # a period has all kinds of layer that there are kernels for
+        layers = shapes.PERIOD if args.kernels else shapes.layers_that_fit(args.shape, models)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         shapes.write(Path(folder), args.shape, layers)
         name = f"random weights in the shapes of --shape {args.shape}, {layers} layers"

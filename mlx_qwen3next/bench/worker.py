@@ -39,6 +39,7 @@ from ..checkpoint.loading import load_model
 from ..compute import proof
 from ..compute.cpu_matmul import TransposedLinear
 from ..decoding.generation import generate_step
+from ..decoding.preparation import prepare
 from ..decoding.sequence import prefill
 from ..decoding.speculation import Speculation
 from ..decoding.speculative import Acceptance, Token
@@ -334,6 +335,8 @@ def main(import_seconds: float) -> None:
             kind: Any = {"ours": Ours, "stock": Stock}[which]
             backend = kind(directory, dtype, group, json.loads(divided))
             seconds = time.perf_counter() - start
+            if which == "ours":
+                prepare(backend.model)
             about = {"import": import_seconds, "load": seconds, "ranks": group.size}
             return {**about, "resident": _resident(), **backend.held()}
 

@@ -5,6 +5,8 @@ and composition are run on that call's own arguments, compared with the composit
 and timed in turns. The findings are kept in a small file, for this chip, this version of MLX and
 these kernels; where it is deleted, all is proved anew. So an unknown GPU makes the model plain, not
 wrong, and not slower than two short measurements can tell.
+
+:mod:`mlx_qwen3next.decoding.preparation` makes such calls before the first answer.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -39,10 +42,24 @@ logger = logging.getLogger("mlx_qwen3next")
 
 @dataclass(frozen=True)
 class Finding:
-    """The finding about a kernel for one kind of call."""
+    """The finding about a kernel for one kind of call.
+
+    Attributes:
+        used: whether the kernel is used.
+        reason: why, in words, with the figures.
+        seconds, plain_seconds: of a call, as a kernel and as MLX's own operations; None where the
+            kernel does not compute what it should.
+    """
 
     used: bool
-    reason: str  # in words, with the figures
+    reason: str
+    seconds: float | None
+    plain_seconds: float | None
+
+    @classmethod
+    def fault(cls, reason: str) -> Finding:
+        """Makes the finding about a kernel that does not compute what it should."""
+        return cls(False, reason, None, None)
 
 
 def _as_called(*args: Any) -> tuple[Any, ...]:
@@ -91,14 +108,19 @@ class Operation:
             if finding is None:
                 return False
             findings[key] = finding
-            if not finding.used:
-                logger.warning("kernel %s is not used: %s", key, finding.reason)
             _save(findings)
+            _report(key, finding)
         return _choices.setdefault(facts, findings[key].used)
+
+
+def _warn(key: str, finding: Finding) -> None:
+    if not finding.used:
+        logger.warning("kernel %s is not used: %s", key, finding.reason)
 
 
 _mode: Mode = "auto"
 _choices: dict[tuple[Any, ...], bool] = {}  # whether to use the kernel, by name and facts
+_report: Callable[[str, Finding], None] = _warn  # takes each new finding
 _proofs = 0
 _compositions = 0  # calls that ran MLX's own operations
 
@@ -144,6 +166,24 @@ def findings() -> dict[str, Finding]:
     return dict(_findings()) if metal_kernels.available() else {}
 
 
+@contextmanager
+def collected() -> Iterator[dict[str, Finding]]:
+    """While active, new findings are collected for the caller to report, and not logged."""
+    global _report
+    found: dict[str, Finding] = {}
+    before, _report = _report, found.__setitem__
+    try:
+        yield found
+    finally:
+        _report = before
+
+
+def forget() -> None:
+    """Forgets the findings that this process knows, so that it proves and saves all anew."""
+    _findings().clear()
+    _choices.clear()
+
+
 def proofs() -> int:
     """Returns the number of proofs made by this process; a step with one is no step to time."""
     return _proofs
@@ -175,13 +215,13 @@ def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -
         ours = kernel(first)
         mx.eval(ours)
     except Exception as error:  # Metal's compiler's, or any other
-        return Finding(False, f"it does not run: {first_line(error)}")
+        return Finding.fault(f"it does not run: {first_line(error)}")
     if len(ours) != len(plain):
-        return Finding(False, f"it is wrong: {len(ours)} results, not {len(plain)}")
+        return Finding.fault(f"it is wrong: {len(ours)} results, not {len(plain)}")
     for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
         off, bound = _error(a, c), max(2 * _error(b, c), TOLERANCE)
         if not off <= bound:  # a NaN is not
-            return Finding(False, f"result {i} is wrong: error {off:.1e}, bound {bound:.1e}")
+            return Finding.fault(f"result {i} is wrong: error {off:.1e}, bound {bound:.1e}")
     del ours, plain, exact
 
     seconds: dict[Callable[[mx.array], list[mx.array]], list[float]] = {kernel: [], composition: []}
@@ -189,9 +229,9 @@ def _prove(operation: Operation, args: Sequence[Any], options: dict[str, Any]) -
     for _ in range(REPEATS):
         for form, times in seconds.items():
             times.append(_time(form, first, calls))
-    fast, slow = (statistics.median(times) * 1e6 for times in seconds.values())
-    figures = f"{fast:.1f} µs, MLX's own operations {slow:.1f} µs"
-    return Finding(fast <= slow, figures)
+    ours_takes, plain_takes = map(statistics.median, seconds.values())
+    figures = f"{ours_takes * 1e6:.1f} µs, MLX's own operations {plain_takes * 1e6:.1f} µs"
+    return Finding(ours_takes <= plain_takes, figures, ours_takes, plain_takes)
 
 
 def _arrays(result: Any) -> list[mx.array]:

@@ -27,6 +27,7 @@ from ..checkpoint.hub import read_config
 from ..checkpoint.loading import load
 from ..cli import division, fingerprint_of, guarded, refuse
 from ..compute.proof import set_kernels
+from ..decoding.preparation import prepare
 from ..decoding.sampling import Sampling, check_integer
 from ..decoding.validation import check_kv_quantization
 from ..errors import first_line
@@ -185,7 +186,7 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
 def _load(
     args: argparse.Namespace, group: Group, divided: dict[str, Any]
 ) -> tuple[Model, TokenizerWrapper]:
-    """Loads the model that the arguments name.
+    """Loads the model that the arguments name, and prepares it for the first answer.
 
     Args:
         divided: how the group divides it, as options of :func:`mlx_qwen3next.load`.
@@ -205,6 +206,7 @@ def _load(
     )
     if args.use_default_chat_template and tokenizer.chat_template is None:
         tokenizer.chat_template = tokenizer.default_chat_template
+    prepare(model, mtp=args.mtp, chunk=args.prefill_step_size, say=logging.info)
     return model, tokenizer
 
 

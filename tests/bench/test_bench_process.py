@@ -33,6 +33,19 @@ def worker():
     worker.close()
 
 
+def test_a_worker_prepares_before_it_is_asked():
+    """Proofs are no part of a figure."""
+    code = (
+        "from mlx_qwen3next.bench import worker\n"
+        "worker.prepare = lambda model: print('prepared', model.packed)\n"
+        "worker.main(0.0)\n"
+    )
+    command = [sys.executable, "-c", code, "ours", str(GOLDENS / "base"), "float32", "{}"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "prepared True\n")
+    assert json.loads(done.stdout)["result"]["load"] > 0
+
+
 def test_a_whole_run(tmp_path):
     file = tmp_path / "figures.json"
     done = subprocess.run(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers_metal import by_host
+from helpers_metal import by_host, new_process
 
 from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.compute import proof
-from mlx_qwen3next.compute.proof import Operation
+from mlx_qwen3next.compute.proof import Finding, Operation
 from mlx_qwen3next.metal_kernels import kernel
 
 X = mx.arange(1, 9, dtype=mx.float32) / 8
@@ -46,22 +46,10 @@ class Forms:
 
 
 @pytest.fixture
-def file(tmp_path, monkeypatch):
-    """The findings' file on a machine with a GPU, where kernels take half the time."""
-    path = tmp_path / "cache" / "kernels.json"
-    monkeypatch.setattr(proof, "_file", lambda: path)
-    monkeypatch.setattr(metal_kernels, "available", lambda: True)
+def file(machine, monkeypatch):
+    """The findings' file on a machine where kernels take half the time."""
     monkeypatch.setattr(proof, "_time", lambda form, *_: {"kernel": 1e-6}.get(form.__name__, 2e-6))
-    new_process()
-    yield path
-    new_process()
-
-
-def new_process():
-    """Forgets all that is not in the file."""
-    proof._machine.cache_clear()
-    proof._findings.cache_clear()
-    proof.set_kernels("auto")
+    return machine
 
 
 def test_a_good_kernel_is_used_after_one_proof(file):
@@ -72,7 +60,8 @@ def test_a_good_kernel_is_used_after_one_proof(file):
     forms.operation(X)
     assert forms.composition_calls == proved > 0
     (key,) = proof.findings()
-    assert key == "double kind" and "1.0 µs" in proof.findings()[key].reason
+    expected = Finding(True, "1.0 µs, MLX's own operations 2.0 µs", 1e-6, 2e-6)
+    assert (key, proof.findings()[key]) == ("double kind", expected)
 
 
 def test_the_file_spares_the_next_process_the_proof(file):
@@ -102,6 +91,7 @@ def test_a_wrong_kernel_is_not_used(file, caplog, kernel, reason):
     assert forms.form_of() == "composition"
     assert caplog.messages == [f"kernel double kind is not used: {m}" for m in reasons()]
     assert reason in caplog.text
+    assert proof.findings()["double kind"].seconds is None
     new_process()
     assert Forms(kernel).form_of() == "composition"
     assert len(caplog.messages) == 1  # it is said once
@@ -189,7 +179,8 @@ def test_another_process_findings_are_kept(file):
     forms = Forms(kind=lambda shape, dtype: f"{shape[0]}")
     forms.operation(X)
     others = json.loads(file.read_text())
-    others["findings"]["of another process"] = {"used": True, "reason": ""}
+    finding = {"used": True, "reason": "", "seconds": None, "plain_seconds": None}
+    others["findings"]["of another process"] = finding
     file.write_text(json.dumps(others))
     forms.operation(X[:4])
     known = json.loads(file.read_text())["findings"]
@@ -201,6 +192,30 @@ def test_proofs_are_counted(file):
     forms = Forms()
     forms.operation(X), forms.operation(X)
     assert proof.proofs() == before + 1
+
+
+def test_collected_findings_are_not_logged(file, caplog):
+    forms = Forms(lambda x: x * 3, lambda shape, dtype: f"{shape[0]}")
+    forms.operation(X)
+    assert len(caplog.messages) == 1
+    with pytest.raises(KeyboardInterrupt), proof.collected() as found:
+        forms.operation(X), forms.operation(X[:4])
+        raise KeyboardInterrupt
+    assert [(key, of.used) for key, of in found.items()] == [("double 4", False)]
+    assert len(caplog.messages) == 1
+    forms.operation(X[:2])
+    assert len(caplog.messages) == 2
+
+
+def test_what_is_forgotten_is_proved_and_saved_anew(file, monkeypatch):
+    forms = Forms()
+    forms.operation(X)
+    monkeypatch.setattr(proof, "_time", lambda form, *_: 3e-6)
+    proof.forget()
+    assert proof.findings() == {}
+    forms.operation(X)
+    assert proof.findings()["double kind"].seconds == 3e-6
+    assert json.loads(file.read_text())["findings"]["double kind"]["seconds"] == 3e-6
 
 
 def test_kinds_are_proved_apart(file):
@@ -229,13 +244,16 @@ def test_what_the_kernel_does_not_take(file):
         '{"machine": "HERE", "findings": []}',
         '{"machine": "HERE", "findings": {"double kind": 3}}',
         '{"machine": "HERE", "findings": {"double kind": {"used": true}}}',
-        '{"machine": "HERE", "findings": {"double kind": {"used": "no", "reason": ""}}}',
-        '{"machine": "another chip", "findings": {"double kind": {"used": false, "reason": ""}}}',
+        # Before the times were kept, a finding had these two alone.
+        '{"machine": "HERE", "findings": {"double kind": {"used": false, "reason": ""}}}',
+        '{"machine": "HERE", "findings": {"double kind": {"used": "no", TIMES}}}',
+        '{"machine": "another chip", "findings": {"double kind": {"used": false, TIMES}}}',
     ],
 )
 def test_a_corrupt_or_foreign_file_is_ignored(file, content):
     file.parent.mkdir()
-    file.write_text(content.replace("HERE", proof._machine()))
+    times = '"reason": "", "seconds": 2e-6, "plain_seconds": 1e-6'
+    file.write_text(content.replace("HERE", proof._machine()).replace("TIMES", times))
     forms = Forms()
     forms.operation(X)
     assert forms.form_of() == "kernel"

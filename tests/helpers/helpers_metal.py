@@ -35,6 +35,13 @@ ROUNDINGS = (  # what Metal leaves open, beside the contraction of the fma build
 BUILDS = ("fma", "check")  # beside fast
 
 
+def new_process():
+    """Forgets all findings that are not in the file, as a new process knows no others."""
+    proof._machine.cache_clear()
+    proof._findings.cache_clear()
+    proof.set_kernels("auto")
+
+
 def capture(kernel, **arguments):
     """A launch of one of the package's kernels."""
     mx.eval(arguments["inputs"])
