@@ -74,7 +74,7 @@ def gated_delta(rows, recording):
 
 def experts(rows):
     """Router, gate and up, down, on random logits."""
-    logits, x = random(1, rows, EXPERTS + 1), random(1, rows, H)
+    logits, x = random(rows, EXPERTS + 1)[None], random(rows, H)[None]
     gate_up, down = quantized(EXPERTS + 1, 2 * I, H), quantized(EXPERTS + 1, H, I)
     options = {"experts": EXPERTS, "top_k": TOP, "normalise": True}
     return traffic(lambda: operations._experts_kernel(x, logits, gate_up, down, x, **options))
