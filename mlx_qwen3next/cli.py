@@ -6,27 +6,11 @@ Importing this module imports neither MLX nor numpy, so that ``--help`` answers 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from .decoding.draft_depth import MAX_DEPTH
-
-# MLX counts a whole expert tensor against the size of a command buffer, so its defaults cut a
-# decoding step into many buffers.
-COMMAND_BUFFERS = {"MLX_MAX_MB_PER_BUFFER": "1024", "MLX_MAX_OPS_PER_BUFFER": "1000"}
-
-
-def set_command_buffers() -> None:
-    """Sets MLX's limits of a command buffer on a Mac, unless the user has set them.
-
-    MLX reads these environment variables once, so a command must call this before importing MLX.
-    """
-    if platform.system() == "Darwin":
-        for name, value in COMMAND_BUFFERS.items():
-            os.environ.setdefault(name, value)
 
 
 class LineParser(argparse.ArgumentParser):

@@ -17,8 +17,8 @@ from .cli import (
     add_speed_options,
     guarded,
     refuse,
-    set_command_buffers,
 )
+from .decoding.queueing import set_command_buffers
 
 DEFAULT_MAX_TOKENS = 100
 DEFAULT_PROMPT = "hello"

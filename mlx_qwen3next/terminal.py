@@ -20,6 +20,7 @@ from .checkpoint.loading import DEFAULT_CONTEXT, load
 from .cli import division, fingerprint_of, given, take_recommendation
 from .compute.proof import set_kernels
 from .decoding.generation import GenerationResponse, statistics, stream_generate
+from .decoding.queueing import limit_cache
 from .decoding.recommended import recommended_sampling
 from .decoding.sampling import Sampling
 from .decoding.validation import check_max_tokens
@@ -91,6 +92,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         group=group,
         **divided,
     )
+    limit_cache()
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
 

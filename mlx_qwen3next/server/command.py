@@ -27,6 +27,7 @@ from ..checkpoint.hub import read_config
 from ..checkpoint.loading import load
 from ..cli import division, fingerprint_of, given, guarded, refuse, take_recommendation
 from ..compute.proof import set_kernels
+from ..decoding.queueing import limit_cache
 from ..decoding.recommended import recommended_sampling
 from ..decoding.sampling import Sampling, check_integer
 from ..decoding.validation import check_kv_quantization
@@ -207,6 +208,7 @@ def _load(
         group=group,
         **divided,
     )
+    limit_cache()
     if args.use_default_chat_template and tokenizer.chat_template is None:
         tokenizer.chat_template = tokenizer.default_chat_template
     return model, tokenizer
