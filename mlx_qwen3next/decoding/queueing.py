@@ -83,7 +83,7 @@ def settings() -> dict[str, Any]:
 
     Returns:
         The variables of :data:`COMMAND_BUFFERS`, None where MLX's own limits hold;
-        ``layers_at_once``; ``wired``: the bytes that are wired during generation, None on a CPU.
+        ``layers_at_once``; ``wired``: the bytes that are wired during generation, None off a Mac.
     """
     import mlx.core as mx
 
