@@ -6,27 +6,11 @@ Importing this module imports neither MLX nor numpy, so that ``--help`` answers 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from .decoding.draft_depth import MAX_DEPTH
-
-# MLX counts a whole expert tensor against the size of a command buffer, so its defaults cut a
-# decoding step into many buffers.
-COMMAND_BUFFERS = {"MLX_MAX_MB_PER_BUFFER": "1024", "MLX_MAX_OPS_PER_BUFFER": "1000"}
-
-
-def set_command_buffers() -> None:
-    """Sets MLX's limits of a command buffer on a Mac, unless the user has set them.
-
-    MLX reads these environment variables once, so a command must call this before importing MLX.
-    """
-    if platform.system() == "Darwin":
-        for name, value in COMMAND_BUFFERS.items():
-            os.environ.setdefault(name, value)
 
 
 class LineParser(argparse.ArgumentParser):
@@ -181,38 +165,66 @@ def add_speed_options(group: Any) -> None:
 
 
 def add_sampling_options(group: Any) -> None:
-    """Adds ``--temp``, ``--top-p``, ``--min-p`` and ``--top-k`` to a group of flags."""
+    """Adds ``--temp``, ``--top-p``, ``--min-p`` and ``--top-k`` to a group of flags.
+
+    A flag that is not given is None: see :func:`take_recommendation`. Where the checkpoint
+    recommends nothing, mlx-lm's defaults hold, which are those of
+    :class:`mlx_qwen3next.decoding.sampling.Sampling`.
+    """
+    otherwise = "default: what the checkpoint's generation_config.json recommends, else"
     group.add_argument(
         "--temp",
         type=float,
-        default=0.0,
         metavar="T",
         help="Sampling temperature: 0 always takes the most probable token, 1 samples from the "
-        "model's own probabilities (default: %(default)s).",
+        f"model's own probabilities ({otherwise} 0).",
     )
     group.add_argument(
         "--top-p",
         type=float,
-        default=1.0,
         metavar="P",
-        help="Sample only from the most probable tokens whose probabilities sum up to P (default: "
-        "%(default)s, all tokens).",
+        help="Sample only from the most probable tokens whose probabilities sum up to P "
+        f"({otherwise} 1, all tokens).",
     )
     group.add_argument(
         "--min-p",
         type=float,
-        default=0.0,
         metavar="P",
         help="Sample only from tokens at least P times as probable as the most probable one "
-        "(default: %(default)s, all tokens).",
+        f"({otherwise} 0, all tokens).",
     )
     group.add_argument(
         "--top-k",
         type=int,
-        default=0,
         metavar="K",
-        help="Sample only from the K most probable tokens (default: %(default)s, all tokens).",
+        help=f"Sample only from the K most probable tokens ({otherwise} 0, all tokens).",
     )
+
+
+def take_recommendation(args: argparse.Namespace, recommended: Mapping[str, float]) -> str:
+    """Fills the flags of :func:`add_sampling_options` that were not given.
+
+    Args:
+        args: the parsed arguments, which are changed.
+        recommended: the result of
+            :func:`mlx_qwen3next.decoding.recommended.recommended_sampling`.
+
+    Returns:
+        A line that says what was filled in, or nothing if nothing was.
+    """
+    taken = {name: x for name, x in recommended.items() if getattr(args, name) is None}
+    vars(args).update(taken)
+    if not taken:
+        return ""
+    names = {"temp": "temperature"}
+    values = ", ".join(f"{names.get(n, n.replace('_', '-'))} {x:g}" for n, x in taken.items())
+    greedy = " (--temp 0 for greedy)" if args.temp else ""
+    return f"sampling as the checkpoint recommends: {values}{greedy}"
+
+
+def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Returns those of the arguments that are not None, by name."""
+    return {name: x for name in names if (x := getattr(args, name)) is not None}
 
 
 def add_kv_options(group: Any) -> None:

@@ -17,8 +17,8 @@ from .cli import (
     add_speed_options,
     guarded,
     refuse,
-    set_command_buffers,
 )
+from .decoding.queueing import set_command_buffers
 
 DEFAULT_MAX_TOKENS = 100
 DEFAULT_PROMPT = "hello"
@@ -48,7 +48,10 @@ EPILOG = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Makes the command's parser: all flags of mlx_lm.generate, with their defaults, and ours."""
+    """Makes the command's parser: all flags of mlx_lm.generate, with their defaults, and ours.
+
+    The flags of sampling that a checkpoint may recommend are None by default.
+    """
     result = Parser(
         other_flags(),
         prog="python -m mlx_qwen3next.generate",

@@ -18,10 +18,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from .checkpoint.loading import DEFAULT_CONTEXT, load
-from .cli import division, fingerprint_of
+from .cli import division, fingerprint_of, given, take_recommendation
 from .compute.proof import set_kernels
 from .decoding.generation import GenerationResponse, statistics, stream_generate
 from .decoding.preparation import prepare
+from .decoding.queueing import limit_cache
+from .decoding.recommended import recommended_sampling
 from .decoding.sampling import Sampling
 from .decoding.validation import check_max_tokens
 from .group import Group, join
@@ -59,8 +61,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
     # A large model takes a while to load: what can be refused before it, is.
     check_max_tokens(args.max_tokens)
     set_kernels(args.kernels)
-    sampling = {name: getattr(args, name) for name in SAMPLING}
-    Sampling(**sampling)
+    Sampling(**given(args, SAMPLING))
     template_options = _json_object("--chat-template-config", args.chat_template_config)
     if args.seed is not None:
         if not 0 <= args.seed < 2**64:
@@ -81,6 +82,9 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
     if args.trust_remote_code:
         tokenizer_config["trust_remote_code"] = True
     message = _message(args.prompt, demo_prompt if args.model is None else default_prompt)
+    said = take_recommendation(args, group.decide("sampling", recommended_sampling(args.model)))
+    if said and args.temp:
+        print(said, file=sys.stderr)
 
     model, tokenizer = load(
         args.model,
@@ -90,6 +94,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         group=group,
         **divided,
     )
+    limit_cache()
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
 
@@ -110,7 +115,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         kv_group_size=args.kv_group_size,
         quantized_kv_start=args.quantized_kv_start,
         xtc_special_tokens=(*tokenizer.encode("\n"), *tokenizer.eos_token_ids),
-        **sampling,
+        **given(args, SAMPLING),
     )
     if args.model is None:
         print(

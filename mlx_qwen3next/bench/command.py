@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import metal_kernels
 from ..cli import LineParser, add_group_options, count, counts, guarded, positive_seconds
 from . import shapes
 from .agreement import Disagreement
 from .host import host_table
 from .kernels import kernel_lines
 from .run import run_bench
+from .variants import variants_table
 
 EPILOG = """examples:
   python -m mlx_qwen3next.bench
@@ -109,7 +111,8 @@ def parser() -> LineParser:
         "--host",
         action="store_true",
         help="Measure nothing else than the host's time for a step of 48 layers: how long Python "
-        "takes to queue it, by part, as on an Apple GPU. Needs no GPU.",
+        "takes to queue it, by part, as on an Apple GPU. Needs no GPU. On an Apple GPU also the "
+        "time of a step with other settings of command buffers, in some minutes.",
     )
     effort = result.add_argument_group("effort")
     effort.add_argument(
@@ -152,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if args.host:
                 print(host_table())
+                if metal_kernels.available():
+                    print(variants_table())
             elif args.kernels:
                 print("\n".join(kernel_lines(args)))
             else:

@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..cli import COMMAND_BUFFERS
 from ..model.capacity import GB
 
 PACKAGES = ("mlx-qwen3next", "mlx-lm", "mlx")
@@ -29,7 +28,6 @@ def describe() -> dict[str, Any]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "command_buffers": {name: os.environ.get(name) for name in COMMAND_BUFFERS},
     }
 
 
@@ -52,10 +50,7 @@ def heading(machine: Mapping[str, Any]) -> list[str]:
     """The first lines of the report, from the result of :func:`describe`."""
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
     chip = f"{machine['chip']}, {machine['cores']} cores, {machine['memory'] / GB:.0f} GB"
-    given = {name: value for name, value in machine["command_buffers"].items() if value}
-    buffers = ", ".join(f"{name}={value}" for name, value in given.items())
     return [
         f"{versions}, Python {machine['python']}, {machine['os']}",
         f"{chip}, MLX on {'the CPU' if 'cpu' in machine['device'] else 'the GPU'}",
-        *([buffers] if buffers else []),
     ]

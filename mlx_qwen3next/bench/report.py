@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..decoding.queueing import COMMAND_BUFFERS
 from ..model.capacity import GB
 from .agreement import TIES
 from .growth import in_words
@@ -31,7 +32,7 @@ def lines(
         model: ``shape`` of random weights, or None, and their ``layers``.
     """
     parts = [
-        _sides(run),
+        _sides(run) + _queueing(run),
         _agreement(run),
         _speed("prefill", run, medians, "prefill"),
         _speed("decoding", run, medians, "decode") + _limit(run, medians),
@@ -71,6 +72,18 @@ def _sides(run: Run) -> list[str]:
             ]
         )
     return table(rows)
+
+
+def _queueing(run: Run) -> list[str]:
+    """The settings of :mod:`mlx_qwen3next.decoding.queueing`; mlx-lm has those before "here"."""
+    how = run.raw["loads"][run.sides[0].label][-1]["queueing"]
+    parts = [f"{name}={how[name]}" for name in COMMAND_BUFFERS if how[name]]
+    parts += [f"{how['wired'] / GB:.1f} GB wired"] if how["wired"] else []
+    layers = "1 layer" if how["layers_at_once"] == 1 else f"{how['layers_at_once']} layers"
+    here = f"here {layers} at a time"
+    if how["cache"] is not None:
+        here += f" and at most {how['cache'] / GB:.1f} GB of freed buffers"
+    return [f"queueing: {', '.join([*parts, here])}"]
 
 
 def _agreement(run: Run) -> list[str]:

@@ -34,10 +34,12 @@ from mlx_lm.generate import generate_step as stock_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import load_model as load_stock
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from ..checkpoint.loading import load_model
 from ..compute import proof
 from ..compute.cpu_matmul import TransposedLinear
+from ..decoding import queueing
 from ..decoding.generation import generate_step
 from ..decoding.preparation import prepare
 from ..decoding.sequence import prefill
@@ -162,9 +164,15 @@ class Ours(Backend):
     def __init__(self, directory: str, dtype: str, group: Group, divided: dict[str, Any]):
         options: dict[str, Any] = {"context": 1, "group": group, **divided}
         self.model = load_model(directory, dtype=getattr(mx, dtype), **options)
+        self._cache_limit = queueing.limit_cache()
+        maybe_set_recommended_wired_limit()  # as the commands do
         self._group, self.rank = group, group.rank
         self._grown: list[Any] = []
         self._before = 0
+
+    def held(self) -> dict[str, Any]:
+        how = queueing.settings() | {"cache": self._cache_limit}
+        return super().held() | {"queueing": how}
 
     def steps(self, prompt: list[int], tokens: int, mtp: str | int) -> Iterable[Any]:
         return generate_step(prompt, self.model, max_tokens=tokens, mtp=cast(Any, mtp))
@@ -247,6 +255,7 @@ class Stock(Backend):
         if group.size > 1 or divided:
             raise ValueError("mlx-lm is measured on one machine alone")
         self.model, _ = load_stock(Path(directory))
+        maybe_set_recommended_wired_limit()  # as mlx-lm's commands do
         if dtype == "float32":
             self.model.set_dtype(mx.float32)
             _widen_embedding(self.model)

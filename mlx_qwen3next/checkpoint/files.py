@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..storage.safetensors import Tensor, read_header
 
+GENERATION_CONFIG = "generation_config.json"  # transformers' defaults: stop tokens, sampling
 INDEX_FILE = "model.safetensors.index.json"  # lists the trunk's files where there are several
 MTP_FILE = "mtp.safetensors"  # the MTP head of a converted model
 # Exact norm weights of a converted model: those among the trunk's files are rounded to the dtype

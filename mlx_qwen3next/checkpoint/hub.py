@@ -62,12 +62,33 @@ def read_config(path_or_repo: str | Path | None = None) -> Config:
 
 def _fetch_names(repo: str) -> list[str]:
     """The names of the tensors that a repository's index lists; none where it has no index."""
+    index = find_file(repo, INDEX_FILE)
+    return [] if index is None else list(read_weight_map(index))
+
+
+def find_file(path_or_repo: str | Path | None, name: str) -> Path | None:
+    """The local path of a small file of a model, which is fetched alone from a repository.
+
+    Args:
+        path_or_repo: as for :func:`resolve`.
+        name: the file's.
+
+    Returns:
+        None if the model has no such file, or if the hub cannot be asked and the file is not here.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    directory = BUNDLED if path_or_repo is None else local_directory(path_or_repo)
+    if directory is not None:
+        file = directory / name
+        return file if file.exists() else None
+    repo = str(path_or_repo)
     with hub_errors(repo):
         try:
-            index = Path(hf_hub_download(repo, INDEX_FILE))
-        except EntryNotFoundError:
-            return []
-    return list(read_weight_map(index))
+            return Path(hf_hub_download(repo, name))
+        except EntryNotFoundError:  # the hub's, or the cache's where the hub is out of reach
+            return None
 
 
 def local_directory(path_or_repo: str | Path) -> Path | None:

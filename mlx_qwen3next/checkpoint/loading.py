@@ -7,7 +7,6 @@ near the model's own size.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from ..errors import first_line
 from ..group import ALONE, Group
 from ..model import capacity, layouts, mtp_head, packing
-from ..model.config import Config
+from ..model.config import Config, read_json
 from ..model.layouts import Origin
 from ..model.parallel import divide
 from ..model.qwen3_next import Model
@@ -175,14 +174,9 @@ def _load_tokenizer(directory: Path, tokenizer_config: dict[str, Any] | None) ->
 
 def _eos_token_ids(directory: Path) -> list[int] | None:
     """The stop tokens: generation_config.json's, else config.json's."""
-    for name in ("generation_config.json", "config.json"):
+    for name in (files.GENERATION_CONFIG, "config.json"):
         file = directory / name
-        if not file.exists():
-            continue
-        try:
-            eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            raise ValueError(f"{file} cannot be read as a JSON object") from None
+        eos = read_json(file).get("eos_token_id") if file.exists() else None
         if eos is not None:
             return eos if isinstance(eos, list) else [eos]
     return None

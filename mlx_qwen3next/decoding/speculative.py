@@ -24,10 +24,10 @@ from ..model.cache import Cache, Round, Undo, settle
 from ..model.qwen3_next import Model
 from .draft_depth import MAX_DEPTH, Depth
 from .drafters import Drafter
+from .queueing import layers_at_once
 from .sampling import Chooser
 
 CLEAR_EVERY = 256  # tokens between two returns of unused buffers, as in mlx-lm
-LAYERS_ON_CPU, LAYERS_ON_GPU = 1, 8  # queued at a time; measured on a CPU alone
 
 
 @dataclass
@@ -86,7 +86,7 @@ def forward(model: Model, cache: Cache, tokens: mx.array) -> mx.array:
 
     The device starts on the first layers while the host still builds the last ones.
     """
-    layers = LAYERS_ON_CPU if mx.default_device() == mx.cpu else LAYERS_ON_GPU
+    layers = layers_at_once()
 
     def start(layer: int, x: mx.array) -> None:
         if layer % layers == layers - 1:

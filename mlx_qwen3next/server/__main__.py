@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from ..cli import set_command_buffers
+from ..decoding.queueing import set_command_buffers
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,11 +6,12 @@ import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..cli import given
 from ..decoding.sampling import Sampling
 
 # The fields of a request that are options of sampling, and those of them that have a flag.
 _SAMPLING = Sampling.__dataclass_fields__.keys() - {"temp", "logit_bias", "xtc_special_tokens"}
-_FLAGS = ("temp", "top_p", "top_k", "min_p")
+SAMPLING_FLAGS = ("temp", "top_p", "top_k", "min_p")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def arguments_of(fields: dict[str, Any], flags: argparse.Namespace) -> Arguments
     Raises:
         ValueError: a flag has no usable value.
     """
-    options = {name: getattr(flags, name) for name in _FLAGS}
+    options = given(flags, SAMPLING_FLAGS)
     options |= {name: value for name, value in fields.items() if name in _SAMPLING}
     if "temperature" in fields:
         options["temp"] = fields["temperature"]

@@ -25,9 +25,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.hub import read_config
 from ..checkpoint.loading import load
-from ..cli import division, fingerprint_of, guarded, refuse
+from ..cli import division, fingerprint_of, given, guarded, refuse, take_recommendation
 from ..compute.proof import set_kernels
 from ..decoding.preparation import prepare
+from ..decoding.queueing import limit_cache
+from ..decoding.recommended import recommended_sampling
 from ..decoding.sampling import Sampling, check_integer
 from ..decoding.validation import check_kv_quantization
 from ..errors import first_line
@@ -36,6 +38,7 @@ from ..model import capacity
 from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
 from . import mlx_lm_interface
+from .arguments import SAMPLING_FLAGS
 from .engine import Engine
 from .flags import UNSUPPORTED, parser
 from .handler import Handler, Settings
@@ -109,6 +112,8 @@ def _run(args: argparse.Namespace, group: Group) -> int:
         _wait(engine().ended)
         return _outcome(errors)
 
+    if said := take_recommendation(args, recommended_sampling(args.model)):
+        logging.info(said)
     # With several ranks Ctrl-C as well: rank 0 then tells the others to end after the last answer.
     for number in (signal.SIGTERM, *([signal.SIGINT] if group.size > 1 else [])):
         signal.signal(number, signal.default_int_handler)
@@ -164,7 +169,7 @@ def _check(args: argparse.Namespace) -> None:
         check_integer(f"--{name.replace('_', '-')}", getattr(args, name), number)
     if args.port > 65535:
         raise ValueError(f"--port must be at most 65535, got {args.port}")
-    Sampling(temp=args.temp, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p)
+    Sampling(**given(args, SAMPLING_FLAGS))
     if not isinstance(args.chat_template_args, dict):
         raise ValueError(
             f"--chat-template-args must be a JSON object, got {args.chat_template_args}"
@@ -204,6 +209,7 @@ def _load(
         group=group,
         **divided,
     )
+    limit_cache()
     if args.use_default_chat_template and tokenizer.chat_template is None:
         tokenizer.chat_template = tokenizer.default_chat_template
     prepare(model, mtp=args.mtp, chunk=args.prefill_step_size, say=logging.info)

@@ -238,9 +238,9 @@ class Handler(BaseHTTPRequestHandler):
             elif self._streams:
                 self._keep_alive()
         events += [] if reader is None else reader.end()
-        # A call that a stop string has cut off must not be run.
-        form.has_whole_calls = reader is None or by_itself or not reader.is_cut
-        last = self._with_logprobs(form.choice(events, reason))
+        # A call that is unfinished where the model ends by itself is mended; a stop string cuts it.
+        is_cut = reader is not None and reader.is_cut and not by_itself
+        last = self._with_logprobs(form.choice(events, reason, is_cut=is_cut))
         counts = len(context.prompt), context.cached, self._generated
         if not self._streams:
             self._send(200, last | form.usage(*counts))

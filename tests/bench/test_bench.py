@@ -25,6 +25,10 @@ class Fake:
     seconds = 0.01  # to the first token, for each token of the prompt
     noise = ()  # factors of that time, for one repeat after the other
     asked: ClassVar[list] = []
+    queueing: ClassVar[dict] = {
+        "MLX_MAX_MB_PER_BUFFER": None, "MLX_MAX_OPS_PER_BUFFER": None, "layers_at_once": 1,
+        "wired": None, "cache": None,
+    }  # fmt: skip
 
     def __init__(self, side, directory, divided):
         self.side, self.turn = side, {}
@@ -32,7 +36,7 @@ class Fake:
             raise WorkerError(f"{side.label}: no such luck")
         self.loaded = {
             "import": 1.0, "load": 2.0, "bytes": 10**6, "device": "Device(cpu, 0)",
-            "transposed": 3, "matrices": 4, "ranks": 1,
+            "transposed": 3, "matrices": 4, "ranks": 1, "queueing": self.queueing,
         }  # fmt: skip
 
     def ask(self, do, **args):
@@ -218,6 +222,21 @@ def test_the_json_describes_the_run(fake, bench, base):
     assert figures["options"]["repeats"] == 3
     assert figures["samples"]["loads"]["mlx-lm, float32"][0]["load"] == 2.0
     assert len(figures["samples"]["loads"]["here, float32"]) == 3
+
+
+def test_the_settings_of_queueing_are_shown(fake, bench):
+    _, out, _, _ = bench("--contexts", "10")
+    assert "\nqueueing: here 1 layer at a time\n" in out
+    fake.queueing = {
+        "MLX_MAX_MB_PER_BUFFER": "1024", "MLX_MAX_OPS_PER_BUFFER": "7", "layers_at_once": 8,
+        "wired": 51_500_000_000, "cache": 4_200_000_000,
+    }  # fmt: skip
+    _, out, _, figures = bench("--contexts", "10")
+    assert (
+        "\nqueueing: MLX_MAX_MB_PER_BUFFER=1024, MLX_MAX_OPS_PER_BUFFER=7, 51.5 GB wired, "
+        "here 8 layers at a time and at most 4.2 GB of freed buffers\n"
+    ) in out
+    assert figures["samples"]["loads"]["here, float32"][0]["queueing"] == fake.queueing
 
 
 def test_models_that_do_not_fit_together_are_measured_one_by_one(fake, bench, monkeypatch):

@@ -425,8 +425,15 @@ def test_tokenizer_that_is_none(bundle, content):
     assert message.startswith(f"{bundle}: the tokenizer cannot be loaded: ")
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff"])
-def test_generation_config_that_is_none(bundle, content):
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "is not valid JSON"),
+        (b"[]", "holds list, not a JSON object"),
+        (b"\xff", "is not valid JSON"),
+    ],
+)
+def test_generation_config_that_is_none(bundle, content, fault):
     file = bundle / "generation_config.json"
     file.write_bytes(content)
-    assert refusal(bundle, load) == f"{file} cannot be read as a JSON object"
+    assert refusal(bundle, load).startswith(f"{file} {fault}")

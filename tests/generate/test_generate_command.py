@@ -113,6 +113,72 @@ def test_flags_reach_the_library(request_of, model_dir):
     assert request_of("--mtp", "off")[1]["mtp"] == "off"
 
 
+# --- what the checkpoint recommends -------------------------------------------------------------
+
+
+@pytest.fixture
+def recommending(tmp_path):
+    """Makes a model whose generation_config.json has these fields."""
+
+    def recommending(**fields):
+        directory = endless(tmp_path / "model")
+        file = directory / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+        return directory
+
+    return recommending
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "said"),
+    [
+        ([], {"temp": 0.7, "top_p": 0.8, "top_k": 20}, "temperature 0.7, top-p 0.8, top-k 20"),
+        (["--top-p", 0.9], {"temp": 0.7, "top_p": 0.9, "top_k": 20}, "temperature 0.7, top-k 20"),
+        (["--temp", 0.5], {"temp": 0.5, "top_p": 0.8, "top_k": 20}, "top-p 0.8, top-k 20"),
+        (["--temp", 0.5, "--top-p", 1, "--top-k", 0], {"temp": 0.5, "top_p": 1, "top_k": 0}, None),
+        (["--temp", 0], {"temp": 0, "top_p": 0.8, "top_k": 20}, None),
+    ],
+    ids=["none", "top-p", "temp", "all", "greedy"],
+)
+def test_flags_that_are_not_given_are_what_the_checkpoint_recommends(
+    request_of, recommending, monkeypatch, flags, options, said
+):
+    lines = []
+    monkeypatch.setattr("builtins.print", lambda line="", **_: lines.append(line))
+    directory = recommending(temperature=0.7, top_p=0.8, top_k=20)
+    _, taken = request_of("--model", directory, *flags)
+    assert {name: taken[name] for name in options} == options
+    assert "min_p" not in taken
+    line = f"sampling as the checkpoint recommends: {said} (--temp 0 for greedy)"
+    assert [x for x in lines if "recommends" in x] == ([line] if said else [])
+
+
+def test_the_recommendation_is_said_in_one_line(run, recommending):
+    directory = recommending(temperature=0.7, top_p=0.8, top_k=20)
+    args = ("--model", directory, *RAW, "-m", 5)
+    line = "sampling as the checkpoint recommends: temperature 0.7, top-p 0.8, top-k 20"
+    assert run(*args)[2] == f"{line} (--temp 0 for greedy)\n"
+    assert run(*args, "--temp", 0)[2] == ""
+    drawn = run(*args, "--verbose", "F", "--seed", 5)[1]
+    plain = ("--temp", 0.7, "--top-p", 0.8, "--top-k", 20)
+    assert run(*args, "--verbose", "F", "--seed", 5, *plain)[1:] == (drawn, "")
+
+
+def test_do_sample_false_is_greedy(answer, recommending):
+    directory = recommending(do_sample=False, temperature=0.7)
+    expected = library_answer(directory, "import os\n", 20)
+    assert answer("--model", directory, *RAW, "-m", 20) == expected
+
+
+def test_a_recommendation_that_cannot_be_used_is_refused_before_loading(
+    run, recommending, monkeypatch
+):
+    directory = recommending(top_p="most")
+    monkeypatch.setattr("mlx_qwen3next.terminal.load", None)
+    said = f"error: {directory}/generation_config.json: top_p must be a number, got 'most'\n"
+    assert run("--model", directory) == (2, "", said)
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -8,6 +8,7 @@ from mlx_lm.generate import setup_arg_parser
 
 from mlx_qwen3next.compute.proof import Mode
 from mlx_qwen3next.decoding.draft_depth import MAX_DEPTH
+from mlx_qwen3next.decoding.sampling import Sampling
 from mlx_qwen3next.decoding.speculation import check_depth
 from mlx_qwen3next.generate import DEFAULT_PROMPT, UNSUPPORTED, main, parser
 
@@ -35,6 +36,8 @@ def test_a_flag_is_declared_as_by_mlx_lm(dest):
         assert getattr(ours, name) == getattr(stock, name), name
     if dest == "prompt":  # None here: the demo model has a default of its own
         assert (ours.default, DEFAULT_PROMPT) == (None, stock.default)
+    elif dest in ("temp", "top_p", "top_k", "min_p"):  # None: the checkpoint may recommend one
+        assert (ours.default, getattr(Sampling, dest)) == (None, stock.default)
     else:
         assert ours.default == stock.default
 

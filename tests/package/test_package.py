@@ -43,7 +43,7 @@ def test_on_a_mac_commands_ask_for_larger_buffers_before_mlx_is_imported(monkeyp
         "platform.system = lambda: 'Darwin'\n"
         "import mlx_qwen3next\n"
         "assert 'MLX_MAX_MB_PER_BUFFER' not in os.environ\n"
-        "from mlx_qwen3next.cli import set_command_buffers\n"
+        "from mlx_qwen3next.decoding.queueing import set_command_buffers\n"
         "set_command_buffers()\n"
         "print(os.environ['MLX_MAX_MB_PER_BUFFER'], os.environ['MLX_MAX_OPS_PER_BUFFER'])\n"
         "print('mlx' in sys.modules)\n"

@@ -22,6 +22,7 @@ from helpers_server import (
 )
 from jinja2 import TemplateError
 
+from mlx_qwen3next.decoding.sampling import Sampling
 from mlx_qwen3next.errors import ContextLengthError
 from mlx_qwen3next.server.handler import Settings
 
@@ -71,6 +72,16 @@ def test_the_commands_defaults_fill_missing_fields():
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] == 2
     assert generator.requests[0][1].sampling.temp == 0.5
+
+
+def test_a_requests_fields_win_over_the_recommendation_one_by_one():
+    generator = Fake(max_tokens=2, temp=0.7, top_p=0.8, top_k=20, min_p=None)
+    with serving(generator) as server:
+        ask(server)
+        ask(server, temperature=0, top_k=5)
+    first, second = (arguments.sampling for _, arguments in generator.requests)
+    assert first == Sampling(temp=0.7, top_p=0.8, top_k=20)
+    assert second == Sampling(temp=0.0, top_p=0.8, top_k=5)
 
 
 def test_prompts_may_be_tokens():

@@ -61,6 +61,37 @@ def test_the_api_key_may_be_in_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "options", "said"),
+    [
+        ([], {"temp": 0.7, "top_k": 20}, "temperature 0.7, top-k 20 (--temp 0 for greedy)"),
+        (["--temp", "0"], {"temp": 0, "top_k": 20}, "top-k 20"),
+        (["--temp", "1", "--top-k", "3"], {"temp": 1, "top_k": 3}, None),
+    ],
+)
+def test_the_checkpoints_recommendation(call, caplog, tmp_path, monkeypatch, given, options, said):
+    seen = []
+
+    def engine(args, *_):
+        seen.append({name: getattr(args, name) for name in ("temp", "top_k")})
+        raise ValueError("enough")
+
+    monkeypatch.setattr(server, "Engine", engine)
+    caplog.set_level("INFO")
+    directory = endless(tmp_path / "model")
+    file = directory / "generation_config.json"
+    file.write_text('{"temperature": 0.7, "top_k": 20}')
+    args = ("--model", directory, "--port", 0)
+    assert call(server.main, *args, *given)[0] == 2
+    assert seen == [options]
+    lines = [m for m in caplog.messages if "recommends" in m]
+    assert lines == ([f"sampling as the checkpoint recommends: {said}"] if said else [])
+    file.write_text('{"temperature": "warm"}')
+    status, _, err = call(server.main, *args)
+    assert (status, len(seen)) == (2, 1)
+    assert err == f"error: {file}: temperature must be a number, got 'warm'\n"
+
+
+@pytest.mark.parametrize(
     ("host", "key", "warns"),
     [
         ("127.0.0.1", None, False),

@@ -5,6 +5,7 @@ import argparse
 import pytest
 from mlx_lm import server as stock
 
+from mlx_qwen3next.decoding.sampling import Sampling
 from mlx_qwen3next.server import command as server
 from mlx_qwen3next.server import flags
 
@@ -28,12 +29,16 @@ def stock_flags(monkeypatch):
 
 def test_every_flag_of_mlx_lm_s_server_is_there_with_its_default(stock_flags):
     """Three defaults differ: mlx-lm's server is open to all web pages, and limits its cached texts
-    and its answers. Values that it takes are taken here, too."""
+    and its answers. Those of sampling hold where the checkpoint recommends none. Values that it
+    takes are taken here, too."""
     ours = {flag: a for a in flags.parser()._actions for flag in a.option_strings}
     assert len(stock_flags) > 25
     assert stock_flags.keys() <= ours.keys()
     differ = {flag for flag, a in stock_flags.items() if ours[flag].default != a.default}
-    assert differ == {"--allowed-origins", "--prompt-cache-size", "--max-tokens"}
+    sampling = {"--temp": "temp", "--top-p": "top_p", "--top-k": "top_k", "--min-p": "min_p"}
+    assert differ == {"--allowed-origins", "--prompt-cache-size", "--max-tokens", *sampling}
+    for flag, option in sampling.items():
+        assert (ours[flag].default, getattr(Sampling, option)) == (None, stock_flags[flag].default)
     assert ours["--allowed-origins"].default == []
     for flag, action in stock_flags.items():
         if flag in ("-h", "--help"):

@@ -20,19 +20,21 @@ class Completion:
 
     def __init__(self, common: dict[str, Any], *, is_chat: bool, is_streamed: bool):
         self._common, self._is_chat, self._is_streamed = common, is_chat, is_streamed
-        self.has_whole_calls = True  # whether the answer's last call may be run
         self._calls = 0
         self._has_begun = False  # whether a chunk was made
 
-    def choice(self, events: Sequence[Event], finish_reason: str | None = None) -> dict[str, Any]:
+    def choice(
+        self, events: Sequence[Event], finish_reason: str | None = None, *, is_cut: bool = False
+    ) -> dict[str, Any]:
         """The object of a chunk, or of the whole answer.
 
         Args:
-            finish_reason: "stop" or "length" at the end; a chat that ended by itself with a call
-                says "tool_calls", unless the call was cut off.
+            finish_reason: "stop" or "length" at the end; a chat with calls says "tool_calls" in
+                place of "stop".
+            is_cut: whether the last call was cut off. It must not be run, so that "stop" stays.
         """
         message = self._message(events)
-        if finish_reason == "stop" and self._calls and self.has_whole_calls:
+        if finish_reason == "stop" and self._calls and not is_cut:
             finish_reason = "tool_calls"
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason}
         if not self._is_chat:
