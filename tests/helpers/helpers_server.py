@@ -270,14 +270,18 @@ _ODD = (
 )
 
 
-def bodies(seed, count):
+def bodies(seed, count, valid=_VALID):
     """Yields `count` pairs of path and body: valid requests, spoiled in up to four places, and
-    some of them in their bytes."""
+    some of them in their bytes.
+
+    Args:
+        valid: path -> a valid request with all its fields.
+    """
     rng = random.Random(seed)
     for _ in range(count):
-        path = rng.choice((CHAT, TEXT))
-        body = copy.deepcopy(_VALID[path])
-        for name in [name for name in body if name not in ("messages", "prompt")]:
+        path = rng.choice(list(valid))
+        body = copy.deepcopy(valid[path])
+        for name in [name for name in body if name not in ("messages", "prompt", "input")]:
             if rng.random() < 0.5:
                 del body[name]
         for _ in range(rng.choice((0, 1, 1, 2, 4))):

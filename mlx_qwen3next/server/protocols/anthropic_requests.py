@@ -24,7 +24,7 @@ from .form import SHARED
 
 # Claude Code begins its system prompt with a line that changes from version to version, and with
 # some versions from turn to turn. It means nothing to a model, and would end the known prompt.
-_BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
+_BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?")
 _UNSUPPORTED = ("mcp_servers", "container", "output_format")
 
 
