@@ -12,8 +12,8 @@ from helpers_protocols import (
     seen,
     stream,
 )
-from helpers_scripted import scripted
-from helpers_server import CHAT
+from helpers_scripted import CONTEXT, scripted
+from helpers_server import CHAT, exchange
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
 XML = "<tool_call>\n<function=f>\n<parameter=x>\nls <b>\n</parameter>\n</function>\n</tool_call>"
@@ -187,7 +187,25 @@ def test_a_call_cannot_be_forced_where_an_answer_goes_on(server):
         assert (status, "forced" in answer["error"]["message"]) == (400, True)
 
 
-# --- ends and thinking ----------------------------------------------------------------------------
+# --- counts, ends and thinking --------------------------------------------------------------------
+def test_tokens_are_counted_before_they_are_processed(server):
+    body = {"messages": [{"role": "user", "content": "Count this."}], "max_tokens": 100}
+    status, counted = post(server.address, f"{MESSAGES_PATH}/count_tokens", body)
+    usage = post(server.address, MESSAGES_PATH, body)[1]["usage"]
+    prompt = usage["input_tokens"] + usage["cache_read_input_tokens"]
+    assert (status, counted) == (200, {"input_tokens": prompt})
+    body["messages"][0]["content"] *= CONTEXT
+    status, counted = post(server.address, f"{MESSAGES_PATH}/count_tokens", body)
+    assert status == 200 and counted["input_tokens"] > CONTEXT
+    status, refused = post(server.address, MESSAGES_PATH, body)
+    assert (status, refused["error"]["message"]) == (
+        400,
+        f"prompt is too long: {counted['input_tokens']} tokens > {CONTEXT} maximum",
+    )
+    _, _, raw = exchange(server.address, "GET", "/v1/models")
+    assert json.loads(raw)["data"][0]["max_model_len"] == CONTEXT
+
+
 def test_the_stop_sequence_that_ended_a_message(server):
     body = {"messages": [{"role": "user", "content": "Do it."}], "max_tokens": 100}
     body |= asking(server, server.say("One STOP two END"), "coder", stop_sequences=["END", "STOP"])

@@ -125,6 +125,18 @@ def test_one_call_is_enough_if_the_request_says_so(path):
     assert all(context.stopped for context in generator.contexts)
 
 
+def test_a_call_in_a_namespace():
+    space = {"type": "namespace", "name": "n", "tools": TOOLS[RESPONSES_PATH]}
+    body = ASKED[RESPONSES_PATH] | {"tools": [space]}
+    with serving(Fake(CALL.replace("=weather", "=n.weather"))) as server:
+        for answer in (
+            post(server, RESPONSES_PATH, body)[1],
+            response_of(stream(server, RESPONSES_PATH, body)),
+        ):
+            (call,) = answer["output"]
+            assert (call["namespace"], call["name"]) == ("n", "weather")
+
+
 # --- what agents send -----------------------------------------------------------------------------
 @pytest.mark.parametrize("request_", AGENTS, ids=[request["client"] for request in AGENTS])
 def test_requests_of_agents(request_):
