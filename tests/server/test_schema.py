@@ -177,7 +177,7 @@ def test_null_is_the_same_as_absent(check):
 
 @pytest.mark.parametrize("check", [chat, text])
 def test_hints_and_unknown_fields_are_ignored(check):
-    hints = {"parallel_tool_calls": False, "verbosity": "low", "reasoning_effort": "high"}
+    hints = {"verbosity": "low", "reasoning_effort": "high"}
     hints |= {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex"}
     hints |= {"prompt_cache_key": "x", "safety_identifier": "s"}
     hints |= {"prediction": {"type": "content", "content": "x"}, "web_search_options": {}}
