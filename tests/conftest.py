@@ -38,18 +38,19 @@ SLOWEST = (
 
 
 def pytest_configure(config):
-    if not hasattr(config, "workerinput"):  # before there are workers
+    worker = getattr(config, "workerinput", None)
+    if worker is None:  # before there are workers, which inherit the environment
         jit.precompile()
-    stay_on_one_core(int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+    elif platform.system() == "Linux":
+        stay_on_one_core(int(worker["workerid"].removeprefix("gw")))
 
 
-def stay_on_one_core(worker):
+def stay_on_one_core(number):
     """Lets MLX's thread begin when the test's thread waits for it, instead of at each operation:
     half of the CPU time of a tiny model goes into the switching."""
-    if platform.system() == "Linux":
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        os.sched_setaffinity(0, {cores[worker % len(cores)]})
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def pytest_collection_modifyitems(items):
