@@ -138,7 +138,7 @@ def test_few_large_bodies_are_parsed_at_a_time(monkeypatch):
 
     monkeypatch.setattr(handler, "parse", held)
     with serving() as server, contextlib.ExitStack() as stack:
-        raw = post(TEXT, prompt="x" * 2**20)
+        raw = post(TEXT, user="x" * 2**20)
         clients = [stack.enter_context(connected(server, raw)) for _ in range(4)]
         until(lambda: len(large) == 2)
         assert ask(server)[0] == 200  # while they are parsed
