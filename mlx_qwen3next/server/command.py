@@ -38,10 +38,11 @@ from ..model import capacity
 from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
 from . import mlx_lm_interface
+from .access import Settings
 from .arguments import SAMPLING_FLAGS
 from .engine import Engine
 from .flags import UNSUPPORTED, parser
-from .handler import Handler, Settings
+from .handler import Handler
 from .http_server import MAX_CONNECTIONS, Server
 from .protocols.stored import Stored
 

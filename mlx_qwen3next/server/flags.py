@@ -20,8 +20,8 @@ from ..cli import (
     positive_seconds,
     seconds,
 )
+from .access import Settings
 from .checks import MAX_INTEGER
-from .handler import Settings
 from .schema import ALIASES
 
 # Flags of mlx_lm.server that would have no effect here, with the reasons.

@@ -7,16 +7,14 @@
 
 from __future__ import annotations
 
-import hmac
 import io
 import json
 import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -27,10 +25,12 @@ from jinja2 import TemplateError
 
 from ..errors import ContextLengthError, QueueFullError, first_line
 from . import discovery
+from .access import OPEN, Settings, check_key, check_origin, cors_headers
 from .arguments import Arguments, Prompt, arguments_of, prompt_of
 from .body import read_body
 from .events import Event, Text
 from .http_server import RETRY, Incoming
+from .page import HEADERS, PAGE
 from .protocols.anthropic import Message as AnthropicMessage
 from .protocols.form import About, Form
 from .protocols.openai import ChatCompletion, TextCompletion
@@ -38,7 +38,7 @@ from .protocols.openai_responses import ModelResponse
 from .protocols.stored import Stored
 from .reading import Reading
 from .responses import Context, Response
-from .schema import ALIASES, RequestError, normalise, parse, served_name
+from .schema import RequestError, normalise, parse, served_name
 
 _LARGE = 2**20  # bytes of a large body; the parsed body may take 30 times as many
 _large_bodies = threading.Semaphore(2)  # how many large bodies are parsed at a time
@@ -58,27 +58,6 @@ _FORMS: dict[str, type[Form]] = {
 _ROUTES = {path: ("POST",) for path in (*_FORMS, "/api/pull")}
 _ROUTES |= {path: ("GET",) for path in (_MODELS, "/health", "/", "/api/version", "/api/tags")}
 _BELOW = {f"{_MODELS}/": ("GET",), f"{_RESPONSES}/": ("GET", "DELETE")}  # paths that go on
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of the HTTP side.
-
-    Args:
-        names: the names of the model that a request may use; the server itself uses the first.
-        aliases: other names that stand for the first; see :func:`served_name`.
-        adapter: the name of the adapter that a request may use.
-        allowed_origins: the origins of web pages that may use the server; ``*`` allows all.
-        api_key: the key that requests must carry; None requires none.
-        max_body_bytes: the size of the largest body that is read.
-    """
-
-    names: tuple[str, ...]
-    aliases: tuple[str, ...] = ALIASES
-    adapter: str | None = None
-    allowed_origins: tuple[str, ...] = ()
-    api_key: str | None = None
-    max_body_bytes: int = 32 * 2**20
 
 
 class ClientGone(ConnectionError):
@@ -141,13 +120,14 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, path: str) -> None:
         form = _FORMS.get(path)
         self._error = (form or Form).error
-        self._check_origin()
+        check_origin(self.headers, self.settings)
         below = next((start for start in _BELOW if path.startswith(start)), None)
         methods = _BELOW[below] if below else _ROUTES.get(path, ())
         if self.command == "OPTIONS" and methods:
             self._send(204)
             return
-        self._check_key(path)
+        if path not in OPEN:
+            check_key(self.headers, self.settings)
         if not methods:
             known = ", ".join(_ROUTES)
             raise RequestError(f"there is no {path[:80]} here; the paths are {known}", status=404)
@@ -157,6 +137,8 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(message, status=405, headers=allow)
         if form is not None:
             self._complete(form, path)
+        elif path == "/":
+            self._send_bytes(200, PAGE, "text/html; charset=utf-8", HEADERS)
         elif below:
             self._send(200, self._find(below, unquote(path[len(below) :])))
         else:
@@ -168,8 +150,6 @@ class Handler(BaseHTTPRequestHandler):
         match path:
             case "/v1/models":
                 return 200, discovery.models(self._model(about.model))
-            case "/health":
-                return 200 if health == "ok" else 503, {"status": health}
             case "/api/version":
                 return 200, discovery.OLLAMA
             case "/api/tags":
@@ -178,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
                 body = parse(self._read_body())
                 self._model(str(body.get("model") or body.get("name")))
                 return 200, discovery.PULLED
-        return 200, {"status": health, "model": about.model}
+        return 200 if health == "ok" else 503, {"status": health}
 
     def _find(self, below: str, name: str) -> dict[str, Any]:
         """The model, or the response kept, of a name."""
@@ -189,31 +169,6 @@ class Handler(BaseHTTPRequestHandler):
             return kept.response
         self._about.stored.delete(name)
         return {"id": name, "object": "response", "deleted": True}
-
-    def _check_origin(self) -> None:
-        origin = self.headers.get("Origin")
-        if origin is not None and not self._is_allowed(origin):
-            message = f"web pages of {origin[:80]} may not use this server; see --allowed-origins"
-            raise RequestError(message, status=403)
-
-    def _is_allowed(self, origin: str) -> bool:
-        return bool({origin, "*"} & set(self.settings.allowed_origins))
-
-    def _check_key(self, path: str) -> None:
-        key = self.settings.api_key
-        if key is None or path == "/health":
-            return
-        scheme, _, bearer = self.headers.get("Authorization", "").partition(" ")
-        given = [self.headers.get("x-api-key", ""), bearer if scheme.lower() == "bearer" else ""]
-        raw = [text.strip().encode("latin-1", "replace") for text in given]
-        if not any([hmac.compare_digest(text, key.encode()) for text in raw]):
-            raise RequestError(
-                "the API key is missing or wrong; send the header Authorization: Bearer KEY, "
-                "or x-api-key: KEY",
-                status=401,
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
 
     def _model(self, name: str) -> dict[str, Any]:
         name = served_name(name, self.settings.names, self.settings.aliases)
@@ -369,19 +324,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-cache")
-        self._set_cors_headers()
+        self._send_headers(cors_headers(self.headers, self.settings))
         self.end_headers()
         self._stream = form
-
-    def _set_cors_headers(self) -> None:
-        origin, allowed = self.headers.get("Origin"), self.settings.allowed_origins
-        if origin is None or not self._is_allowed(origin):
-            return
-        self.send_header("Access-Control-Allow-Origin", "*" if "*" in allowed else origin)
-        self.send_header("Vary", "Origin")
-        self.send_header("Access-Control-Allow-Methods", "GET, POST, DELETE, OPTIONS")
-        # The star does not include Authorization.
-        self.send_header("Access-Control-Allow-Headers", "*, Authorization")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Sends an error of ``http.server``, such as an unreadable request."""
@@ -395,25 +340,37 @@ class Handler(BaseHTTPRequestHandler):
         if self._stream is not None:
             self.wfile.write(self._stream.failed(error))
             return
-        self._send(error.status, self._error(error), *error.headers.items())
+        self._send(error.status, self._error(error), error.headers)
         if self._is_unread and ("Content-Length" in self.headers or self.command == "POST"):
             self._discard()
 
     def _send(
-        self, status: int, content: dict[str, Any] | None = None, *headers: tuple[str, str]
+        self,
+        status: int,
+        content: dict[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        raw = b"" if content is None else json.dumps(content).encode()
+        self._send_bytes(status, raw, "application/json", headers or {})
+
+    def _send_bytes(self, status: int, raw: bytes, kind: str, headers: Mapping[str, str]) -> None:
+        """Sends a whole answer.
+
+        Args:
+            raw: the body, which has no headers if it is empty.
+            kind: its media type.
+        """
         self.send_response(status)
-        self._set_cors_headers()
-        for name, value in headers:
-            self.send_header(name, value)
-        raw = b""
-        if content is not None:
-            raw = json.dumps(content).encode()
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(raw)))
+        self._send_headers({**cors_headers(self.headers, self.settings), **headers})
+        if raw:
+            self._send_headers({"Content-Type": kind, "Content-Length": str(len(raw))})
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(raw)
+
+    def _send_headers(self, headers: Mapping[str, str]) -> None:
+        for name, value in headers.items():
+            self.send_header(name, value)
 
     def _discard(self) -> None:
         """Reads the rest of the body, without which the client might not get the answer."""

@@ -191,8 +191,9 @@ def stop_words(path: str, value: Any) -> list[str]:
 
 
 def _stream_options(path: str, value: Any) -> dict[str, bool]:
-    usage = mapping(path, value).get("include_usage", False)
-    return {"include_usage": boolean(f"{path}.include_usage", usage)}
+    given = mapping(path, value)
+    names = ("include_usage", "continuous_usage_stats")
+    return {name: boolean(f"{path}.{name}", given.get(name, False)) for name in names}
 
 
 def _text_logprobs(path: str, value: Any) -> bool | int:

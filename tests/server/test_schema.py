@@ -68,7 +68,7 @@ def test_valid_json_is_parsed():
     ("field", "values"),
     [
         ("stream", [1, 0, "true", []]),
-        ("stream_options", [True, [], {"include_usage": 1}]),
+        ("stream_options", [True, [], {"include_usage": 1}, {"continuous_usage_stats": 1}]),
         ("max_tokens", [0, -2, -1.0, True, 1.0, "5"]),
         ("max_completion_tokens", [0, 2.5]),
         ("num_draft_tokens", [-1, True]),
@@ -260,10 +260,11 @@ def test_forms_of_other_servers_are_accepted(field, given, taken):
 
 def test_stops_and_stream_options_have_one_form():
     assert chat(stop="x")["stop"] == chat(stop=["x"])["stop"] == ["x"]
-    assert chat(stream_options={})["stream_options"] == {"include_usage": False}
-    assert chat(stream_options={"include_usage": True, "x": 1})["stream_options"] == {
-        "include_usage": True
-    }
+    names = ("include_usage", "continuous_usage_stats")
+    for given in ((False, False), (True, False), (True, True)):
+        options = dict(zip(names, given, strict=True))
+        taken = chat(stream_options={name: True for name in names if options[name]} | {"x": 1})
+        assert taken["stream_options"] == options
 
 
 def test_log_probabilities_have_one_form():

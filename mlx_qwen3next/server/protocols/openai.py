@@ -108,7 +108,10 @@ class ChatCompletion(Form):
     def begin(self, context: Context, fields: dict[str, Any]) -> bytes:
         self._context = context
         self._wants_logprobs = fields.get("logprobs", False)
-        self._wants_usage = fields.get("stream_options", {}).get("include_usage", False)
+        options = fields.get("stream_options", {})
+        self._wants_usage = options.get("include_usage", False)
+        self._wants_counts = self._wants_usage and options.get("continuous_usage_stats", False)
+        self._generated = 0  # tokens that chunks have told of
         is_streamed = fields.get("stream", False)
         common = {
             "id": f"{self._prefix}-{uuid.uuid4()}",
@@ -121,18 +124,22 @@ class ChatCompletion(Form):
         return b""
 
     def chunk(self, events: Sequence[Event], sampled: Sequence[Response]) -> bytes:
-        return sent(self._with_logprobs(self._completion.choice(events), sampled))
+        content = self._with_logprobs(self._completion.choice(events), sampled)
+        self._generated += len(sampled)
+        if self._wants_counts:
+            content |= self._usage(self._generated)
+        return sent(content)
 
     def end(self, events: Sequence[Event], sampled: Sequence[Response], end: End) -> bytes:
         chunks = sent(self._last(events, sampled, end))
         if self._wants_usage:
-            chunks += sent(self._completion.last_chunk(self._usage(end)))
+            chunks += sent(self._completion.last_chunk(self._usage(end.generated)))
         return chunks + b"data: [DONE]\n\n"
 
     def whole(
         self, events: Sequence[Event], sampled: Sequence[Response], end: End
     ) -> dict[str, Any]:
-        return self._last(events, sampled, end) | self._usage(end)
+        return self._last(events, sampled, end) | self._usage(end.generated)
 
     def _last(
         self, events: Sequence[Event], sampled: Sequence[Response], end: End
@@ -140,9 +147,9 @@ class ChatCompletion(Form):
         content = self._completion.choice(events, end.reason, end.has_whole_calls)
         return self._with_logprobs(content, sampled)
 
-    def _usage(self, end: End) -> dict[str, Any]:
+    def _usage(self, generated: int) -> dict[str, Any]:
         context = self._context
-        return self._completion.usage(len(context.prompt), context.cached, end.generated)
+        return self._completion.usage(len(context.prompt), context.cached, generated)
 
     def _with_logprobs(
         self, content: dict[str, Any], sampled: Sequence[Response]
