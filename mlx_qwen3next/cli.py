@@ -161,7 +161,7 @@ def _number(
 
 # --- options that several commands have ---------------------------------------------------------
 def add_speed_options(group: Any) -> None:
-    """Adds ``--mtp`` and ``--kernels`` to a group of flags."""
+    """Adds ``--mtp``, ``--mtp-from`` and ``--kernels`` to a group of flags."""
     group.add_argument(
         "--mtp",
         type=draft_depth,
@@ -170,6 +170,14 @@ def add_speed_options(group: Any) -> None:
         help="Number of tokens that the model's own MTP head drafts ahead. 'auto' measures which "
         "number pays on this machine, none included; 'off' drafts nothing (default: "
         "%(default)s). This changes the speed, not the answer.",
+    )
+    group.add_argument(
+        "--mtp-from",
+        metavar="DIR_OR_REPO",
+        help="Another checkpoint of the same shapes, whose MTP head drafts for a model that has "
+        "none, such as Instruct's for Coder-Next; only the head's files are fetched. Its drafts "
+        "are less often right than a head's that was trained with the model, the answer stays the "
+        "same, and '--mtp auto' drafts nothing where it does not pay.",
     )
     group.add_argument(
         "--kernels",
@@ -286,16 +294,20 @@ def fingerprint_of(args: argparse.Namespace) -> str:
     """Computes the fingerprint of a prompt cache, which is the same for arguments that make the
     same cache of a prompt.
 
-    It covers the model, the adapter, the dtype and the quantization of keys and values.
+    It covers the model, the adapter, the head of another checkpoint, the dtype and the quantization
+    of keys and values.
 
     Raises:
-        ValueError: the model or its adapter cannot be read.
+        ValueError: the model, its adapter or the head cannot be read.
     """
-    from .checkpoint.fingerprint import adapter_digest, fingerprint
-    from .checkpoint.hub import resolve
+    from .checkpoint.fingerprint import adapter_digest, fingerprint, head_digest
+    from .checkpoint.heads import find_head
+    from .checkpoint.hub import read_config, resolve
     from .checkpoint.loading import default_dtype
 
     options = [adapter_digest(args.adapter_path), str(default_dtype())]
     if args.kv_bits is not None:
         options.append(f"{args.kv_bits} {args.kv_group_size} {args.quantized_kv_start}")
+    if args.mtp_from is not None:
+        options.append(head_digest(find_head(args.mtp_from, read_config(args.model))))
     return fingerprint(resolve(args.model), *options)

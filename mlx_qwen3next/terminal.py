@@ -83,6 +83,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
     model, tokenizer = load(
         args.model,
         context=max(DEFAULT_CONTEXT, args.max_tokens),
+        mtp_from=args.mtp_from,
         tokenizer_config=tokenizer_config,
         adapter_path=args.adapter_path,
         group=group,

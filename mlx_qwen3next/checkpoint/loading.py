@@ -32,8 +32,9 @@ from ..storage import safetensors
 from ..storage.safetensors import Tensor
 from . import files, foreign, match
 from .adapter import add_adapter, read_adapter
-from .fingerprint import fingerprint
-from .hub import resolve
+from .fingerprint import fingerprint, head_digest
+from .heads import Head, find_head, head_config
+from .hub import read_config, resolve
 from .quantized import quantize
 
 # Context assumed for the memory check where the caller gives none.
@@ -46,6 +47,7 @@ def load(
     dtype: mx.Dtype | None = None,
     context: int = DEFAULT_CONTEXT,
     revision: str | None = None,
+    mtp_from: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     adapter_path: str | Path | None = None,
     pack: bool = True,
@@ -57,7 +59,7 @@ def load(
 
     Args:
         path_or_repo: a local directory, a hub repository id, or None for the bundled demo model.
-        dtype, context, pack, group, mode, layers: see :func:`load_model`.
+        dtype, context, mtp_from, pack, group, mode, layers: see :func:`load_model`.
         revision: branch, tag or commit of a hub repository.
         tokenizer_config: further arguments of transformers' ``AutoTokenizer``.
         adapter_path: the directory of a LoRA, DoRA or full fine-tune made by ``mlx_lm.lora``.
@@ -65,24 +67,16 @@ def load(
     Raises:
         ValueError: the checkpoint cannot be loaded; the message names the file and the fault.
     """
+    head = _find_head(mtp_from, path_or_repo, revision)
     directory = resolve(path_or_repo, revision)
     Config.from_file(directory / "config.json")  # its errors come before the tokenizer's
     tokenizer = _load_tokenizer(directory, tokenizer_config)
     if adapter_path is None:
-        model = load_model(
-            directory,
-            dtype=dtype,
-            context=context,
-            pack=pack,
-            group=group,
-            mode=mode,
-            layers=layers,
-        )
-        return model, tokenizer
+        return _load(directory, head, dtype, context, pack, group, mode, layers), tokenizer
     if group.size > 1:
         raise ValueError("an adapter cannot be divided among ranks; fuse it with mlx_lm.fuse first")
     adapter = read_adapter(adapter_path)  # a fault in it shows before the model is read
-    model = load_model(directory, dtype=dtype, context=context, pack=False)
+    model = _load(directory, head, dtype, context, pack=False)
     add_adapter(model, adapter)
     return _for_inference(model) if pack else model, tokenizer
 
@@ -93,6 +87,7 @@ def load_model(
     dtype: mx.Dtype | None = None,
     context: int = DEFAULT_CONTEXT,
     revision: str | None = None,
+    mtp_from: str | Path | None = None,
     pack: bool = True,
     group: Group = ALONE,
     mode: Mode | None = None,
@@ -107,6 +102,9 @@ def load_model(
             and dt_bias are float32 always.
         context: tokens the cache is to hold, for the memory check.
         revision: as for :func:`load`.
+        mtp_from: another checkpoint, a directory or a hub repository, whose MTP head a model
+            without one is to draft with, such as Instruct's for Coder-Next. The tokens do not
+            change; drafts are less often right than a head's that was trained with this model.
         pack: whether to pack the weights for inference
             (:func:`mlx_qwen3next.model.packing.pack`). To train, save or inspect the model under
             the checkpoint's names, pass False.
@@ -117,32 +115,70 @@ def load_model(
     Raises:
         ValueError: as for :func:`load`; or the ranks' files are not the same.
     """
+    head = _find_head(mtp_from, path_or_repo, revision)
     directory = resolve(path_or_repo, revision)
+    return _load(directory, head, dtype, context, pack, group, mode, layers)
+
+
+def _find_head(
+    mtp_from: str | Path | None, path_or_repo: str | Path | None, revision: str | None
+) -> Head | None:
+    """The head for a model; a fault in it shows before the model is fetched.
+
+    Raises:
+        ValueError: as for :func:`load`.
+    """
+    return None if mtp_from is None else find_head(mtp_from, read_config(path_or_repo, revision))
+
+
+def _load(
+    directory: Path,
+    head: Head | None,
+    dtype: mx.Dtype | None,
+    context: int,
+    pack: bool,
+    group: Group = ALONE,
+    mode: Mode | None = None,
+    layers: Sequence[int] | None = None,
+) -> Model:
+    """Loads a model from a directory, and its head from another if one is given."""
     config = Config.from_file(directory / "config.json")
     context = min(context, config.max_position_embeddings)
     tensors = files.read_headers(files.find_files(directory))
     foreign.refuse_foreign(tensors, directory)
     foreign.refuse_fp8(tensors)
+    has_head = any(layouts.is_mtp(name) for name in tensors)
+    if head is not None and has_head:
+        raise ValueError(f"{directory} has an MTP head of its own; mtp_from is for models without")
     dtype = dtype or default_dtype()
     if dtype not in (mx.float32, mx.bfloat16, mx.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
 
     try:
         model = Model(config)
-        if any(layouts.is_mtp(name) for name in tensors):
-            mtp_head.attach(model)
+        if head is not None:
+            mtp_head.attach(model, head.config)
+        elif has_head:
+            mtp_head.attach(model, head_config(tensors, config, trunk=config))
     except OverflowError:
         raise ValueError(f"{directory}: the config's sizes are beyond MLX's arrays") from None
-    quantize(model, tensors, dtype)
-    origins = _match(model, tensors, directory)
+    stored = tensors if head is None else tensors | head.tensors
+    quantize(model, stored, dtype)
+    parameters = dict(_parameters(model))
+    if head is None:
+        origins = _match(parameters, tensors, config, directory)
+    else:
+        of_head = {path: parameters.pop(path) for path in [*parameters] if layouts.is_mtp(path)}
+        origins = _match(parameters, tensors, config, directory)
+        origins |= _match(of_head, head.tensors, head.config, head.directory)
     if group.size > 1:
-        _check_same(directory, group, dtype)
+        _check_same(directory, head, group, dtype)
     part = divide(model, group, mode, layers)
     _check_memory(model, dtype, context)
 
     model.eval()
     own = {path: origins[part.whole_path(path)] for path, _ in _parameters(model)}
-    read = _read(own, tensors, dtype, part)
+    read = _read(own, stored, dtype, part)
     # Only a large model takes long enough for the bar to appear.
     bar = tqdm(read, "loading", total=len(own), unit="tensor", leave=False, delay=2, disable=None)
     for path, value in bar:
@@ -188,9 +224,13 @@ def _eos_token_ids(directory: Path) -> list[int] | None:
     return None
 
 
-def _match(model: Model, tensors: Mapping[str, Tensor], directory: Path) -> dict[str, Origin]:
+def _match(
+    parameters: Mapping[str, mx.array],
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    directory: Path,
+) -> dict[str, Origin]:
     """Parameter path -> origin, after checking that tensors and parameters agree exactly."""
-    parameters = dict(_parameters(model))
     origins = match.find_origins({p: tuple(a.shape) for p, a in parameters.items()}, tensors)
     used: set[str] = set()
     for path, array in parameters.items():
@@ -198,7 +238,7 @@ def _match(model: Model, tensors: Mapping[str, Tensor], directory: Path) -> dict
             dtypes = match.stored_dtypes(array)
             match.check_tensor(name, tensors, origins[path].shape, dtypes, directory)
             used.add(name)
-    match.refuse_surplus(tensors, used, model.args)
+    match.refuse_surplus(tensors, used, config)
     return origins
 
 
@@ -223,7 +263,7 @@ def _check_memory(model: Model, dtype: mx.Dtype, context: int) -> None:
     capacity.check(weights, cache, context)
 
 
-def _check_same(directory: Path, group: Group, dtype: mx.Dtype) -> None:
+def _check_same(directory: Path, head: Head | None, group: Group, dtype: mx.Dtype) -> None:
     """Checks that this rank has the same model, dtype and packages as rank 0.
 
     Raises:
@@ -231,6 +271,7 @@ def _check_same(directory: Path, group: Group, dtype: mx.Dtype) -> None:
     """
     own = {
         "the files' fingerprint": fingerprint(directory),
+        "the head's digest": head_digest(head),
         "dtype": str(dtype),
         "mlx": version("mlx"),
         "mlx-qwen3next": version("mlx-qwen3next"),
@@ -254,7 +295,7 @@ def _read(
         lazy |= {
             name: array
             for name, array in files.open_file(file).items()
-            if tensors[name].file == file
+            if name in tensors and tensors[name].file == file
         }
     uses = Counter(name for origin in origins.values() for name in origin.names)
     for path, origin in origins.items():

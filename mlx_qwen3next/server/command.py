@@ -198,6 +198,7 @@ def _load(
         config["chat_template"] = args.chat_template
     model, tokenizer = load(
         args.model,
+        mtp_from=args.mtp_from,
         tokenizer_config=config,
         adapter_path=args.adapter_path,
         group=group,
