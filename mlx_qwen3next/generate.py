@@ -27,7 +27,6 @@ DEMO_PROMPT = "How do I use itertools.chain?"  # the default for the bundled dem
 # Flags of mlx_lm.generate that would have no effect here, with the reasons.
 UNSUPPORTED = {
     "image": "Qwen3-Next takes no images",
-    "draft_model": "the model drafts with its own MTP head: use --mtp",
     "num_draft_tokens": "use --mtp",
     "quantize_activations": "activations stay in floating point here",
     "max_kv_size": "keys and values are kept whole, so that long prompts stay exact",
@@ -60,6 +59,13 @@ def parser() -> argparse.ArgumentParser:
     essential = result.add_argument_group("essential options")
     add_essential_flags(essential)
     add_speed_options(essential)
+    essential.add_argument(
+        "--draft-model",
+        type=str,
+        metavar="DIR_OR_REPO",
+        help="DFlash drafter trained for the model, such as z-lab/Qwen3-Coder-Next-DFlash, which "
+        "drafts instead of an MTP head; --mtp sets how many tokens. The answer stays the same.",
+    )
     add_group_options(result)
     return result
 
@@ -223,7 +229,6 @@ def other_flags() -> argparse.ArgumentParser:
         help=_unsupported("quantize_activations"),
     )
     add_kv_options(parser)
-    parser.add_argument("--draft-model", type=str, help=_unsupported("draft_model"))
     parser.add_argument(
         "--num-draft-tokens", type=int, default=3, help=_unsupported("num_draft_tokens")
     )

@@ -84,6 +84,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         args.model,
         context=max(DEFAULT_CONTEXT, args.max_tokens),
         mtp_from=args.mtp_from,
+        draft_model=args.draft_model,
         tokenizer_config=tokenizer_config,
         adapter_path=args.adapter_path,
         group=group,

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -32,6 +32,7 @@ from ..storage import safetensors
 from ..storage.safetensors import Tensor
 from . import files, foreign, match
 from .adapter import add_adapter, read_adapter
+from .drafters import Drafter, attach_drafter, find_drafter
 from .fingerprint import fingerprint, head_digest
 from .heads import Head, find_head, head_config
 from .hub import read_config, resolve
@@ -48,6 +49,7 @@ def load(
     context: int = DEFAULT_CONTEXT,
     revision: str | None = None,
     mtp_from: str | Path | None = None,
+    draft_model: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     adapter_path: str | Path | None = None,
     pack: bool = True,
@@ -59,7 +61,7 @@ def load(
 
     Args:
         path_or_repo: a local directory, a hub repository id, or None for the bundled demo model.
-        dtype, context, mtp_from, pack, group, mode, layers: see :func:`load_model`.
+        dtype, context, mtp_from, draft_model, pack, group, mode, layers: see :func:`load_model`.
         revision: branch, tag or commit of a hub repository.
         tokenizer_config: further arguments of transformers' ``AutoTokenizer``.
         adapter_path: the directory of a LoRA, DoRA or full fine-tune made by ``mlx_lm.lora``.
@@ -67,16 +69,16 @@ def load(
     Raises:
         ValueError: the checkpoint cannot be loaded; the message names the file and the fault.
     """
-    head = _find_head(mtp_from, path_or_repo, revision)
+    drafts = _find_drafts(mtp_from, draft_model, path_or_repo, revision, group)
     directory = resolve(path_or_repo, revision)
     Config.from_file(directory / "config.json")  # its errors come before the tokenizer's
     tokenizer = _load_tokenizer(directory, tokenizer_config)
     if adapter_path is None:
-        return _load(directory, head, dtype, context, pack, group, mode, layers), tokenizer
+        return _load(directory, drafts, dtype, context, pack, group, mode, layers), tokenizer
     if group.size > 1:
         raise ValueError("an adapter cannot be divided among ranks; fuse it with mlx_lm.fuse first")
     adapter = read_adapter(adapter_path)  # a fault in it shows before the model is read
-    model = _load(directory, head, dtype, context, pack=False)
+    model = _load(directory, drafts, dtype, context, pack=False)
     add_adapter(model, adapter)
     return _for_inference(model) if pack else model, tokenizer
 
@@ -88,6 +90,7 @@ def load_model(
     context: int = DEFAULT_CONTEXT,
     revision: str | None = None,
     mtp_from: str | Path | None = None,
+    draft_model: str | Path | None = None,
     pack: bool = True,
     group: Group = ALONE,
     mode: Mode | None = None,
@@ -105,6 +108,8 @@ def load_model(
         mtp_from: another checkpoint, a directory or a hub repository, whose MTP head a model
             without one is to draft with, such as Instruct's for Coder-Next. The tokens do not
             change; drafts are less often right than a head's that was trained with this model.
+        draft_model: a DFlash drafter trained for this model, a directory or a hub repository. It
+            drafts instead of an MTP head. The tokens do not change.
         pack: whether to pack the weights for inference
             (:func:`mlx_qwen3next.model.packing.pack`). To train, save or inspect the model under
             the checkpoint's names, pass False.
@@ -115,25 +120,45 @@ def load_model(
     Raises:
         ValueError: as for :func:`load`; or the ranks' files are not the same.
     """
-    head = _find_head(mtp_from, path_or_repo, revision)
+    drafts = _find_drafts(mtp_from, draft_model, path_or_repo, revision, group)
     directory = resolve(path_or_repo, revision)
-    return _load(directory, head, dtype, context, pack, group, mode, layers)
+    return _load(directory, drafts, dtype, context, pack, group, mode, layers)
 
 
-def _find_head(
-    mtp_from: str | Path | None, path_or_repo: str | Path | None, revision: str | None
-) -> Head | None:
-    """The head for a model; a fault in it shows before the model is fetched.
+class _Drafts(NamedTuple):
+    """What other checkpoints than the model's own have to draft with."""
+
+    head: Head | None = None
+    drafter: Drafter | None = None
+
+
+def _find_drafts(
+    mtp_from: str | Path | None,
+    draft_model: str | Path | None,
+    path_or_repo: str | Path | None,
+    revision: str | None,
+    group: Group,
+) -> _Drafts:
+    """Finds them, so that a fault in them shows before the model is fetched.
 
     Raises:
         ValueError: as for :func:`load`.
     """
-    return None if mtp_from is None else find_head(mtp_from, read_config(path_or_repo, revision))
+    if mtp_from is None and draft_model is None:
+        return _Drafts()
+    if mtp_from is not None and draft_model is not None:
+        raise ValueError("mtp_from and draft_model exclude each other: one of them drafts")
+    if draft_model is not None and group.size > 1:
+        raise ValueError("draft_model is not supported on several machines; use the MTP head")
+    config = read_config(path_or_repo, revision)
+    if mtp_from is not None:
+        return _Drafts(head=find_head(mtp_from, config))
+    return _Drafts(drafter=find_drafter(cast(Any, draft_model), config))
 
 
 def _load(
     directory: Path,
-    head: Head | None,
+    drafts: _Drafts,
     dtype: mx.Dtype | None,
     context: int,
     pack: bool,
@@ -141,7 +166,8 @@ def _load(
     mode: Mode | None = None,
     layers: Sequence[int] | None = None,
 ) -> Model:
-    """Loads a model from a directory, and its head from another if one is given."""
+    """Loads a model from a directory, and what drafts from another if one is given."""
+    head = drafts.head
     config = Config.from_file(directory / "config.json")
     context = min(context, config.max_position_embeddings)
     tensors = files.read_headers(files.find_files(directory))
@@ -183,6 +209,8 @@ def _load(
     bar = tqdm(read, "loading", total=len(own), unit="tensor", leave=False, delay=2, disable=None)
     for path, value in bar:
         model.load_weights([(path, value)], strict=False)
+    if drafts.drafter is not None:
+        attach_drafter(model, drafts.drafter, dtype)
     return _for_inference(model) if pack else model
 
 

@@ -108,12 +108,16 @@ def generate_step(
         cache = model.make_cache() if prompt_cache is None else check_cache(prompt_cache, model)
         budget = token_budget(model, held_by(model, cache) + prompt.size, max_tokens)
     head = cache[len(model.layers) :]
-    keep_drafter = bool(head) or store is not None
-    if not head and not depth.idle:
+    keep_drafter = model.dflash is None and (bool(head) or store is not None)
+    if model.dflash is not None:
+        head = []  # a block drafter keeps nothing for the next text
+    elif not head and not depth.idle:
         head = model.mtp.make_cache()
+    position = 0 if model.dflash is None else held_by(model, cache)
 
     def steps() -> Generator[Token]:
-        drafter = speculation.drafter(head) if head else None
+        is_drafting = bool(head) or (model.dflash is not None and not depth.idle)
+        drafter = speculation.drafter(head, position) if is_drafting else None
         places = [] if store is None else store.places(prompt, held)
         tokens: list[int] = prompt.tolist()  # type: ignore[assignment]
         cuts = sorted({held, *places, prompt.size - 1, prompt.size})

@@ -52,7 +52,7 @@ def prefill(
         after_forward: called when the cache has grown.
     """
     with Undo(trunk):
-        hidden = forward(model, trunk, tokens)
+        _, hidden = forward(model, trunk, tokens, drafter)
         after_forward()
         # With a drafter hidden, too: the states that wait there must not refer to keys and values.
         mx.eval([c.state for c in trunk], hidden if drafter else [])

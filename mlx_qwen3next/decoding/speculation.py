@@ -8,6 +8,7 @@ from ..model.cache import Cache
 from ..model.qwen3_next import Model
 from .draft_depth import MAX_DEPTH, DecidedDepth, Depth, FixedDepth, MeasuredDepth
 from .drafters import Drafter
+from .drafters.dflash import DFlashDrafter
 from .drafters.mtp import MTPDrafter
 
 MTP = Literal["auto", "off"] | int
@@ -32,12 +33,16 @@ class Speculation:
             known = vars(model)["_speculation"] = cls(model)
         return known
 
-    def drafter(self, cache: Cache | None = None) -> Drafter | None:
-        """A drafter for one sequence; None for a model without an MTP head.
+    def drafter(self, cache: Cache | None = None, position: int = 0) -> Drafter | None:
+        """A drafter for one sequence; None for a model that has none.
 
         Args:
             cache: made by ``model.mtp.make_cache()``; drafting goes on from there.
+            position: the tokens of the sequence that the drafter is not told of, for one that has
+                no such cache.
         """
+        if self._model.dflash is not None:
+            return DFlashDrafter(self._model, position)
         return None if self._model.mtp is None else MTPDrafter(self._model, cache)
 
     def depth(self, mtp: MTP) -> Depth:
@@ -50,7 +55,7 @@ class Speculation:
             ValueError: the model cannot draft to that depth.
         """
         check_depth(mtp, self._model)
-        if mtp == "auto" and self._model.mtp is not None:
+        if mtp == "auto" and self._model.drafts:
             group = self._model.group
             alone = group.size == 1
             return self.measured if alone else DecidedDepth(self.measured, group.decide)
@@ -67,6 +72,6 @@ def check_depth(mtp: MTP, model: Model | None = None) -> MTP:
         return mtp
     if isinstance(mtp, bool) or not isinstance(mtp, int) or not 1 <= mtp <= MAX_DEPTH:
         raise ValueError(f"mtp must be 'auto', 'off' or 1 to {MAX_DEPTH}, got {mtp!r}")
-    if model is not None and model.mtp is None:
+    if model is not None and not model.drafts:
         raise ValueError(f"mtp is {mtp}, but this model has no MTP head; use 'auto' or 'off'")
     return mtp

@@ -23,7 +23,7 @@ from ..compute import proof
 from ..model.cache import Cache, Round, Undo, settle
 from ..model.qwen3_next import Model
 from .draft_depth import MAX_DEPTH, Depth
-from .drafters import Drafter
+from .drafters import Drafter, Outputs
 from .sampling import Chooser
 
 CLEAR_EVERY = 256  # tokens between two returns of unused buffers, as in mlx-lm
@@ -75,24 +75,29 @@ class _Step:
     """A plain step on its way: ``input`` ``[1]`` was fed, ``token`` ``[1]`` follows."""
 
     input: mx.array
-    hidden: mx.array
+    hidden: mx.array  # the drafter's
     token: mx.array
     logprobs: mx.array
     undo: Undo
 
 
-def forward(model: Model, cache: Cache, tokens: mx.array) -> mx.array:
-    """The trunk's hidden states ``[1, n, H]`` at ``tokens`` ``[n]``.
+def forward(
+    model: Model, cache: Cache, tokens: mx.array, drafter: Drafter | None
+) -> tuple[mx.array, mx.array]:
+    """The trunk's hidden states ``[1, n, H]`` at ``tokens`` ``[n]``, and what the drafter reads.
 
     The device starts on the first layers while the host still builds the last ones.
     """
+    outputs = Outputs(drafter)
     layers = LAYERS_ON_CPU if mx.default_device() == mx.cpu else LAYERS_ON_GPU
 
     def start(layer: int, x: mx.array) -> None:
+        outputs(layer, x)
         if layer % layers == layers - 1:
             mx.async_eval(x)
 
-    return model.model(tokens[None], cache, start)
+    hidden = model.model(tokens[None], cache, start)
+    return hidden, outputs.of(hidden)
 
 
 class Decoding:
@@ -168,8 +173,8 @@ class Decoding:
         mx.async_eval(drafts)  # those built ahead
         tokens, n = mx.concatenate([self._unfed, *drafts]), len(drafts)
         with Round(self._cache, n + 1) as transaction:
-            hidden = forward(self._model, self._cache, tokens)
-            chosen, logprobs = self._chooser.choose_all(self._model.logits(hidden)[0], drafts)
+            final, hidden = self._forward(tokens)
+            chosen, logprobs = self._chooser.choose_all(self._model.logits(final)[0], drafts)
             mx.async_eval(chosen, logprobs)
             if self._all_right:
                 self._expect(tokens, hidden, chosen, drafts)
@@ -242,12 +247,15 @@ class Decoding:
     def _step(self, token: mx.array, after: Sequence[mx.array] = ()) -> _Step:
         """Queues a plain step; ``after`` are the tokens ``[1]`` on their way."""
         with Undo(self._cache) as undo:
-            hidden = forward(self._model, self._cache, token)
-            chosen, logprobs = self._chooser.choose(self._model.logits(hidden)[:, -1], after)
+            final, hidden = self._forward(token)
+            chosen, logprobs = self._chooser.choose(self._model.logits(final)[:, -1], after)
             mx.async_eval(chosen, logprobs)
             self._after_forward()
         self._unfed = None
         return _Step(token, hidden, chosen, logprobs[0], undo)
+
+    def _forward(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        return forward(self._model, self._cache, tokens, self._drafter)
 
     def _committed(self, tokens: mx.array, hidden: mx.array) -> None:
         if self._drafter is not None:
@@ -272,7 +280,7 @@ class Decoding:
         if self._unfed is None or self._handed_over:
             return
         with Undo(self._cache):
-            hidden = forward(self._model, self._cache, self._unfed)
+            _, hidden = self._forward(self._unfed)
             self._after_forward()
         token, self._unfed = self._unfed, None
         self._committed(token, hidden)

@@ -25,7 +25,7 @@ from .handler import Settings
 
 # Flags of mlx_lm.server that would have no effect here, with the reasons.
 UNSUPPORTED = {
-    "draft_model": "the model drafts with its own MTP head: use --mtp",
+    "draft_model": "mlx_qwen3next.generate alone takes a DFlash drafter; use --mtp here",
     "num_draft_tokens": "use --mtp",
 }
 

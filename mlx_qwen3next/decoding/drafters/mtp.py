@@ -7,6 +7,7 @@ alone: whatever recursion wrote for drafts is overwritten.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +30,8 @@ class MTPDrafter:
         model: has an MTP head.
         cache: made by ``model.mtp.make_cache()``; drafting goes on from there. None for a new one.
     """
+
+    layers: Sequence[int] = ()  # it reads the final states
 
     def __init__(self, model: Model, cache: Cache | None = None):
         self._head, self._logits = model.mtp, model.logits
