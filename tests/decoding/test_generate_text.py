@@ -116,7 +116,7 @@ def test_responses_have_mlx_lms_fields():
     for count, response in enumerate(responses, start=1):
         assert isinstance(response, MLXGenerationResponse)
         fields = dataclasses.asdict(response)
-        ours = ["rounds", "mean_accept_length", "acceptance", "cached_tokens"]
+        ours = ["rounds", "mean_accept_length", "acceptance", "drafted", "accepted", "cached_tokens"]
         assert list(fields) == [*FIELDS, *ours]
         assert response.logprobs.shape == (bundled()[0].args.vocab_size,)
         assert response.prompt_tokens == len(tokenizer.encode("def f(x):"))
