@@ -161,7 +161,7 @@ def _number(
 
 # --- options that several commands have ---------------------------------------------------------
 def add_speed_options(group: Any) -> None:
-    """Adds ``--mtp``, ``--mtp-from`` and ``--kernels`` to a group of flags."""
+    """Adds ``--mtp``, ``--mtp-from``, ``--draft-model`` and ``--kernels`` to a group of flags."""
     group.add_argument(
         "--mtp",
         type=draft_depth,
@@ -178,6 +178,13 @@ def add_speed_options(group: Any) -> None:
         "none, such as Instruct's for Coder-Next; only the head's files are fetched. Its drafts "
         "are less often right than a head's that was trained with the model, the answer stays the "
         "same, and '--mtp auto' drafts nothing where it does not pay.",
+    )
+    group.add_argument(
+        "--draft-model",
+        type=str,
+        metavar="DIR_OR_REPO",
+        help="DFlash drafter trained for the model, such as z-lab/Qwen3-Coder-Next-DFlash. It "
+        "drafts instead of an MTP head, as many tokens as --mtp says; the answer stays the same.",
     )
     group.add_argument(
         "--kernels",

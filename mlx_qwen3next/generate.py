@@ -59,13 +59,6 @@ def parser() -> argparse.ArgumentParser:
     essential = result.add_argument_group("essential options")
     add_essential_flags(essential)
     add_speed_options(essential)
-    essential.add_argument(
-        "--draft-model",
-        type=str,
-        metavar="DIR_OR_REPO",
-        help="DFlash drafter trained for the model, such as z-lab/Qwen3-Coder-Next-DFlash, which "
-        "drafts instead of an MTP head; --mtp sets how many tokens. The answer stays the same.",
-    )
     add_group_options(result)
     return result
 

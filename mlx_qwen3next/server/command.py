@@ -199,6 +199,7 @@ def _load(
     model, tokenizer = load(
         args.model,
         mtp_from=args.mtp_from,
+        draft_model=args.draft_model,
         tokenizer_config=config,
         adapter_path=args.adapter_path,
         group=group,

@@ -78,7 +78,7 @@ class LoneSequence(TokenSequence):
             held,
             segments,
             depth=depth,
-            drafter=cache[-1].rows[0].drafter,
+            drafters=cache[-1].rows[0].drafters,
             step_size=step_size,
             quantization=quantization,
         )

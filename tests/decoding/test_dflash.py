@@ -12,8 +12,8 @@ from checkpoints import GOLDENS, relative_error
 from helpers_generate import PROMPT, forced, golden, tokens_of
 
 from mlx_qwen3next import generate_step, load_model
+from mlx_qwen3next.decoding import speculation
 from mlx_qwen3next.decoding.drafters.dflash import DFlashDrafter
-from mlx_qwen3next.decoding.speculation import Speculation
 from mlx_qwen3next.decoding.speculative import forward
 from mlx_qwen3next.generate import main
 from mlx_qwen3next.model.dflash import DFlashConfig, spread_layers
@@ -33,8 +33,8 @@ def expected():
     return mx.load(str(DRAFTER / "expected.safetensors"))
 
 
-def recorded(model, drafter, point):
-    """The logits of the drafts after tokens[:point + 1], whose last is not read yet, and them."""
+def recorded(model, drafter, point, depth=BLOCK - 1):
+    """The logits of drafts after tokens[:point + 1], whose last is not read yet, and them."""
     tokens = golden("base")[1]["tokens"].astype(mx.uint32)
     logits = []
 
@@ -42,8 +42,20 @@ def recorded(model, drafter, point):
         logits.append(row[0])
         return row.argmax(-1).astype(mx.uint32)
 
-    drafts = drafter.propose(tokens[point : point + 1], BLOCK - 1, choose)
+    drafts = drafter.propose(tokens[point : point + 1], depth, choose)
     return mx.stack(logits), mx.concatenate(drafts)
+
+
+def recorded_drafters(monkeypatch):
+    """The DFlash drafters that are made from now on."""
+    made = []
+
+    def drafter(*given):
+        made.append(DFlashDrafter(*given))
+        return made[-1]
+
+    monkeypatch.setattr(speculation, "DFlashDrafter", drafter)
+    return made
 
 
 # --- against the reference -----------------------------------------------------------------------
@@ -55,12 +67,21 @@ def test_drafts_are_the_references(model, expected, chunk):
     for i, point in enumerate(expected["points"].tolist()):
         while read < point:
             piece = tokens[read : min(read + chunk, point)]
-            _, states = forward(model, cache, piece, drafter)
+            _, states = forward(model, cache, piece, [drafter])
             drafter.committed(piece, states)
             read += piece.size
         logits, drafts = recorded(model, drafter, point)
         assert relative_error(logits, expected["logits"][i]) < 1e-4
         assert drafts.tolist() == expected["logits"][i].argmax(-1).tolist()
+
+
+def test_fewer_drafts_are_the_first_of_a_whole_block(model, expected):
+    tokens = golden("base")[1]["tokens"].astype(mx.uint32)[: expected["points"][3].item()]
+    drafter = DFlashDrafter(model)
+    drafter.committed(tokens, forward(model, model.make_cache(), tokens, [drafter])[1])
+    for depth in (1, 3):
+        logits, _ = recorded(model, drafter, tokens.size, depth)
+        assert relative_error(logits, expected["logits"][3, :depth]) < 1e-4
 
 
 def test_the_layers_that_a_drafter_reads_where_none_are_named():
@@ -100,10 +121,7 @@ def test_after_right_and_wrong_drafts_it_knows_the_sequence(model, monkeypatch, 
     """Its keys and values are those of a drafter that was told of the sequence at once."""
     prompt = golden("base")[1]["tokens"][:PROMPT].tolist()
     script = [7, 7, 19, 3, 42, 8, 8, 11] * 4
-    made = []
-    monkeypatch.setattr(
-        Speculation, "drafter", lambda *_: made.append(DFlashDrafter(model)) or made[-1]
-    )
+    made = recorded_drafters(monkeypatch)
     steps = list(
         generate_step(
             *(prompt, model),
@@ -116,7 +134,7 @@ def test_after_right_and_wrong_drafts_it_knows_the_sequence(model, monkeypatch, 
     assert 8 < sum(right) < 24
     tokens = mx.array(prompt + tokens_of(steps), mx.uint32)
     plain = DFlashDrafter(model)
-    plain.committed(tokens, forward(model, model.make_cache(), tokens, plain)[1])
+    plain.committed(tokens, forward(model, model.make_cache(), tokens, [plain])[1])
     plain.settle()
     made[0].settle()
     for one, other in zip(made[0]._cache, plain._cache, strict=True):
@@ -130,10 +148,7 @@ def test_it_begins_where_a_known_text_ends(model, monkeypatch, known):
     """Of the known tokens it has no states; the others are at their own positions."""
     tokens = golden("base")[1]["tokens"].tolist()
     first, second = tokens[:60], tokens[60:90]
-    made, original = [], Speculation.drafter
-    monkeypatch.setattr(
-        Speculation, "drafter", lambda *given: made.append(original(*given)) or made[-1]
-    )
+    made = recorded_drafters(monkeypatch)
     run = partial(generate_step, model=model, max_tokens=12)
     if known == "a cache":
         cache = model.make_cache()
@@ -147,7 +162,7 @@ def test_it_begins_where_a_known_text_ends(model, monkeypatch, known):
     assert answer == tokens_of(run([*first, *before, *second], mtp="off"))
     text = mx.array([*first, *before, *second, *answer], mx.uint32)
     whole = DFlashDrafter(model)
-    whole.committed(text, forward(model, model.make_cache(), text, whole)[1])
+    whole.committed(text, forward(model, model.make_cache(), text, [whole])[1])
     held = made[1]._before
     assert len(first) <= held <= len(first) + len(before)
     made[1].settle()
@@ -187,7 +202,7 @@ def test_four_bits(model, tmp_path):
     for target in (loaded, reference):
         drafter, tokens = DFlashDrafter(target), golden("base")[1]["tokens"][:20]
         tokens = tokens.astype(mx.uint32)
-        drafter.committed(tokens, forward(target, target.make_cache(), tokens, drafter)[1])
+        drafter.committed(tokens, forward(target, target.make_cache(), tokens, [drafter])[1])
         results.append(recorded(target, drafter, 20)[0])
     assert relative_error(*results) < 1e-4
 

@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen3next.decoding.draft_depth import FixedDepth
+from mlx_qwen3next.decoding.draft_depth import FixedDepth, Offer
+from mlx_qwen3next.decoding.drafters import Drafter
 from mlx_qwen3next.decoding.sampling import Chooser, Sampling
 from mlx_qwen3next.decoding.speculative import Decoding
 
@@ -42,21 +43,17 @@ class Chain:
         return self.table[hidden]
 
 
-class ChainDrafter(Chain):
+class ChainDrafter(Drafter, Chain):
+    source = "chain"
+
+    def offer(self, ahead=False):
+        return Offer(self.source, [0.5] * 3, (1, 2, 3))
+
     def propose(self, token, depth, choose):
         drafts = []
         for _ in range(depth):
             drafts.append(choose(self.logits(drafts[-1] if drafts else token), drafts))
         return drafts
-
-    def expect(self, tokens, hidden, token, depth, choose):
-        pass
-
-    def committed(self, tokens, hidden):
-        pass
-
-    def settle(self):
-        pass
 
 
 def context(options):
@@ -71,7 +68,7 @@ def sample(options, chooser=Chooser, n=SAMPLES):
         last = mx.array(tokens[-2:], mx.uint32)
         choices = chooser(sampling.sampler(), sampling.logits_processors(), last)
         drafter = ChainDrafter(DRAFTER)
-        steps = Decoding(Chain(TRUNK), [], last[-1:], choices, FixedDepth(3), drafter)
+        steps = Decoding(Chain(TRUNK), [], last[-1:], choices, FixedDepth(3), [drafter])
         tokens += [step.token for step in steps.tokens(PIECE)]
     return tokens
 

@@ -142,7 +142,7 @@ def test_flags_reach_the_library(request_of, model_dir):
         (["--adapter-path", "/no/such/adapter"], "/no/such/adapter"),
         (["--prompt-cache-file", "/no/such/cache.safetensors"], "there is no such directory"),
         (["--image", "cat.png"], "--image is not supported"),
-        (["--draft-model", "x"], "--draft-model is not supported"),
+        (["--draft-model", "x"], "x does not exist"),
         (["--num-draft-tokens", "5"], "--num-draft-tokens is not supported"),
         (["--quantize-activations"], "--quantize-activations is not supported"),
         (["--max-kv-size", "9"], "--max-kv-size is not supported"),

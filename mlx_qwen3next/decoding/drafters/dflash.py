@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import ClassVar
 
 import mlx.core as mx
 
 from ...model.qwen3_next import Model
+from ..draft_depth import MOST_COPIED, Offer, Shares
 from ..sampling import Choose
+from . import Drafter
 
+ACCEPTANCE = 0.8  # the share of first drafts that is expected to be right before anything is known
+DEPTHS = (1, 3, 7)  # worth timing besides the deepest; the block takes the same time at all of them
 CATCH_UP = 64  # verified tokens whose states wait at most, when nothing is drafted
 
 
-class DFlashDrafter:
-    """Drafts a sequence's next tokens (a :class:`mlx_qwen3next.decoding.drafters.Drafter`).
+class DFlashDrafter(Drafter):
+    """Drafts a sequence's next tokens.
 
     Args:
         model: has a DFlash drafter.
         position: the number of tokens before the first that it will be told of. Of these it knows
             nothing, so that its first drafts may be worse.
-
-    Attributes:
-        layers: those whose outputs it reads.
+        shares: how often drafts were right, by depth; None to begin anew.
     """
 
-    def __init__(self, model: Model, position: int = 0):
+    source: ClassVar[str] = "dflash"
+
+    def __init__(self, model: Model, position: int = 0, shares: Shares | None = None):
         self._model, self._dflash = model, model.dflash
-        self.layers: Sequence[int] = self._dflash.config.target_layer_ids
+        self._shares = shares or new_shares()
+        self.layers = self._dflash.config.target_layer_ids
+        self._most = min(self._dflash.config.block_size - 1, MOST_COPIED)
         self._cache, self._before = self._dflash.make_cache(), position
         self._waiting: tuple[mx.array, ...] = ()  # states [1, n, …] that are not in the cache yet
 
+    def offer(self, ahead: bool = False) -> Offer:
+        shares = [ACCEPTANCE]
+        for depth in range(self._most):
+            shares.append(self._shares.of(depth, shares[-1]))
+        depths = [depth for depth in DEPTHS if depth < self._most]
+        return Offer(self.source, shares[1:], [*depths, self._most])
+
+    def judged(self, drafted: int, accepted: int) -> None:
+        for depth in range(min(accepted + 1, drafted)):
+            self._shares.add(depth, depth < accepted)
+
+    def extend(self, token: int) -> None:
+        self._shares.fade()
+
     def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
-        """Up to ``depth`` drafts ``[1]`` of what follows ``token`` ``[1]``, the sequence's last."""
         self._read()
         config = self._dflash.config
         # Always a whole block, as in training: its tokens see each other.
@@ -44,19 +63,12 @@ class DFlashDrafter:
             drafts.append(choose(logits[i : i + 1], drafts))
         return drafts
 
-    def expect(
-        self, tokens: mx.array, hidden: mx.array, token: mx.array, depth: int, choose: Choose
-    ) -> None:
-        """Prepares nothing: a block is built in one pass."""
-
     def committed(self, tokens: mx.array, hidden: mx.array) -> None:
-        """The sequence grew by ``tokens`` ``[n]``; its layers' outputs there are ``[1, n, …]``."""
         self._waiting = (*self._waiting, hidden)
         if sum(states.shape[1] for states in self._waiting) >= CATCH_UP:
             self.settle()
 
     def settle(self) -> None:
-        """Brings the cache up to date."""
         self._read()
         mx.async_eval([(entry.keys, entry.values) for entry in self._cache if entry.offset])
 
@@ -70,3 +82,8 @@ class DFlashDrafter:
             states = mx.concatenate(list(self._waiting), axis=1)
             self._dflash.read(states, self._cache, self._position)
             self._waiting = ()
+
+
+def new_shares() -> Shares:
+    """What is known of a drafter's drafts at first."""
+    return Shares(MOST_COPIED)
