@@ -7,10 +7,11 @@ passes depend on the text and on the drafts alone, so that copying needs no mode
 the demo model's, which would not have written these texts itself, so its share of right drafts is
 lower than on its own; it runs on some files only.
 
-Two bounds: "best copy" knows the answer and takes the longest run of its next tokens that stands
-anywhere in the text so far. "suffix 2-8" is a plain copying drafter to compare with: it looks for
-the last place where the last 8 tokens stood before, or the last 7, … or 2, and drafts what followed
-there.
+"copy" is this package's copying drafter, which always drafts 15 tokens here. "copy, priced" drafts
+as many as promise the most tokens for the bytes (below), by how often its copies were right. Two
+more to compare with: "suffix 2-8" looks for the last place where the last 8 tokens stood before, or
+the last 7, … or 2, and drafts what followed there. "best copy" knows the answer and takes the
+longest run of its next tokens that stands anywhere in the text so far.
 
 The last table computes the speed of Macs from the rounds' sizes, by the bytes alone: a round of
 r rows reads all weights but the routed experts once, and E (1 - (1 - k/E)^r) experts of each layer
@@ -33,12 +34,13 @@ from tqdm import tqdm
 from mlx_qwen3next import load
 from mlx_qwen3next.bench import shapes
 from mlx_qwen3next.bench.traffic import traffic
+from mlx_qwen3next.decoding.draft_depth import MOST_COPIED
+from mlx_qwen3next.decoding.drafters.lookup import Copier, LookupDrafter, new_shares
 from mlx_qwen3next.decoding.drafters.mtp import MTPDrafter
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
 
 FILES = 51
-COPIED = 15  # drafts of a copy, at most
 HEAD = 3  # drafts of the MTP head
 SUFFIXES = range(8, 1, -1)  # lengths that "suffix 2-8" looks for
 CONTEXT = 8192  # tokens of text that the projection assumes
@@ -118,7 +120,50 @@ class SuffixCopy:
     def propose(self, most: int) -> list[int]:
         found = (self._ends.get(tuple(self._text[-n:])) for n in SUFFIXES)
         end = next((end for end in found if end is not None), len(self._text))
-        return self._text[end : end + min(most, COPIED)]
+        return self._text[end : end + min(most, MOST_COPIED)]
+
+
+class Copy:
+    """This package's copying drafter, to the full depth."""
+
+    def __init__(self, _: Sequence[int]):
+        self._copier = Copier()
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._copier.append(token)
+
+    def propose(self, most: int) -> list[int]:
+        return self._copier.expected(min(most, MOST_COPIED))
+
+
+class PricedCopy:
+    """The same, to the depth that promises the most tokens for the bytes.
+
+    Args:
+        drafter: knows how often copies were right in the texts before.
+        cost: the bytes of a round of so many rows.
+    """
+
+    def __init__(self, drafter: LookupDrafter, cost: Callable[[int], float]):
+        self._drafter, self._cost, self._text = drafter, cost, list[int]()
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        if not self._text:
+            self._drafter.follow(tokens)
+        for token in tokens if self._text else ():
+            self._drafter.extend(token)
+        self._text += tokens
+
+    def propose(self, most: int) -> list[int]:
+        best, best_value, share, expected = 0, 1 / self._cost(1), 1.0, 1.0
+        for depth, each in enumerate(self._drafter.offer().shares[:most], start=1):
+            share *= each
+            expected += share
+            if expected / self._cost(1 + depth) > best_value:
+                best, best_value = depth, expected / self._cost(1 + depth)
+        drafts = self._drafter.propose(mx.array(self._text[-1:]), best, lambda logits, _: logits)
+        return [int(draft.item()) for draft in drafts]
 
 
 class BestCopy:
@@ -134,7 +179,7 @@ class BestCopy:
             self._length += 1
 
     def propose(self, most: int) -> list[int]:
-        coming = self._whole[self._length : self._length + min(most, COPIED)]
+        coming = self._whole[self._length : self._length + min(most, MOST_COPIED)]
         best = 0
         for place in self._places.get(coming[0], []) if coming else []:
             there = self._whole[place : min(place + len(coming), self._length)]
@@ -197,58 +242,79 @@ def row(name: str, rounds: Sequence[Rounds]) -> str:
     )
 
 
-def table(title: str, texts: Sequence[list[Turn]], model: Model, mtp_files: int) -> list[Rounds]:
-    """Prints a table of one kind of texts; returns the rounds of the copying drafter."""
+def table(
+    title: str,
+    texts: Sequence[list[Turn]],
+    model: Model,
+    mtp_files: int,
+    cost: Callable[[int], float],
+) -> list[Rounds]:
+    """Prints a table of one kind of texts; returns the rounds of the priced copies."""
     print(f"\n| {title}: {len(texts)} | tokens a pass, median | range | right | drafted |")
     print("| --- | --- | --- | --- | --- |")
-    copied = [play(SuffixCopy, turns) for turns in tqdm(texts, title, leave=False, disable=None)]
-    print(row("copy (suffix 2-8)", copied))
+    shares = new_shares()
+    bar = tqdm(texts, title, leave=False, disable=None)
+    priced = [play(lambda _: PricedCopy(LookupDrafter(shares), cost), turns) for turns in bar]
+    print(row("copy", [play(Copy, turns) for turns in texts]))
+    print(row("copy, priced", priced))
+    print(row("suffix 2-8", [play(SuffixCopy, turns) for turns in texts]))
     print(row("best copy (knows the answer)", [play(BestCopy, turns) for turns in texts]))
     short = sorted(texts, key=lambda turns: sum(len(t.prompt + t.answer) for t in turns))
     short = short[:mtp_files]
     if short:
         bar = tqdm(short, f"{title}, MTP head", leave=False, disable=None)
         print(f"| *the {len(short)} shortest:* | | | | |")
-        print(row("copy", [play(SuffixCopy, turns) for turns in short]))
+        print(row("copy", [play(Copy, turns) for turns in short]))
         alone, chain = [], []
         for turns in bar:
             alone.append(play(lambda whole: Head(model, whole), turns))
-            chain.append(play(lambda whole: Chain(SuffixCopy(whole), Head(model, whole)), turns))
+            chain.append(play(lambda whole: Chain(Copy(whole), Head(model, whole)), turns))
         print(row(f"MTP, {HEAD} drafts", alone))
         print(row("copy, else MTP", chain))
-    return copied
+    return priced
 
 
-def project(rounds: Sequence[Rounds]) -> None:
+class Machine:
+    """The bytes that rounds of the 80B model at 4 bits move, computed from its shapes.
+
+    Attributes:
+        fixed: bytes of a round besides the routed experts.
+        expert: bytes of one expert in every layer.
+    """
+
+    def __init__(self) -> None:
+        self._config = config = Config.from_dict(shapes.config("80b", shapes.FULL))
+        headers = shapes.headers("80b", shapes.FULL)
+        whole = traffic(headers, config, itemsize=2)
+        without = traffic(headers, dataclasses.replace(config, num_experts_per_tok=0), itemsize=2)
+        self.fixed = without.plain(CONTEXT)
+        self.expert = (whole.trunk - without.trunk) / config.num_experts_per_tok
+
+    def size(self, rows: int) -> float:
+        """The bytes of a round of so many rows."""
+        E, k = self._config.num_experts, self._config.num_experts_per_tok
+        return self.fixed + E * (1 - (1 - k / E) ** rows) * self.expert
+
+
+def project(machine: Machine, rounds: Sequence[Rounds]) -> None:
     """Prints the computed tokens a second of Macs, plain and with these rounds."""
-    config = Config.from_dict(shapes.config("80b", shapes.FULL))
-    headers = shapes.headers("80b", shapes.FULL)
-    one = traffic(headers, config, itemsize=2)
-    without = traffic(headers, dataclasses.replace(config, num_experts_per_tok=0), itemsize=2)
-    expert = (one.trunk - without.trunk) / config.num_experts_per_tok  # one in every layer
-    fixed, E = without.plain(CONTEXT), config.num_experts
-
-    def size(rows: int) -> float:
-        return fixed + E * (1 - (1 - config.num_experts_per_tok / E) ** rows) * expert
-
     drafted = [d for r in rounds for d in r.drafted]
     tokens = len(drafted) + sum(n for r in rounds for n in r.right)
-    moved = sum(size(1 + d) for d in drafted) / tokens
+    moved = sum(machine.size(1 + d) for d in drafted) / tokens
+    sizes = {rows: machine.size(rows) / 1e9 for rows in (1, 2, 4, 8, 16)}
+    print(f"\nComputed, not measured, 4 bits, after {CONTEXT} tokens: a round reads", end=" ")
     print(
-        f"\nComputed, not measured, 4 bits, after {CONTEXT} tokens: {fixed / 1e9:.2f} GB of a ",
-        end="",
+        f"{machine.fixed / 1e9:.2f} GB and its distinct experts, {machine.expert / 1e6:.1f}",
+        end=" ",
     )
-    print(f"round besides routed experts, {expert / 1e6:.1f} MB an expert in all layers. ", end="")
-    print(
-        f"{size(1) / 1e9:.2f} GB a plain token, {moved / 1e9:.2f} GB a token of these rounds ",
-        end="",
-    )
-    print(f"({size(1 + COPIED) / 1e9:.2f} GB a round of {COPIED} drafts).")
-    print("\n| machine | GB/s | plain: tokens a second, bandwidth alone | with copies |")
+    print("MB each in all layers. GB by rows:", end=" ")
+    print(", ".join(f"{rows}: {size:.2f}" for rows, size in sizes.items()), end=". ")
+    print(f"{moved / 1e9:.2f} GB a token of all rounds above with priced copies.")
+    print("\n| machine | GB/s | plain: tokens a second, bandwidth alone | priced copies |")
     print("| --- | --- | --- | --- |")
-    for machine, rate in BANDWIDTHS.items():
-        plain, faster = (rate * 1e9 / x for x in (size(1), moved))
-        print(f"| {machine} | {rate} | {plain:.0f} | {faster:.0f} |")
+    for name, rate in BANDWIDTHS.items():
+        plain, faster = (rate * 1e9 / x for x in (machine.size(1), moved))
+        print(f"| {name} | {rate} | {plain:.0f} | {faster:.0f} |")
 
 
 def main() -> None:
@@ -264,13 +330,15 @@ def main() -> None:
     model, tokenizer = load(dtype=mx.float32)
     own = history(args.history, FILES)
     others = [] if args.without_packages else releases()
-    rounds = []
+    machine, rounds = Machine(), list[Rounds]()
     for title, edits in (("this history", own), ("releases of packages", others)):
         if edits:
-            rounds += table(title, whole_files(edits, tokenizer), model, args.mtp_files)
+            rounds += table(
+                title, whole_files(edits, tokenizer), model, args.mtp_files, machine.size
+            )
     agents = [transcript(edit, tokenizer) for edit in several_hunks(own + others)]
-    rounds += table("agents' transcripts", agents, model, min(args.mtp_files, 2))
-    project(rounds)
+    rounds += table("agents' transcripts", agents, model, min(args.mtp_files, 2), machine.size)
+    project(machine, rounds)
 
 
 def whole_files(edits: Iterable[Edit], tokenizer: TokenizerWrapper) -> list[list[Turn]]:
