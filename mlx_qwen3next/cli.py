@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from .decoding.draft_depth import MAX_DEPTH
+from .decoding.draft_depth import MAX_DEPTH, MOST_COPIED
 
 # MLX counts a whole expert tensor against the size of a command buffer, so its defaults cut a
 # decoding step into many buffers.
@@ -134,12 +134,16 @@ def positive_seconds(text: str) -> float:
     return _number(text, float, lambda s: s > 0, "a number of seconds, more than 0")
 
 
-def draft_depth(text: str) -> str | int:
+def draft_depth(text: str, most: int = MAX_DEPTH) -> str | int:
     """Parses "auto", "off" or the number of tokens to draft."""
     if text in ("auto", "off"):
         return text
-    expected = f"'auto', 'off' or 1 to {MAX_DEPTH}"
-    return _number(text, int, lambda depth: 1 <= depth <= MAX_DEPTH, expected)
+    return _number(text, int, lambda n: 1 <= n <= most, f"'auto', 'off' or 1 to {most}")
+
+
+def copied_tokens(text: str) -> str | int:
+    """Parses "auto", "off" or the number of tokens to copy."""
+    return draft_depth(text, MOST_COPIED)
 
 
 def _number(
@@ -161,7 +165,7 @@ def _number(
 
 # --- options that several commands have ---------------------------------------------------------
 def add_speed_options(group: Any) -> None:
-    """Adds ``--mtp``, ``--mtp-from``, ``--draft-model`` and ``--kernels`` to a group of flags."""
+    """Adds the flags of drafting, and ``--kernels``, to a group of flags."""
     group.add_argument(
         "--mtp",
         type=draft_depth,
@@ -185,6 +189,15 @@ def add_speed_options(group: Any) -> None:
         metavar="DIR_OR_REPO",
         help="DFlash drafter trained for the model, such as z-lab/Qwen3-Coder-Next-DFlash. It "
         "drafts instead of an MTP head, as many tokens as --mtp says; the answer stays the same.",
+    )
+    group.add_argument(
+        "--lookup",
+        type=copied_tokens,
+        metavar=f"{{auto,off,1..{MOST_COPIED}}}",
+        help="Number of tokens to copy ahead from where the text, prompt included, was last as it "
+        "is now; works with every model. 'auto' measures which number pays, 'off' copies nothing "
+        "(default: 'auto' with --mtp auto, otherwise 'off'). This changes the speed, not the "
+        "answer.",
     )
     group.add_argument(
         "--kernels",

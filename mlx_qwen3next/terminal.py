@@ -103,6 +103,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         prompt,
         args.max_tokens,
         mtp=args.mtp,
+        lookup=args.lookup,
         prompt_cache=cache,
         prompt_progress_callback=progress,
         prefill_step_size=args.prefill_step_size,

@@ -241,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         # A call that a stop string has cut off must not be run.
         form.has_whole_calls = reader is None or by_itself or not reader.is_cut
         last = self._with_logprobs(form.choice(events, reason))
-        counts = len(context.prompt), context.cached, self._generated
+        counts = len(context.prompt), context.cached, self._generated, context.accepted
         if not self._streams:
             self._send(200, last | form.usage(*counts))
             return
