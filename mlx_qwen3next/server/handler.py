@@ -241,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         # A call that is unfinished where the model ends by itself is mended; a stop string cuts it.
         is_cut = reader is not None and reader.is_cut and not by_itself
         last = self._with_logprobs(form.choice(events, reason, is_cut=is_cut))
-        counts = len(context.prompt), context.cached, self._generated
+        counts = len(context.prompt), context.cached, self._generated, context.accepted
         if not self._streams:
             self._send(200, last | form.usage(*counts))
             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -16,6 +17,7 @@ class Context:
         prompt: the prompt's token ids.
         reasoning_open: whether the answer begins within reasoning that the prompt has opened.
         cached: how many of the prompt's tokens were in the prompt cache; None until that is known.
+        accepted: the right drafts among the tokens of the answer so far, by their source.
         stopped: whether the client has gone.
     """
 
@@ -23,6 +25,7 @@ class Context:
     prompt: list[int]
     reasoning_open: bool = False
     cached: int | None = None
+    accepted: Counter[str] = field(default_factory=Counter)
     stopped: bool = False
 
     def stop(self) -> None:
