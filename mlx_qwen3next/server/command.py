@@ -43,6 +43,7 @@ from .engine import Engine
 from .flags import UNSUPPORTED, parser
 from .handler import Handler, Settings
 from .http_server import MAX_CONNECTIONS, Server
+from .protocols.stored import Stored
 
 DEMO = "qwen3-next-demo"  # the name of the bundled model
 LEAST_CACHE = 256 * 2**20  # bytes of the prompt cache at least, however full the memory is
@@ -78,6 +79,7 @@ def _run(args: argparse.Namespace, group: Group) -> int:
     _allow_files()
     settings = Settings(
         names=_names(args),
+        aliases=tuple(args.alias),
         adapter=args.adapter_path,
         allowed_origins=tuple(args.allowed_origins),
         api_key=_api_key(args.api_key),
@@ -93,10 +95,10 @@ def _run(args: argparse.Namespace, group: Group) -> int:
     generator: Engine | None = None
     errors: list[Exception] = []
     stopping = threading.Event()
-    system = _system_fingerprint()
+    system, stored = _system_fingerprint(), Stored()
 
     def handler(*connection: Any) -> Handler:
-        return Handler(generator, settings, *connection, system_fingerprint=system)
+        return Handler(generator, settings, stored, *connection, system_fingerprint=system)
 
     def failed(error: Exception) -> None:
         errors.append(error)

@@ -17,11 +17,11 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count, pairwise
 from queue import Empty, Queue
 from typing import Any
@@ -32,7 +32,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.loading import default_dtype
 from ..decoding.draft_depth import Depth
-from ..decoding.sampling import SeededSampler, draw_key
+from ..decoding.sampling import SeededSampler
 from ..decoding.sequence import KVQuantization
 from ..decoding.speculation import MTP, Speculation
 from ..errors import QueueFullError, first_line
@@ -44,7 +44,8 @@ from .arguments import Arguments, Prompt
 from .batching import SpeculativeBatchGenerator
 from .lone_sequence import Generated, Prompted
 from .pace import PromptPace
-from .request import NullQueue, Request, read_request
+from .prompt import tokenized_prompt
+from .request import NullQueue, Request, random_key, read_request
 from .responses import Context, Response
 
 ATTEMPTS = 3  # failed forwards that end a request
@@ -65,6 +66,7 @@ class Engine:
 
     Attributes:
         args: the arguments of the command.
+        context_length: in tokens; None until the model is loaded.
         ended: the event that the thread sets last. ``Thread.join()`` is no replacement for waiting:
             it takes a thread for ended once Ctrl-C has interrupted it.
     """
@@ -78,6 +80,7 @@ class Engine:
         failed: Callable[[Exception], None] = lambda _: None,
     ):
         self.args, self.ended = args, threading.Event()
+        self.context_length: int | None = None
         self._load, self._make_prompt_cache = load, prompt_cache
         self._mtp, self._failed = mtp, failed
         self._arrived: Queue[Request] = Queue()
@@ -118,26 +121,36 @@ class Engine:
             QueueFullError: too many requests wait already.
             RuntimeError: the server is shutting down.
         """
+        with self._entered():
+            self._check_queue()
+            request = self._read(prompt, arguments, Queue())
+            self._arrived.put(request)
+        return request.context, request.responses(progress, self.ended)
+
+    def count_tokens(self, prompt: Prompt, arguments: Arguments) -> int:
+        """The number of a prompt's tokens; raises as :meth:`generate`."""
+        with self._entered():
+            return len(tokenized_prompt(prompt, self._tokenizer, arguments.template_options).tokens)
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Lets one request at a time to the tokenizer, once the model is loaded."""
         while not self._loaded.wait(IDLE) and not self.ended.is_set():
             pass
         if self._draining or self.ended.is_set():
             raise RuntimeError("the server is shutting down") from self._error
         with self._entering:
-            self._check_queue()
             try:
-                request = self._read(prompt, arguments, Queue())
-            except ValueError:
+                yield
+            except (ValueError, QueueFullError):
                 raise
             except Exception as error:  # templates and tokenizers raise all kinds of exceptions
                 raise ValueError(first_line(error)) from error
-            self._arrived.put(request)
-        return request.context, request.responses(progress, self.ended)
 
     def _check_queue(self) -> None:
         """Checks that one more request may wait, if there is no free place for it in the batch."""
-        limit = self.args.max_queue
-        known = len(self._running) + len(self._waiting) + self._arrived.qsize()
-        if known >= self._max_running + limit:
+        others = len(self._running) + len(self._waiting) + self._arrived.qsize()
+        if others - self._max_running >= (limit := self.args.max_queue):
             raise QueueFullError(f"{limit} requests are waiting already; try again later")
 
     def drain(self, seconds: float) -> None:
@@ -166,6 +179,7 @@ class Engine:
             self._model, self._tokenizer = self._load()
             depth = Speculation.of(self._model).depth(self._mtp, self.args.lookup)
             self._group = self._model.group
+            self.context_length = self._model.args.max_position_embeddings
             self._checkpoints = self._make_prompt_cache(self._tokenizer)
         except Exception as error:
             self._error = error
@@ -325,7 +339,7 @@ class Engine:
         sampler = request.sampler
         if sampler is not greedy_sampler or self._group.size > 1:
             if request.key is None:
-                request.key = self._group.decide("key", _random_key(request.arguments.seed))
+                request.key = self._group.decide("key", random_key(request.arguments.seed))
             sampler = SeededSampler(sampler, request.key, request.generated, self._group)
         request.checkpoints = self._checkpoints.places(request.tokens, held)
         cuts = [held, *request.checkpoints, len(request.tokens)]
@@ -434,11 +448,3 @@ class Engine:
         self._batch.close()
         mx.clear_cache()
         self._make_batch(depth)
-
-
-def _random_key(seed: int | None) -> int:
-    """The key of a request's random numbers."""
-    if seed is None:
-        return secrets.randbits(31)
-    mx.random.seed(seed)
-    return draw_key()

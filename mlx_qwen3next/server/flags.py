@@ -22,6 +22,7 @@ from ..cli import (
 )
 from .checks import MAX_INTEGER
 from .handler import Settings
+from .schema import ALIASES
 
 # Flags of mlx_lm.server that would have no effect here, with the reasons.
 UNSUPPORTED = {
@@ -61,6 +62,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="Name of the model in /v1/models and in answers; requests may use it as well "
         "(default: the repository, or the name of the directory).",
+    )
+    essential.add_argument(
+        "--alias",
+        type=lambda text: [name.strip().lower() for name in text.split(",") if name.strip()],
+        default=list(ALIASES),
+        metavar="NAMES",
+        help="Other names that requests may use, separated by commas; * stands for any characters "
+        f"(default: {','.join(ALIASES)}).",
     )
     essential.add_argument(
         "--max-tokens",

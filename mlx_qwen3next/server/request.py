@@ -8,17 +8,20 @@ into the responses that the HTTP side reads from a queue.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, Queue
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..decoding.detokenize import StopWords, TextDecoder
+from ..decoding.sampling import draw_key
 from ..decoding.validation import token_budget
 from ..errors import ContextLengthError, first_line
 from ..model.qwen3_next import Model
@@ -69,14 +72,14 @@ class Request:
         if isinstance(response, Drafted):
             self.context.accepted[response.source] += 1
         reason = response.finish_reason
-        text, stopped = self.stop_words.add(self.decoder.add(response.token, reason), reason)
+        text, stop_word = self.stop_words.add(self.decoder.add(response.token, reason), reason)
         logprob: Any = 0.0
         top = most_probable(response.logprobs, self.arguments.top_logprobs)
         if self.arguments.logprobs or top:
             logprob = response.logprobs[response.token].item()
-        sent = "stop" if stopped else reason
-        self.queue.put(Response(text, response.token, logprob, sent, top))
-        if reason is None and not stopped:
+        sent = "stop" if stop_word else reason
+        self.queue.put(Response(text, response.token, logprob, sent, top, stop_word))
+        if sent is None:
             return False
         self.queue.put(None)
         return True
@@ -134,7 +137,8 @@ def read_request(
         ValueError: the request cannot be answered. The chat template and the tokenizer may raise
             other exceptions.
     """
-    tokens, reasoning_open = tokenized_prompt(prompt, tokenizer, arguments.template_options)
+    rendered = tokenized_prompt(prompt, tokenizer, arguments.template_options)
+    tokens = rendered.tokens
     if not tokens:
         raise ValueError("the prompt is empty")
     _check_length(tokens, model, prompt)
@@ -147,7 +151,7 @@ def read_request(
     return Request(
         queue,
         arguments,
-        Context(tokenizer, tokens, reasoning_open),
+        Context(tokenizer, tokens, rendered.reasoning_open, rendered.opening),
         list(tokens),
         token_budget(model, len(tokens), arguments.max_tokens),
         sampling.sampler(),
@@ -156,6 +160,14 @@ def read_request(
         TextDecoder(tokenizer),
         StopWords(arguments.stop_words),
     )
+
+
+def random_key(seed: int | None) -> int:
+    """The key of a request's random numbers."""
+    if seed is None:
+        return secrets.randbits(31)
+    mx.random.seed(seed)
+    return draw_key()
 
 
 def _check_length(tokens: list[int], model: Model, prompt: Prompt) -> None:
@@ -169,5 +181,7 @@ def _check_length(tokens: list[int], model: Model, prompt: Prompt) -> None:
         given = "messages" if isinstance(prompt, Chat) else "prompt"
         raise ContextLengthError(
             f"This model's maximum context length is {limit} tokens. However, your {given} "
-            f"resulted in {len(tokens)} tokens. Please reduce the length of the {given}."
+            f"resulted in {len(tokens)} tokens. Please reduce the length of the {given}.",
+            len(tokens),
+            limit,
         )

@@ -54,7 +54,9 @@ def test_the_routes_of_get():
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("POST", "/", 405),
+        ("GET", "/v1", 404),
+        ("PUT", "/v1/responses/x", 405),
         ("GET", "/v1/modelsx", 404),
         ("POST", "/v1", 404),
         ("GET", "/v1/models/other", 404),
