@@ -36,6 +36,7 @@ def convert(
     mtp: str = "keep",
     mtp_bits: int | None = None,
     attach_mtp: bool = False,
+    any_trunk: bool = False,
     stream: bool = False,
     dry_run: bool = False,
     verify: bool = False,
@@ -55,6 +56,7 @@ def convert(
         mtp_bits: bits of the head; None for the default beside a quantized trunk, else
             unquantized.
         attach_mtp: convert the head alone and put it beside the model at ``mlx_path``.
+        any_trunk: with ``attach_mtp``, take the head of another model of the same shapes, too.
         stream: keep a repository's weight files only as long as they are needed.
         dry_run: print sizes and needs, and do nothing.
         verify: read the result again and compare it with the source.
@@ -71,6 +73,8 @@ def convert(
         raise ValueError(
             "--attach-mtp converts the head alone: of all bits only --mtp-bits applies"
         )
+    if any_trunk and not attach_mtp:
+        raise ValueError("--any-trunk needs --attach-mtp")
     base = base_quantization(q_mode, q_bits, q_group_size) if quantize else None
     if upload_repo is not None and not dry_run:
         package.check_upload()
@@ -86,7 +90,10 @@ def convert(
     if dequantize and not source.is_quantized:
         raise ValueError(f"{hf_path} is not quantized: there is nothing to dequantize")
     if attach_mtp:
-        conversion = attaching.plan_head(source, target, DTYPES.get(dtype or ""), mtp_bits)
+        chosen_dtype = DTYPES.get(dtype or "")
+        conversion = attaching.plan_head(source, target, chosen_dtype, mtp_bits, any_trunk)
+        if any_trunk:
+            _say(f"not checking that the head belongs to this model; if not, {attaching.EFFECT}")
     else:
         _keep_apart(source.directory.resolve(), target, partial)
         conversion = plan_conversion(

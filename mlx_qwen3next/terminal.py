@@ -89,6 +89,8 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
     model, tokenizer = load(
         args.model,
         context=max(DEFAULT_CONTEXT, args.max_tokens),
+        mtp_from=args.mtp_from,
+        draft_model=args.draft_model,
         tokenizer_config=tokenizer_config,
         adapter_path=args.adapter_path,
         group=group,
@@ -108,6 +110,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         prompt,
         args.max_tokens,
         mtp=args.mtp,
+        lookup=args.lookup,
         prompt_cache=cache,
         prompt_progress_callback=progress,
         prefill_step_size=args.prefill_step_size,

@@ -86,7 +86,7 @@ def started(url: str, key: str, flags: Sequence[str], log: Path) -> Iterator[Pla
         # In a session of its own: Ctrl-C is for the agent.
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
-        while (place := place_of(url, key)) is None:
+        while (place := _place_of_own(process, url, key)) is None:
             if process.poll() is not None:
                 lines = log.read_text(errors="replace").strip().splitlines() or ["it says nothing"]
                 raise ValueError(f"the server has ended: {lines[-1].removeprefix('error: ')}")
@@ -99,3 +99,17 @@ def started(url: str, key: str, flags: Sequence[str], log: Path) -> Iterator[Pla
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _place_of_own(process: subprocess.Popen[bytes], url: str, key: str) -> Place | None:
+    """As :func:`place_of`; None as well if the server cannot answer because it is ending."""
+    try:
+        return place_of(url, key)
+    except ValueError:
+        try:
+            process.wait(_STOP)
+        except subprocess.TimeoutExpired:
+            pass
+        else:
+            return None
+        raise

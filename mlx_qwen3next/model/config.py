@@ -101,19 +101,19 @@ class Config:
         if (act := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise ValueError(f"hidden_act is {act!r}; Qwen3-Next uses 'silu'")
 
-        layers = _integer(raw, "num_hidden_layers")
-        theta, rotary = _rope(raw)
+        layers = read_integer(raw, "num_hidden_layers")
+        theta, rotary = read_rope(raw)
         counts: dict[str, Any] = dict.fromkeys(_MOE_REQUIRED, 0)
-        counts |= {key: _integer(raw, key) for key in required if key != "rms_norm_eps"}
+        counts |= {key: read_integer(raw, key) for key in required if key != "rms_norm_eps"}
         return cls(
             **counts,
-            rms_norm_eps=_number(raw, "rms_norm_eps"),
+            rms_norm_eps=read_number(raw, "rms_norm_eps"),
             layer_types=_layer_types(raw, layers),
             rope_theta=theta,
             partial_rotary_factor=rotary,
-            max_position_embeddings=_integer(raw, "max_position_embeddings", default=32768),
-            intermediate_size=_integer(raw, "intermediate_size", default=0),
-            decoder_sparse_step=_integer(raw, "decoder_sparse_step", default=1),
+            max_position_embeddings=read_integer(raw, "max_position_embeddings", default=32768),
+            intermediate_size=read_integer(raw, "intermediate_size", default=0),
+            decoder_sparse_step=read_integer(raw, "decoder_sparse_step", default=1),
             mlp_only_layers=_layer_list(raw, "mlp_only_layers", layers),
             norm_topk_prob=_flag(raw, "norm_topk_prob", default=True),
             tie_word_embeddings=_flag(raw, "tie_word_embeddings", default=False),
@@ -211,7 +211,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def _rope(raw: Mapping[str, Any]) -> tuple[float, float]:
+def read_rope(raw: Mapping[str, Any]) -> tuple[float, float]:
     """Returns (theta, rotary factor) of either dialect; only the default rope type exists."""
     merged = dict(raw)
     for key in ("rope_scaling", "rope_parameters"):
@@ -224,13 +224,15 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, float]:
         merged |= {name: value for name, value in rope.items() if value is not None}
     if merged.get("rope_theta") is None:
         raise ValueError("the config lacks rope_theta")
-    return _number(merged, "rope_theta"), _number(merged, "partial_rotary_factor", default=0.25)
+    return read_number(merged, "rope_theta"), read_number(
+        merged, "partial_rotary_factor", default=0.25
+    )
 
 
 def _layer_types(raw: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     types = raw.get("layer_types")
     if types is None:
-        interval = _integer(raw, "full_attention_interval", default=4)
+        interval = read_integer(raw, "full_attention_interval", default=4)
         return tuple(
             "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
         )
@@ -260,7 +262,7 @@ def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return value
 
 
-def _integer(raw: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
+def read_integer(raw: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
     value = raw.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int):
@@ -271,7 +273,7 @@ def _integer(raw: Mapping[str, Any], key: str, *, default: int | None = None) ->
     return value
 
 
-def _number(raw: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
+def read_number(raw: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
     value = raw.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):

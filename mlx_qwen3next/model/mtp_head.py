@@ -59,9 +59,13 @@ class MTPHead(nn.Module):
         return [MTPCache()]
 
 
-def attach(model: Model) -> MTPHead:
-    """Gives the model a head with unset weights, and returns the head."""
+def attach(model: Model, config: Config | None = None) -> MTPHead:
+    """Gives the model a head with unset weights, and returns the head.
+
+    Args:
+        config: the head's, where it is not the model's own.
+    """
     # A closure, not the module: the embedding's parameters belong to the trunk alone, and
     # quantization may replace it.
-    model.mtp = MTPHead(model.args, lambda tokens: model.model.embed(tokens))
+    model.mtp = MTPHead(config or model.args, lambda tokens: model.model.embed(tokens))
     return model.mtp

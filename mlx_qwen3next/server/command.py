@@ -207,6 +207,8 @@ def _load(
         config["chat_template"] = args.chat_template
     model, tokenizer = load(
         args.model,
+        mtp_from=args.mtp_from,
+        draft_model=args.draft_model,
         tokenizer_config=config,
         adapter_path=args.adapter_path,
         group=group,

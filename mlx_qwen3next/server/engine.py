@@ -177,7 +177,7 @@ class Engine:
         """Loads the model and makes all that is needed beside it; returns whether that worked."""
         try:
             self._model, self._tokenizer = self._load()
-            depth = Speculation.of(self._model).depth(self._mtp)
+            depth = Speculation.of(self._model).depth(self._mtp, self.args.lookup)
             self._group = self._model.group
             self.context_length = self._model.args.max_position_embeddings
             self._checkpoints = self._make_prompt_cache(self._tokenizer)

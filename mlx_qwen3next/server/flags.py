@@ -26,7 +26,6 @@ from .schema import ALIASES
 
 # Flags of mlx_lm.server that would have no effect here, with the reasons.
 UNSUPPORTED = {
-    "draft_model": "the model drafts with its own MTP head: use --mtp",
     "num_draft_tokens": "use --mtp",
 }
 
@@ -199,7 +198,6 @@ def parser() -> argparse.ArgumentParser:
         choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
         help="The least important messages that are logged (default: %(default)s).",
     )
-    other.add_argument("--draft-model", help=_unsupported("draft_model"))
     other.add_argument(
         "--num-draft-tokens", type=int, default=3, help=_unsupported("num_draft_tokens")
     )

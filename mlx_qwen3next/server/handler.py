@@ -224,23 +224,23 @@ class Handler(BaseHTTPRequestHandler):
         """Sends the answer in chunks as it comes, or as a whole."""
         events: list[Event] = []
         sampled: list[Response] = []  # tokens that no chunk has told of
-        opening: bytes | None = None
+        beginning: bytes | None = None  # of a stream, still to be sent
         for response in responses:
-            if opening is None:
+            if beginning is None:  # the first token tells how much of the prompt was known
                 assert self._context is not None
-                opening = form.begin(self._context, fields)
+                beginning = form.begin(self._context, fields)
             events += reading.add(response)
             sampled.append(response)
             if reading.is_over:
                 break
             if self._streams and any(event != Text("") for event in events):
-                self._send_chunk(opening + form.chunk(events, sampled))
-                events, sampled, opening = [], [], b""
+                self._send_chunk(beginning + form.chunk(events, sampled))
+                events, sampled, beginning = [], [], b""
             elif self._streams:
                 self._keep_alive()
         events += reading.end()
         if self._streams:
-            self._send_chunk((opening or b"") + form.end(events, sampled, reading.ending))
+            self._send_chunk((beginning or b"") + form.end(events, sampled, reading.ending))
         else:
             self._send(200, form.whole(events, sampled, reading.ending))
 

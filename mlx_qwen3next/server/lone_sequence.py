@@ -26,6 +26,13 @@ Responses = tuple[list[Prompted], list[Generated]]
 
 
 @dataclass
+class Drafted(Generated):
+    """A token that was a draft."""
+
+    source: str = ""  # who drafted it
+
+
+@dataclass
 class Entry:
     """A sequence of the batch, wherever it is computed."""
 
@@ -78,7 +85,7 @@ class LoneSequence(TokenSequence):
             held,
             segments,
             depth=depth,
-            drafter=cache[-1].rows[0].drafter,
+            drafters=cache[-1].rows[0].drafters,
             step_size=step_size,
             quantization=quantization,
         )
@@ -174,6 +181,8 @@ class LoneSequence(TokenSequence):
         if self.matcher.advance(token.token):
             reason = "stop"
         response = Generated(entry.uid, token.token, token.logprobs, reason, None, None)
+        if token.from_draft and token.source is not None:
+            response = Drafted(**vars(response), source=token.source)
         if reason is not None:
             self.close()
             response.prompt_cache = without_drafters(self.cache)

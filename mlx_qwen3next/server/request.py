@@ -28,6 +28,7 @@ from ..model.qwen3_next import Model
 from .arguments import Arguments, Chat, Prompt
 from .batching import Generated
 from .logprobs import most_probable
+from .lone_sequence import Drafted
 from .prompt import tokenized_prompt
 from .responses import Context, Response
 
@@ -68,6 +69,8 @@ class Request:
         self.tokens.append(response.token)
         self.generated += 1
         self.fresh = self.on_trial = False
+        if isinstance(response, Drafted):
+            self.context.accepted[response.source] += 1
         reason = response.finish_reason
         text, stop_word = self.stop_words.add(self.decoder.add(response.token, reason), reason)
         logprob: Any = 0.0

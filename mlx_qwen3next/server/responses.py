@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -17,6 +18,7 @@ class Context:
         reasoning_open: whether the answer begins within reasoning that the template has opened.
         opening: the answer's beginning, if the prompt holds it already.
         cached: how many of the prompt's tokens were in the prompt cache; None until that is known.
+        accepted: the right drafts among the tokens of the answer so far, by their source.
         stopped: whether the client has gone.
     """
 
@@ -25,6 +27,7 @@ class Context:
     reasoning_open: bool = False
     opening: str = ""
     cached: int | None = None
+    accepted: Counter[str] = field(default_factory=Counter)
     stopped: bool = False
 
     def stop(self) -> None:

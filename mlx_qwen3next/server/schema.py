@@ -35,7 +35,7 @@ from .messages import message, tool
 
 DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of the server
 # Names of other models that clients use unless they are told another one.
-ALIASES = (DEFAULT_MODEL, "default", "local-model", "gpt-*", "o3*", "o4*", "claude-*", "qwen*")
+ALIASES = ("default", "local-model", "gpt-*", "o3*", "o4*", "claude-*", "qwen*")
 
 _MAX_TOP_LOGPROBS = 11  # mlx-lm's limit
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 1000
@@ -121,7 +121,8 @@ def served_name(model: str, names: Sequence[str], aliases: Sequence[str] = ALIAS
     """Returns the name under which the server has the model that a client asks for.
 
     Args:
-        model: one of ``names``, or a name that an alias fits, which stands for the first of them.
+        model: one of ``names``, or mlx-lm's name for a server's model or a name that an alias fits,
+            which stand for the first of them.
         names: the names of the model.
         aliases: names in lower case, in which ``*`` stands for any characters.
 
@@ -130,7 +131,7 @@ def served_name(model: str, names: Sequence[str], aliases: Sequence[str] = ALIAS
     """
     if model in names:
         return model
-    if any(fnmatchcase(model.lower(), alias) for alias in aliases):
+    if model == DEFAULT_MODEL or any(fnmatchcase(model.lower(), alias) for alias in aliases):
         return names[0]
     message = f"the model {shown(model)} is not served here; use {' or '.join(names)}"
     raise RequestError(message, "model", status=404, code="model_not_found")

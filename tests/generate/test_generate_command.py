@@ -109,7 +109,7 @@ def test_flags_reach_the_library(request_of, model_dir):
     special = {*tokenizer.encode("\n"), *tokenizer.eos_token_ids}
     assert set(options.pop("xtc_special_tokens")) == special
     assert callable(options.pop("prompt_progress_callback"))
-    assert options == given | {"prompt_cache": None}
+    assert options == given | {"prompt_cache": None, "lookup": None}
     assert request_of("--mtp", "off")[1]["mtp"] == "off"
 
 
@@ -208,7 +208,7 @@ def test_a_recommendation_that_cannot_be_used_is_refused_before_loading(
         (["--adapter-path", "/no/such/adapter"], "/no/such/adapter"),
         (["--prompt-cache-file", "/no/such/cache.safetensors"], "there is no such directory"),
         (["--image", "cat.png"], "--image is not supported"),
-        (["--draft-model", "x"], "--draft-model is not supported"),
+        (["--draft-model", "x"], "x does not exist"),
         (["--num-draft-tokens", "5"], "--num-draft-tokens is not supported"),
         (["--quantize-activations"], "--quantize-activations is not supported"),
         (["--max-kv-size", "9"], "--max-kv-size is not supported"),

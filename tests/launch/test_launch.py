@@ -188,12 +188,14 @@ def test_a_server_is_started_and_ends_with_the_agent(home, installed, free_port,
         socket.create_connection(("127.0.0.1", free_port))
 
 
-def test_a_server_that_cannot_start_says_why(home, installed, free_port, call):
+def test_a_server_that_cannot_load_says_why(base, home, installed, free_port, call):
+    """It listens already when it finds that weights are missing."""
+    (base / "model.safetensors").unlink()
     out = installed("claude")
-    status, _, logged = call(main, "claude", "--port", free_port, "--model", home)
+    status, _, logged = call(main, "claude", "--port", free_port, "--model", base)
     *_, last = logged.splitlines()
     assert status == 2 and last.startswith("error: the server has ended: ")
-    assert str(home) in last and not out.exists()
+    assert str(base) in last and not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,19 @@ def test_a_forced_call(server, template, choice):
     assert server.prompt().endswith(f"assistant\n{closed}{begun[template]}")
 
 
+@pytest.mark.parametrize("template", ["coder", "instruct"])
+def test_the_turn_after_a_forced_call(server, template):
+    opening = {"coder": "<tool_call>\n<function", "instruct": '<tool_call>\n{"name": "'}[template]
+    rest = CALLS[template].removeprefix(opening)
+    messages = [{"role": "user", "content": f"Call, {template}."}]
+    fields = {"template": template, "tools": [FUNCTION, OTHER]}
+    got = server.whole(messages, server.say(rest), tool_choice="required", **fields)
+    result = {"role": "tool", "tool_call_id": "1", "content": "done"}
+    usage = server.whole([*messages, got.message, result], **fields).usage
+    known = got.usage.prompt_tokens + generated(rest, server)
+    assert usage.prompt_tokens_details.cached_tokens >= known - 1
+
+
 @pytest.mark.parametrize("path", [MESSAGES_PATH, RESPONSES_PATH])
 def test_a_forced_call_in_other_protocols(server, path):
     seed = server.say(XML.removeprefix("<tool_call>\n<function=f>\n"))

@@ -192,6 +192,7 @@ def test_aliases():
         for model, status in (("My-model", 200), ("other", 200), ("demo", 200), ("gpt-5", 404)):
             assert ask(server, model=model)[0] == status
             assert exchange(server, "GET", f"/v1/models/{model}")[0] == status
+        assert ask(server)[0] == ask(server, model="default_model")[0] == 200
 
 
 # --- errors ---------------------------------------------------------------------------------------

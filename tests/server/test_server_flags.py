@@ -85,7 +85,6 @@ def test_sizes_and_lists_are_read():
         ("--kv-bits", "7", "kv_bits"),
         ("--kv-group-size", "48", "kv_group_size"),
         ("--model", "/nowhere", "/nowhere"),
-        ("--draft-model", "x", "--draft-model"),
         ("--num-draft-tokens", "4", "--num-draft-tokens is not supported: use --mtp"),
         ("--prompt-cache-bytes", "5XB", "--prompt-cache-bytes"),
         ("--prompt-cache-bytes", "XB", "--prompt-cache-bytes"),

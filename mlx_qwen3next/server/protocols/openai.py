@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import logprobs
@@ -58,8 +58,15 @@ class Completion:
             choice["message"] = message
         return self._common | {"choices": [choice]}
 
-    def usage(self, prompt: int, cached: int | None, generated: int) -> dict[str, Any]:
-        """The counts of tokens; ``cached`` is None if not known."""
+    def usage(
+        self, prompt: int, cached: int | None, generated: int, accepted: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """The counts of tokens.
+
+        Args:
+            cached: None if not known.
+            accepted: drafts by their source, a field that OpenAI's answers have not.
+        """
         counts: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
@@ -67,6 +74,9 @@ class Completion:
         }
         if cached is not None:
             counts["prompt_tokens_details"] = {"cached_tokens": cached}
+        if accepted:
+            details = {"accepted_prediction_tokens": sum(accepted.values())}
+            counts["completion_tokens_details"] = details | {"accepted_drafts": dict(accepted)}
         return {"usage": counts}
 
     def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +159,8 @@ class ChatCompletion(Form):
 
     def _usage(self, generated: int) -> dict[str, Any]:
         context = self._context
-        return self._completion.usage(len(context.prompt), context.cached, generated)
+        counts = len(context.prompt), context.cached, generated, context.accepted
+        return self._completion.usage(*counts)
 
     def _with_logprobs(
         self, content: dict[str, Any], sampled: Sequence[Response]
