@@ -41,6 +41,7 @@ from . import mlx_lm_interface
 from .access import Settings
 from .arguments import SAMPLING_FLAGS
 from .engine import Engine
+from .exchange import RequestLog
 from .flags import UNSUPPORTED, parser
 from .handler import Handler
 from .http_server import MAX_CONNECTIONS, Server
@@ -96,10 +97,14 @@ def _run(args: argparse.Namespace, group: Group) -> int:
     generator: Engine | None = None
     errors: list[Exception] = []
     stopping = threading.Event()
-    system, stored = _system_fingerprint(), Stored()
+    system, stored, log = _system_fingerprint(), Stored(), None
+    if args.log_requests is not None and group.rank == 0:
+        about = {"model": settings.names[0], "system_fingerprint": system}
+        log = RequestLog(args.log_requests, about)
+        logging.info(f"--log-requests {args.log_requests}: {RequestLog.STORES}")
 
     def handler(*connection: Any) -> Handler:
-        return Handler(generator, settings, stored, *connection, system_fingerprint=system)
+        return Handler(generator, settings, stored, *connection, system_fingerprint=system, log=log)
 
     def failed(error: Exception) -> None:
         errors.append(error)

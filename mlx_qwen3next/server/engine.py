@@ -30,19 +30,19 @@ import mlx.core as mx
 from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoint.loading import default_dtype
 from ..decoding.draft_depth import Depth
 from ..decoding.sampling import SeededSampler
 from ..decoding.sequence import KVQuantization
 from ..decoding.speculation import MTP, Speculation
 from ..errors import QueueFullError, first_line
-from ..model import capacity
 from ..model.cache import Cache
 from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
 from .arguments import Arguments, Prompt
 from .batching import SpeculativeBatchGenerator
 from .lone_sequence import Generated, Prompted
+from .memory import Memory
+from .metrics import Metrics
 from .pace import PromptPace
 from .prompt import tokenized_prompt
 from .request import NullQueue, Request, random_key, read_request
@@ -66,6 +66,7 @@ class Engine:
 
     Attributes:
         args: the arguments of the command.
+        metrics: the counts of what happens here and on the HTTP side.
         context_length: in tokens; None until the model is loaded.
         ended: the event that the thread sets last. ``Thread.join()`` is no replacement for waiting:
             it takes a thread for ended once Ctrl-C has interrupted it.
@@ -79,7 +80,7 @@ class Engine:
         mtp: MTP = "auto",
         failed: Callable[[Exception], None] = lambda _: None,
     ):
-        self.args, self.ended = args, threading.Event()
+        self.args, self.metrics, self.ended = args, Metrics(), threading.Event()
         self.context_length: int | None = None
         self._load, self._make_prompt_cache = load, prompt_cache
         self._mtp, self._failed = mtp, failed
@@ -153,6 +154,16 @@ class Engine:
         if others - self._max_running >= (limit := self.args.max_queue):
             raise QueueFullError(f"{limit} requests are waiting already; try again later")
 
+    def gauges(self) -> dict[str, float]:
+        """The values of this moment, for the metrics."""
+        running, waiting = len(self._running), len(self._waiting) + self._arrived.qsize()
+        values: dict[str, float] = {"requests_running": running, "requests_waiting": waiting}
+        checkpoints = getattr(self, "_checkpoints", None)  # while the model is loaded
+        if checkpoints is not None:
+            values["prompt_cache_bytes"] = checkpoints.nbytes
+            values["prompt_cache_checkpoints"] = len(checkpoints)
+        return values
+
     def drain(self, seconds: float) -> None:
         """Ends the thread after it has answered all requests, or after that many seconds.
 
@@ -186,7 +197,7 @@ class Engine:
             self._failed(error)
             return False
         self._stream = mx.default_stream(mx.default_device())
-        self._budget = min(self._group.gather("budget", self._checkpoints.max_bytes))
+        self._memory = Memory(self._model, self._checkpoints)
         # Where keys and values are quantized, the tokens depend on the chunks.
         max_stall = self.args.max_stall if self.args.kv_bits is None else math.inf
         self._pace = PromptPace(max_stall, self._group)
@@ -199,7 +210,7 @@ class Engine:
             self._admit()
             self._postpone()
             if self._running:
-                self._make_room()
+                self._memory.make_room(self._batch.prompt_cache_nbytes)
                 self._step()
             self._send_keepalives()
         while self._save and self._checkpoints.save_next():
@@ -273,7 +284,7 @@ class Engine:
         return new
 
     def _read(self, prompt: Prompt, arguments: Arguments, queue: Queue[Any]) -> Request:
-        return read_request(prompt, arguments, queue, self._model, self._tokenizer)
+        return read_request(prompt, arguments, queue, self._model, self._tokenizer, self.metrics)
 
     def _drop(self, gone: Container[int]) -> None:
         """Drops requests, by their numbers."""
@@ -298,7 +309,7 @@ class Engine:
             self._waiting
             and len(self._running) < self._max_running
             and not any(request.on_trial for request in self._running.values())
-            and self._has_memory_for([*self._running.values(), self._waiting[0]], AHEAD)
+            and self._memory.fits([*self._running.values(), self._waiting[0]], AHEAD)
         ):
             request = self._waiting.popleft()
             try:
@@ -311,7 +322,7 @@ class Engine:
 
         They resume from their tokens.
         """
-        while not self._has_memory_for([*self._running.values()], 1):
+        while not self._memory.fits([*self._running.values()], 1):
             uid = max(self._running, key=lambda uid: self._running[uid].number)
             request = self._running.pop(uid)
             logging.info("A request waits again: the answers have outgrown the memory")
@@ -319,23 +330,14 @@ class Engine:
             # With new tokens in it the checkpoint would hold the whole text, and be of no use.
             self._remove([uid], keep=request.fresh)
 
-    def _has_memory_for(self, requests: Sequence[Request], ahead: int) -> bool:
-        """Whether a batch of requests fits the memory, with so many more tokens of each answer.
-
-        mlx-lm pads all sequences of a batch to the longest one. A single one fits at any length.
-        """
-        if len(requests) <= 1:
-            return True
-        longest = max(len(r.tokens) + min(ahead, r.max_tokens - r.generated) for r in requests)
-        config, mtp = self._model.args, self._model.mtp is not None
-        row = capacity.cache_bytes(config, longest, mtp=mtp, itemsize=default_dtype().size)
-        return self._group.decide("fits", len(requests) * row <= self._budget)
-
     def _insert(self, request: Request) -> None:
         cache, held = self._checkpoints.fetch(request.tokens)
         if request.context.cached is None:
             request.context.cached = held
-            logging.info(f"Prompt: {len(request.tokens)} tokens, {held} of them cached")
+            self.metrics.add("prompt_tokens", len(request.tokens))
+            self.metrics.add("prompt_tokens_cached", held)
+            self.metrics.add("prompt_cache_lookups")
+            self.metrics.add("prompt_cache_hits", held > 0)
         sampler = request.sampler
         if sampler is not greedy_sampler or self._group.size > 1:
             if request.key is None:
@@ -353,11 +355,6 @@ class Engine:
             [request.stop],
         )
         self._running[uid], request.fresh = request, True
-
-    def _make_room(self) -> None:
-        """Shrinks the prompt cache to the memory that the running requests leave."""
-        self._checkpoints.max_bytes = max(self._budget - self._batch.prompt_cache_nbytes, 0)
-        self._checkpoints.trim(self._checkpoints.max_bytes)
 
     def _step(self) -> None:
         """Runs one step of the batch and sends its results."""
@@ -401,7 +398,7 @@ class Engine:
 
     def _keep_checkpoint(self, tokens: Sequence[int], cache: Cache) -> None:
         try:
-            self._make_room()
+            self._memory.make_room(self._batch.prompt_cache_nbytes)
             self._checkpoints.insert(tokens, cache)
         except Exception as error:
             logging.error(f"A checkpoint could not be kept: {first_line(error)}")

@@ -199,6 +199,13 @@ def parser() -> argparse.ArgumentParser:
         help="The least important messages that are logged (default: %(default)s).",
     )
     other.add_argument(
+        "--log-requests",
+        type=Path,
+        metavar="DIR",
+        help="Directory in which to store every request with its answer, for reproducing a report "
+        "(default: none is stored).",
+    )
+    other.add_argument(
         "--num-draft-tokens", type=int, default=3, help=_unsupported("num_draft_tokens")
     )
     return result

@@ -24,11 +24,12 @@ from urllib.parse import unquote
 from jinja2 import TemplateError
 
 from ..errors import ContextLengthError, QueueFullError, first_line
-from . import discovery
+from . import discovery, metrics
 from .access import OPEN, Settings, check_key, check_origin, cors_headers
 from .arguments import Arguments, Prompt, arguments_of, prompt_of
 from .body import read_body
 from .events import Event, Text
+from .exchange import GONE, Exchange, RequestLog
 from .http_server import RETRY, Incoming
 from .page import HEADERS, PAGE
 from .protocols.anthropic import Message as AnthropicMessage
@@ -56,7 +57,8 @@ _FORMS: dict[str, type[Form]] = {
 }
 # Path -> the methods that it takes; HEAD goes with GET.
 _ROUTES = {path: ("POST",) for path in (*_FORMS, "/api/pull")}
-_ROUTES |= {path: ("GET",) for path in (_MODELS, "/health", "/", "/api/version", "/api/tags")}
+_ROUTES |= {path: ("GET",) for path in (_MODELS, "/health", "/metrics", "/")}
+_ROUTES |= {path: ("GET",) for path in ("/api/version", "/api/tags")}
 _BELOW = {f"{_MODELS}/": ("GET",), f"{_RESPONSES}/": ("GET", "DELETE")}  # paths that go on
 
 
@@ -73,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
         stored: the responses that requests may continue.
         connection: the arguments of ``socketserver``: request, client_address, server.
         system_fingerprint: of the versions and the machine, in answers.
+        log: where requests are stored; None stores none.
     """
 
     timeout = 60  # seconds to receive a request, and for each write of the answer
@@ -86,15 +89,16 @@ class Handler(BaseHTTPRequestHandler):
         stored: Stored,
         *connection: Any,
         system_fingerprint: str,
+        log: RequestLog | None = None,
     ):
-        self.generator, self.settings = generator, settings
+        self.generator, self.settings, self._log = generator, settings, log
+        self._exchange = Exchange()
         created = int(time.time())
         self._about = About(settings.names[0], created, system_fingerprint, stored)
         self._error = Form.error  # the form of errors
         self._streams = False  # whether the answer is to be an event stream
         self._stream: Form | None = None  # of the event stream whose headers are sent
         self._is_unread = True  # whether the body, if there is one, is still to be read
-        self._context: Context | None = None
         self._sent = 0.0  # when the last chunk was sent
         super().__init__(*connection)
 
@@ -111,9 +115,21 @@ class Handler(BaseHTTPRequestHandler):
         except RequestError as error:
             self._refuse(error)
         except OSError:  # of the connection; those of the generator have become RequestErrors
+            self._exchange.status = GONE
             raise
         except Exception as error:
             self._refuse(_server_error(error))
+
+    def finish(self) -> None:
+        """Tells of the exchange, however it has ended, and closes it."""
+        exchange, asked = self._exchange, getattr(self, "path", "").partition("?")[0]
+        if exchange.status:
+            below = next((start for start in _BELOW if asked.startswith(start)), "other")
+            path = asked if asked in _ROUTES else below
+            exchange.tell(self.requestline, path, self.address_string(), self.generator.metrics)
+            if self._log is not None and exchange.body is not None:
+                self._log.write(exchange, path)
+        super().finish()
 
     do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
 
@@ -139,6 +155,9 @@ class Handler(BaseHTTPRequestHandler):
             self._complete(form, path)
         elif path == "/":
             self._send_bytes(200, PAGE, "text/html; charset=utf-8", HEADERS)
+        elif path == "/metrics":
+            text = self.generator.metrics.text(self.generator.gauges())
+            self._send_bytes(200, text.encode(), metrics.TYPE, {})
         elif below:
             self._send(200, self._find(below, unquote(path[len(below) :])))
         else:
@@ -184,7 +203,10 @@ class Handler(BaseHTTPRequestHandler):
         settings = self.settings
         raw = self._read_body()
         with _large_bodies if len(raw) > _LARGE else nullcontext():
-            form = protocol(parse(raw), self._about)
+            body = parse(raw)
+            if self._log is not None:
+                self._exchange.body = body = self._log.seeded(body)
+            form = protocol(body, self._about)
             fields = normalise(
                 form.request,
                 chat=form.is_chat,
@@ -211,8 +233,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._begin_stream(form)
             self._send_answer(form, fields, reading, self._checked(responses))
         finally:
-            if self._context is not None:
-                self._context.stop()
+            if self._exchange.context is not None:
+                self._exchange.context.stop()
 
     def _send_answer(
         self,
@@ -227,8 +249,9 @@ class Handler(BaseHTTPRequestHandler):
         beginning: bytes | None = None  # of a stream, still to be sent
         for response in responses:
             if beginning is None:  # the first token tells how much of the prompt was known
-                assert self._context is not None
-                beginning = form.begin(self._context, fields)
+                assert self._exchange.context is not None
+                beginning = form.begin(self._exchange.context, fields)
+            self._exchange.add(response)
             events += reading.add(response)
             sampled.append(response)
             if reading.is_over:
@@ -266,7 +289,7 @@ class Handler(BaseHTTPRequestHandler):
         context, responses = self._asked(
             lambda: self.generator.generate(prompt, arguments, progress)
         )
-        self._context = context
+        self._exchange.context = context
         return context, responses
 
     def _asked(self, ask: Callable[[], Any]) -> Any:
@@ -333,6 +356,7 @@ class Handler(BaseHTTPRequestHandler):
         self._refuse(RequestError(message or HTTPStatus(code).phrase, status=code))
 
     def _refuse(self, error: RequestError) -> None:
+        self._exchange.status, self._exchange.error = error.status, str(error)
         if error.status >= 500:
             logging.error("%s: %s", error.status, error, exc_info=error.__cause__)
         elif error.status in (401, 403):  # applications seldom show these
@@ -379,6 +403,10 @@ class Handler(BaseHTTPRequestHandler):
             self._incoming.deadline = time.monotonic() + _LINGER
             while self.rfile.read1(2**16):
                 pass
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Notes the status, which is told at the end."""
+        self._exchange.status = int(code)
 
     def log_message(self, format: str, *args: Any) -> None:
         logging.info("%s %s", self.address_string(), ascii(format % args))

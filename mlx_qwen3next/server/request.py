@@ -29,6 +29,7 @@ from .arguments import Arguments, Chat, Prompt
 from .batching import Generated
 from .logprobs import most_probable
 from .lone_sequence import Drafted
+from .metrics import Metrics
 from .prompt import tokenized_prompt
 from .responses import Context, Response
 
@@ -56,6 +57,7 @@ class Request:
     stop: StopSequences
     decoder: TextDecoder
     stop_words: StopWords
+    metrics: Metrics
     key: int | None = None  # of the random numbers
     generated: int = 0  # number of tokens
     failures: int = 0  # failed forwards that this request may have caused
@@ -69,8 +71,7 @@ class Request:
         self.tokens.append(response.token)
         self.generated += 1
         self.fresh = self.on_trial = False
-        if isinstance(response, Drafted):
-            self.context.accepted[response.source] += 1
+        self._count(response)
         reason = response.finish_reason
         text, stop_word = self.stop_words.add(self.decoder.add(response.token, reason), reason)
         logprob: Any = 0.0
@@ -83,6 +84,18 @@ class Request:
             return False
         self.queue.put(None)
         return True
+
+    def _count(self, response: Generated) -> None:
+        self.metrics.add("generation_tokens")
+        if not isinstance(response, Drafted):
+            return
+        source = response.source
+        if response.drafted:
+            self.metrics.add("draft_rounds", source=source)
+            self.metrics.add("draft_tokens", response.drafted, source=source)
+        self.metrics.add("draft_tokens_accepted", response.is_draft, source=source)
+        if response.is_draft:
+            self.context.accepted[source] += 1
 
     def responses(
         self, progress: Callable[[int, int], None], ended: threading.Event
@@ -126,11 +139,13 @@ def read_request(
     queue: Queue[Any],
     model: Model,
     tokenizer: TokenizerWrapper,
+    metrics: Metrics,
 ) -> Request:
     """Checks a request and tokenizes its prompt.
 
     Args:
         queue: receives the responses.
+        metrics: counts its tokens.
 
     Raises:
         ContextLengthError: the prompt is longer than the model's context.
@@ -159,6 +174,7 @@ def read_request(
         StopSequences([(token,) for token in tokenizer.eos_token_ids]),
         TextDecoder(tokenizer),
         StopWords(arguments.stop_words),
+        metrics,
     )
 
 

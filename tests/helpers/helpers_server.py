@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import load
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.server.handler import Handler, Settings
 from mlx_qwen3next.server.http_server import Server
+from mlx_qwen3next.server.metrics import Metrics
 from mlx_qwen3next.server.prompt import tokenized_prompt
 from mlx_qwen3next.server.protocols.stored import Stored
 from mlx_qwen3next.server.responses import Context, Response
@@ -64,6 +65,7 @@ class Fake:
         defaults |= {"allowed_origins": "*", "chat_template_args": {}}
         self.args = SimpleNamespace(**defaults | options)
         self.tokenizer, self.context_length = tokenizer(), 4096
+        self.metrics, self.gauges = Metrics(), dict
         self.requests = []
         self.contexts = []
 

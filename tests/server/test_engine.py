@@ -289,7 +289,7 @@ def test_the_cache_makes_room_for_an_answer_that_grows(steps):
             ask(engine, [token] * 300, max_tokens=1)
         until(lambda: len(cache) == 4)  # at the end of each prompt and each answer
         # Enough for the answer and the checkpoint of its prompt with 256 tokens, not with 512.
-        engine._budget = budget = cache.nbytes + 1_100_000
+        engine._memory.budget = budget = cache.nbytes + 1_100_000
         answer = Asked(engine, [9] * 250, max_tokens=12, logit_bias=ENDLESS).read(2)
         assert len(cache) == 5
         assert len(answer.read().tokens) == 12
