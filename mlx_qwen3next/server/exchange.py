@@ -82,7 +82,9 @@ class Exchange:
             return parts
         cached, accepted = self.context.cached, self.context.accepted
         known = f" ({cached} cached)" if cached else ""
-        parts.append(f"prompt {len(self.context.prompt)}{known}, answer {len(self.tokens)} tokens")
+        parts.append(
+            f"prompt {len(self.context.prompt)}{known} and answer {len(self.tokens)} tokens"
+        )
         if self.tokens:
             parts.append(f"first after {self.wait:.2f} s")
         if self.speed is not None:

@@ -106,11 +106,15 @@ class Fake:
 
 
 @contextlib.contextmanager
-def serving(generator=None, settings=None):
-    """A server with a generator; checks at the end that none of its threads hangs."""
+def serving(generator=None, settings=None, **options):
+    """A server with a generator; checks at the end that none of its threads hangs.
+
+    Args:
+        options: others of the handler.
+    """
     settings = settings or Settings(names=NAMES)
     handler = functools.partial(
-        Handler, generator or Fake(), settings, Stored(), system_fingerprint="test"
+        Handler, generator or Fake(), settings, Stored(), system_fingerprint="test", **options
     )
     with Server("127.0.0.1", 0, handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -195,6 +199,17 @@ def events(server, path=CHAT, **fields):
     comments = [part for part in parts if part.startswith(":")]
     assert len(data) + len(comments) == len(parts)
     return [x if x == "[DONE]" else strict_json(x) for x in data], comments
+
+
+def counted(server):
+    """The metrics of a server: a name with its labels -> the value."""
+    status, headers, raw = exchange(server, "GET", "/metrics")
+    assert (status, headers["Content-Type"].partition(";")[0]) == (200, "text/plain")
+    lines = [line for line in raw.decode().splitlines() if not line.startswith("#")]
+    return {
+        name.removeprefix("qwen3next_"): float(value)
+        for name, value in (line.rsplit(" ", 1) for line in lines)
+    }
 
 
 def strict_json(raw):

@@ -94,6 +94,7 @@ def test_sizes_and_lists_are_read():
         ("--drain-seconds", "nan", "at least 0"),
         ("--api-key", "@/nowhere", "/nowhere"),
         ("--api-key", "", "--api-key"),
+        ("--log-requests", "/dev/null", "/dev/null"),
         ("--adapter-path", "/nowhere", "/nowhere"),
         ("--chat-template-args", "[]", "--chat-template-args"),
         ("--host", "no.such.host.invalid", "error"),
