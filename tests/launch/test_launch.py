@@ -129,13 +129,14 @@ def test_writing_adds_to_what_is_there(home, free_port, call):
     path.parent.mkdir()
     before = '{"theme": "dark", "env": {"A": "b", "ANTHROPIC_MODEL": "opus"}}'
     path.write_text(before)
-    assert call(main, "claude", "--write", "--port", free_port)[0] == 0
+    for _ in range(2):
+        assert call(main, "claude", "--write", "--port", free_port)[0] == 0
     content = json.loads(path.read_text())
     assert (content["theme"], content["env"]["A"]) == ("dark", "b")
     assert content["env"]["ANTHROPIC_MODEL"] == "qwen3-next-demo"
     assert path.with_name("settings.json.before").read_text() == before
-    for _ in range(2):
-        assert call(main, "qwen", "--write", "--port", free_port)[0] == 0
+    assert call(main, "qwen", "--write", "--port", free_port)[0] == 0
+    assert json.loads((home / ".qwen/settings.json").read_text())["model"]["name"]
 
 
 @pytest.mark.parametrize(
