@@ -4,6 +4,7 @@ user's files, which stay as they are."""
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import tomllib
@@ -11,6 +12,7 @@ import tomllib
 import pytest
 from helpers_server import Fake, serving
 
+from mlx_qwen3next.launch import running
 from mlx_qwen3next.launch.__main__ import main, parser, server_flags
 from mlx_qwen3next.launch.agents import AGENTS, Place
 from mlx_qwen3next.server.flags import parser as server_parser
@@ -187,6 +189,17 @@ def test_a_server_is_started_and_ends_with_the_agent(home, installed, free_port,
     assert content["model"] == "mlx_qwen3next/qwen3-next-demo"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", free_port))
+
+
+def test_a_server_that_is_ending_is_waited_for(monkeypatch):
+    monkeypatch.setattr(running, "_STOP", 0.2)
+    with serving(Fake(health="unavailable")) as server:
+        url = "http://{}:{}".format(*server.server_address[:2])
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+            with pytest.raises(ValueError, match="cannot answer: unavailable"):
+                running._place_of_own(process, url, "none")
+        process.wait()
+        assert running._place_of_own(process, url, "none") is None
 
 
 def test_a_server_that_cannot_load_says_why(base, home, installed, free_port, call):
