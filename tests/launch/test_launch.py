@@ -195,10 +195,9 @@ def test_a_server_that_is_ending_is_waited_for(monkeypatch):
     monkeypatch.setattr(running, "_STOP", 0.2)
     with serving(Fake(health="unavailable")) as server:
         url = "http://{}:{}".format(*server.server_address[:2])
-        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
-            with pytest.raises(ValueError, match="cannot answer: unavailable"):
-                running._place_of_own(process, url, "none")
-        process.wait()
+        process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+        with process, pytest.raises(ValueError, match="cannot answer: unavailable"):
+            running._place_of_own(process, url, "none")
         assert running._place_of_own(process, url, "none") is None
 
 
