@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import LineParser, guarded
+from ..storage.replacing import write_text
 from .agents import AGENTS, Agent, Place
 from .running import place_of, started
 
@@ -159,17 +160,19 @@ def write(path: Path, text: str) -> Path:
         ValueError: the file is there, and holds no JSON object.
     """
     if path.exists():
-        before = path.read_text()
+        before = path.read_text(encoding="utf-8")
         try:
             mine, theirs = json.loads(text), json.loads(before)
         except ValueError:
             mine = theirs = None
         if not isinstance(mine, dict) or not isinstance(theirs, dict):
             raise ValueError(f"{path} is there already: add by hand what --print prints")
-        path.with_name(f"{path.name}.before").write_text(before)
+        kept = path.with_name(f"{path.name}.before")
+        if not kept.exists():  # a second time would lose the user's own
+            write_text(kept, before)
         text = json.dumps(_merged(theirs, mine), indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_text(path, text)
     return path
 
 
