@@ -15,6 +15,7 @@ from mlx_qwen3next import generate_step, load_model
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.decoding import speculative
 from mlx_qwen3next.decoding.draft_depth import MOST_COPIED, FixedDepth
+from mlx_qwen3next.decoding.drafters.lookup import LookupDrafter
 from mlx_qwen3next.decoding.speculation import Speculation, check_lookup
 from mlx_qwen3next.prompt_cache.store import PromptCache
 
@@ -154,6 +155,21 @@ def test_with_a_processor_of_ones_own_nothing_is_copied_by_itself():
         assert greedy(model, text, 20, **options) == plain
         right = [tokens == (text + plain)[: len(tokens)] for tokens in seen]
         assert all(right) == (lookup == "auto")
+
+
+def test_offers_are_asked_for_before_the_token_that_is_on_its_way_is_known():
+    """So that plain steps stay queued one after the other."""
+    model, prompt, _, _ = simulation("permutation")
+    asked = []
+
+    class Silent(LookupDrafter):
+        def offer(self, ahead=False):
+            asked.append(ahead)
+            return super().offer(ahead)._replace(shares=[])
+
+    cache = forward_cache(model, prompt[:-1])
+    list(decoding(model, prompt, cache, FixedDepth(0), Silent()).tokens(5))
+    assert asked == [False, True, True, True, True]
 
 
 # --- however it ends ----------------------------------------------------------------------------

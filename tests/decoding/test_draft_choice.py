@@ -98,6 +98,16 @@ def test_all_depths_have_a_price_after_few_measurements():
     assert all(promise.timed for promise in promises)
 
 
+def test_a_depth_that_was_not_timed_takes_as_much_more_as_the_one_before():
+    controller = MeasuredDepth()
+    for source, depth, seconds in [("", 0, 1.0)] * 5 + [("lookup", 1, 1.5)] * 2:
+        controller.record(source, depth, seconds)
+    plain, timed, guessed = controller.explain(COPY)
+    assert (plain.seconds, timed.seconds, timed.timed) == (1.0, 1.5, True)
+    assert (guessed.depth, guessed.seconds, guessed.timed) == (3, 2.5, False)
+    assert guessed.tokens == pytest.approx(1 + 0.9 + 0.81 + 0.729)
+
+
 @pytest.mark.parametrize("name", ["a large model", "even"])
 def test_the_head_drafts_where_there_is_nothing_to_copy(name):
     alone, both = Machine(ROWS[name], Text(0.1)), Machine(ROWS[name], Text(0.1), head=True)

@@ -142,4 +142,5 @@ def test_what_is_known_already_is_not_added_again():
     here.follow([1, 2, 3, 4])
     here.extend(1)
     here.follow([1, 2, 3, 4, 1, 2])
+    assert len(here._copier) == 6
     assert [t.item() for t in here.propose(None, 3, None)] == [3, 4, 1]
