@@ -13,6 +13,7 @@ from mlx_qwen3next.checkpoint.files import MTP_FILE
 from mlx_qwen3next.storage.replacing import PARTIAL
 
 from . import attaching, package, report, weights
+from .drafter import convert_drafter, is_drafter
 from .plan import DTYPES, Conversion, plan_conversion
 from .progress import PROGRESS_FILE, STREAMED, Progress
 from .quantize import DEFAULTS, HEAD_BITS, Predicate, base_quantization
@@ -78,6 +79,27 @@ def convert(
     base = base_quantization(q_mode, q_bits, q_group_size) if quantize else None
     if upload_repo is not None and not dry_run:
         package.check_upload()
+
+    if not attach_mtp and is_drafter(hf_path, revision):
+        _refuse_for_drafter(
+            upload_repo=upload_repo,
+            dequantize=dequantize,
+            quant_predicate=quant_predicate,
+            mtp_bits=mtp_bits,
+            stream=stream,
+            dry_run=dry_run,
+            verify=verify,
+        )
+        target = _target(mlx_path)
+        partial = target.with_name(target.name + PARTIAL)
+        for folder in (target, partial):
+            if folder.exists():
+                raise ValueError(
+                    f"{folder} exists already; move it away or choose another --mlx-path"
+                )
+        convert_drafter(hf_path, revision, target, partial, DTYPES.get(dtype or ""), base)
+        _say(f"{target}: a DFlash drafter, for --draft-model")
+        return
 
     target = attaching.find_model(mlx_path) if attach_mtp else _target(mlx_path)
     result = target / MTP_FILE if attach_mtp else target
@@ -161,6 +183,15 @@ def _check_choices(**arguments: object) -> None:
         if value not in choices[name]:
             known = ", ".join(map(str, choices[name]))
             raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
+def _refuse_for_drafter(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is not for a DFlash drafter, which is written at once "
+                "with -q, --q-bits, --q-group-size, --q-mode and --dtype"
+            )
 
 
 def _keep_apart(source: Path, target: Path, partial: Path) -> None:

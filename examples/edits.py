@@ -323,7 +323,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--history", default="HEAD", metavar="REVISION", help="where it ends")
-    parser.add_argument("--mtp-files", type=int, default=8, metavar="N", help="for the MTP head")
+    parser.add_argument("--mtp-files", type=int, default=3, metavar="N", help="for the MTP head")
     parser.add_argument("--without-packages", action="store_true", help="fetch nothing")
     args = parser.parse_args()
 

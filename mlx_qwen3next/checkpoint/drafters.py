@@ -25,7 +25,7 @@ class Drafter:
 
     Attributes:
         directory: the checkpoint's.
-        config: its config, which fits the target's.
+        config: its config.
         tensors: name -> stored tensor.
     """
 
@@ -40,8 +40,8 @@ def find_drafter(path_or_repo: str | Path, target: Config) -> Drafter:
     Raises:
         ValueError: it cannot be read, or is no DFlash drafter, or drafts for another model.
     """
-    directory = resolve(path_or_repo)
-    config = DFlashConfig.from_file(directory / "config.json")
+    drafter = read_drafter(resolve(path_or_repo))
+    config = drafter.config
     pairs = {
         "hidden_size": (config.hidden_size, target.hidden_size),
         "vocab_size": (config.vocab_size, target.vocab_size),
@@ -53,11 +53,31 @@ def find_drafter(path_or_repo: str | Path, target: Config) -> Drafter:
                 f"{path_or_repo} drafts for another model: {key} is {theirs}, but this model has "
                 f"{ours}"
             )
+    return drafter
+
+
+def read_drafter(directory: Path) -> Drafter:
+    """Reads a drafter's config and the headers of its files.
+
+    Raises:
+        ValueError: they cannot be read, or it is no DFlash drafter.
+    """
+    config = DFlashConfig.from_file(directory / "config.json")
     return Drafter(directory, config, files.read_headers(files.find_files(directory)))
 
 
 def attach_drafter(model: Model, drafter: Drafter, dtype: mx.Dtype) -> None:
     """Loads a drafter and gives it to a model, which drafts with it from now on.
+
+    Raises:
+        ValueError: as for :func:`load_drafter`.
+    """
+    # Not as a part of the model, whose parameters are the checkpoint's.
+    vars(model)["dflash"] = load_drafter(drafter, dtype)
+
+
+def load_drafter(drafter: Drafter, dtype: mx.Dtype) -> DFlash:
+    """Loads a drafter.
 
     Args:
         dtype: of the floating-point weights; norm weights are float32 always.
@@ -88,5 +108,4 @@ def attach_drafter(model: Model, drafter: Drafter, dtype: mx.Dtype) -> None:
         mx.eval(value)
         dflash.load_weights([(path, value)], strict=False)
     dflash.eval()
-    # Not as a part of the model, whose parameters are the checkpoint's.
-    vars(model)["dflash"] = dflash
+    return dflash

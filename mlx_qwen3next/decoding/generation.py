@@ -29,11 +29,11 @@ from .speculation import MTP, Lookup, Speculation
 from .speculative import Acceptance, Token
 from .validation import check_cache, check_kv_quantization, check_prompt, held_by, token_budget
 
-SOURCES = {
+SOURCES = {  # of drafts, in the closing lines
     "lookup": "copied",
     "mtp": "from the MTP head",
     "dflash": "from the draft model",
-}  # of drafts, in the closing lines
+}
 
 
 @dataclass
@@ -43,9 +43,7 @@ class GenerationResponse(MLXGenerationResponse):
     rounds: int = 0  # passes of the trunk, plain steps included
     mean_accept_length: float = 0.0  # tokens a round
     acceptance: tuple[float, ...] = ()  # share of right drafts at depth 1, 2, …
-    drafted: dict[str, int] = field(
-        default_factory=dict
-    )  # drafts by source: "lookup", "mtp", "dflash"
+    drafted: dict[str, int] = field(default_factory=dict)  # by source, as in SOURCES
     accepted: dict[str, int] = field(default_factory=dict)  # those that were right
     cached_tokens: int = 0  # of the prompt, found in a PromptCache
 

@@ -15,17 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import LineParser, guarded
+from ..storage.replacing import write_text
 from .agents import AGENTS, Agent, Place
 from .running import place_of, started
 
 CONTEXT = 262_144  # tokens, of the published models
 ENOUGH = 32_768  # tokens of context below which an agent's own instructions hardly fit
-# The recommendations of the model cards: temperature, top-p, top-k by a part of the name.
-SAMPLING = {
-    "coder": ("1.0", "0.95", "40"),
-    "instruct": ("0.7", "0.8", "20"),
-    "thinking": ("0.6", "0.95", "20"),
-}
 EPILOG = """examples:
   %(prog)s claude --model DIR_OR_REPO
       start the server, unless one runs at the port, and Claude Code with it
@@ -112,18 +107,11 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def server_flags(args: argparse.Namespace) -> list[str]:
-    """The flags of a server for an agent, with the sampling that its model's card recommends."""
+    """The flags of a server for an agent."""
     flags = ["--port", str(args.port)]
     if args.api_key != "none":
         flags += ["--api-key", args.api_key]
-    if args.model is None:
-        return flags
-    flags += ["--model", args.model]
-    found = next((kind for kind in SAMPLING if kind in _name(args.model).lower()), None)
-    if found:
-        names = ("--temp", "--top-p", "--top-k")
-        flags += [part for pair in zip(names, SAMPLING[found], strict=True) for part in pair]
-    return flags
+    return flags if args.model is None else [*flags, "--model", args.model]
 
 
 def _name(model: str | None) -> str:
@@ -159,17 +147,19 @@ def write(path: Path, text: str) -> Path:
         ValueError: the file is there, and holds no JSON object.
     """
     if path.exists():
-        before = path.read_text()
+        before = path.read_text(encoding="utf-8")
         try:
             mine, theirs = json.loads(text), json.loads(before)
         except ValueError:
             mine = theirs = None
         if not isinstance(mine, dict) or not isinstance(theirs, dict):
             raise ValueError(f"{path} is there already: add by hand what --print prints")
-        path.with_name(f"{path.name}.before").write_text(before)
+        kept = path.with_name(f"{path.name}.before")
+        if not kept.exists():  # a second time would lose the user's own
+            write_text(kept, before)
         text = json.dumps(_merged(theirs, mine), indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_text(path, text)
     return path
 
 

@@ -152,7 +152,7 @@ def _aider(place: Place) -> dict[str, str]:
     model = f"openai/{place.model}"
     config = {
         **{"model": model, "openai-api-base": f"{place.url}/v1", "openai-api-key": place.key},
-        "timeout": _PATIENCE,
+        **{"timeout": _PATIENCE, "edit-format": "diff"},  # it would have whole files written
     }
     limits = {"max_input_tokens": place.context, "max_output_tokens": place.answer}
     kind = {"litellm_provider": "openai", "mode": "chat"}

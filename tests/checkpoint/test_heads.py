@@ -215,6 +215,7 @@ def test_the_commands_pass_the_sister_on(call, demo, monkeypatch):
 
     calls = []
     monkeypatch.setattr(command, "load", lambda *args, **options: calls.append(options) or (0, 0))
+    monkeypatch.setattr(command, "prepare", lambda *args, **options: None)
     args = command.parser().parse_args(["--mtp-from", "owner/sister"])
     command._load(args, None, {})
     assert calls[0]["mtp_from"] == "owner/sister"

@@ -11,12 +11,14 @@ from helpers_speculative import decoding
 from speculation import rounds, simulated
 from test_lookup import places
 
-from mlx_qwen3next import generate_step, load_model
+from mlx_qwen3next import generate_step, load_model, stream_generate
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.decoding import speculative
 from mlx_qwen3next.decoding.draft_depth import MOST_COPIED, FixedDepth
 from mlx_qwen3next.decoding.drafters.lookup import LookupDrafter
+from mlx_qwen3next.decoding.generation import statistics
 from mlx_qwen3next.decoding.speculation import Speculation, check_lookup
+from mlx_qwen3next.decoding.speculative import Acceptance
 from mlx_qwen3next.prompt_cache.store import PromptCache
 
 TOKENS = 40
@@ -211,6 +213,31 @@ def test_the_head_goes_on_from_copied_tokens():
     expected = expected_rounds("permutation", 15, HEAD)
     after = [b for a, b in itertools.pairwise(expected) if (a[0], b[0]) == ("lookup", "mtp")]
     assert any(accepted for _, _, accepted in after)
+
+
+# --- what is told of it --------------------------------------------------------------------------
+def test_drafts_are_counted_by_their_source():
+    counted = Acceptance()
+    for step in Chain("permutation", 6, HEAD).decoding.tokens(TOKENS):
+        counted.add(step)
+    expected = expected_rounds("permutation", 6, HEAD)
+    for counts, column in [(counted.drafted, 1), (counted.accepted, 2)]:
+        for source in ("lookup", "mtp"):
+            assert counts[source] == sum(row[column] for row in expected if row[0] == source)
+    assert counted.rounds == len(expected)
+    assert len(counted.by_depth) == 6
+
+
+def test_closing_lines_name_the_sources():
+    model, tokenizer = bundled()
+    prompt = "a = [1, 2, 3, 4, 5, 6, 7, 8]\n" * 3
+    options = {"max_tokens": 20, "mtp": "off", "lookup": 7}
+    *_, last = stream_generate(model, tokenizer, prompt, **options)
+    accepted, drafted = last.accepted["lookup"], last.drafted["lookup"]
+    assert last.drafted.keys() == {"lookup"} and 0 < accepted <= drafted
+    line = statistics(last).splitlines()[-1]
+    assert line.startswith(f"Speculation: {last.rounds} rounds, ")
+    assert line.endswith(f"; drafts accepted: copied {accepted} of {drafted}")
 
 
 # --- which models, which texts ------------------------------------------------------------------

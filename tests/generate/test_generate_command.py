@@ -91,6 +91,7 @@ def test_flags_reach_the_library(request_of, model_dir):
     given = {
         "max_tokens": 3,
         "mtp": 2,
+        "lookup": 3,
         "prefill_step_size": 5,
         "kv_bits": 4,
         "kv_group_size": 32,

@@ -374,7 +374,7 @@ out = simd_sum(out);\n        if (at.lane == 0) { => if (at.lane == 0) {\nout = 
 replay without the first token | delta_replay | bits | fast: replayed state has other bits
 uint t = 0; t < keep => uint t = 1; t < keep
 replay of a token too many | delta_replay | bits | fast: replayed state has other bits
-t < keep => t <= keep
+tape_delta, n, keep, first_row => tape_delta, n, keep + 1, first_row
 replay that rounds the product | delta_replay | bits | fast: replayed state has other bits
 write_row(S[j], key, delta[ => for (int i = 0; i < N; i++) S[j][i] += key[i] * (delta[
 replay fused by chance | delta_replay | bits | fma: replayed state has other bits
