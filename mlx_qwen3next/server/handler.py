@@ -114,8 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(self.path.partition("?")[0])
         except RequestError as error:
             self._refuse(error)
-        except OSError:  # of the connection; those of the generator have become RequestErrors
-            self._exchange.status = GONE
+        except OSError as error:  # of the connection; the generator's have become RequestErrors
+            self._exchange.status, self._exchange.error = GONE, first_line(error)
             raise
         except Exception as error:
             self._refuse(_server_error(error))
