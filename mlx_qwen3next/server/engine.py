@@ -216,7 +216,7 @@ class Engine:
         while self._save and self._checkpoints.save_next():
             pass
         self._batch.close()
-        del self._batch, self._checkpoints, self._model, self._tokenizer
+        del self._batch, self._memory, self._checkpoints, self._model, self._tokenizer
 
     def _make_batch(self, depth: Depth) -> None:
         args = self.args
