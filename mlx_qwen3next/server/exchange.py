@@ -70,7 +70,7 @@ class Exchange:
             metrics.observe("time_to_first_token_seconds", self.wait)
         if self.speed is not None:
             metrics.observe("tokens_per_second", self.speed)
-        is_quiet = path in _QUIET and self.status == 200
+        is_quiet = path in _QUIET and self.status in (200, 503)
         seconds = time.monotonic() - self._asked
         line = "; ".join([f"{request} {self.status} in {seconds:.2f} s", *self._parts()])
         logging.log(logging.DEBUG if is_quiet else logging.INFO, "%s %s", client, ascii(line)[1:-1])
@@ -108,8 +108,8 @@ class RequestLog:
     """
 
     STORES = (
-        "a file a request: its body, the tokens of its prompt and its answer, times and errors; "
-        "no headers, therefore no keys"
+        "a file a request: its body, the tokens of its prompt and its answer, the answer's text, "
+        "times and errors; no headers, therefore no keys"
     )
 
     def __init__(self, folder: Path, about: dict[str, Any]):
