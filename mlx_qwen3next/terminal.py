@@ -128,6 +128,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
     prepare(
         model,
         mtp=args.mtp,
+        lookup=args.lookup,
         chunk=args.prefill_step_size,
         say=partial(print, file=sys.stderr, flush=True),
     )

@@ -116,6 +116,18 @@ def check_depth(mtp: MTP, model: Model | None = None) -> MTP:
     return mtp
 
 
+def most_drafted(mtp: MTP, lookup: Lookup, model: Model) -> int:
+    """Returns the most tokens that a round may draft; the arguments are :func:`generate_step`'s.
+
+    Raises:
+        ValueError: ``mtp`` or ``lookup`` is none of their values.
+    """
+    depth, copied = _number(check_depth(mtp, model)), _number(check_lookup(lookup, mtp))
+    if depth is None:
+        depth = MAX_DEPTH if model.dflash is None else MOST_COPIED
+    return max(depth if model.drafts else 0, MOST_COPIED if copied is None else copied)
+
+
 def check_lookup(lookup: Lookup, mtp: MTP) -> Literal["auto", "off"] | int:
     """Returns ``lookup`` if it is "auto", "off" or 1…15; None is "auto" where ``mtp`` is, or "off".
 

@@ -222,7 +222,13 @@ def _load(
     limit_cache()
     if args.use_default_chat_template and tokenizer.chat_template is None:
         tokenizer.chat_template = tokenizer.default_chat_template
-    prepare(model, mtp=args.mtp, chunk=args.prefill_step_size, say=logging.info)
+    prepare(
+        model,
+        mtp=args.mtp,
+        lookup=args.lookup,
+        chunk=args.prefill_step_size,
+        say=logging.info,
+    )
     return model, tokenizer
 
 

@@ -110,7 +110,7 @@ def test_flags_reach_the_library(request_of, model_dir):
     special = {*tokenizer.encode("\n"), *tokenizer.eos_token_ids}
     assert set(options.pop("xtc_special_tokens")) == special
     assert callable(options.pop("prompt_progress_callback"))
-    assert options == given | {"prompt_cache": None, "lookup": None}
+    assert options == given | {"prompt_cache": None}
     assert request_of("--mtp", "off")[1]["mtp"] == "off"
 
 
