@@ -23,7 +23,7 @@ from .quantize import MTP_BITS, UNQUANTIZED
 from .source import Source
 
 # The config's fields that may differ between two checkpoints of one model.
-_MAY_DIFFER = {"quantization", "max_position_embeddings"}
+_MAY_DIFFER = {"quantization", "max_position_embeddings", "rope_scaling"}
 
 
 def find_model(path_or_repo: str | Path) -> Path:

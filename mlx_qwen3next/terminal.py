@@ -76,6 +76,11 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         raise ValueError("--prompt-cache-file is not supported on several machines")
     of_mlx_lm = file is not None and file.exists() and not is_ours(file)
     if file is not None and of_mlx_lm:
+        if args.rope_scaling is not None:
+            raise ValueError(
+                f"{file} was made by mlx-lm, whose keys have the checkpoint's own positions; "
+                "--rope-scaling needs a new --prompt-cache-file"
+            )
         cache, metadata = _load_cache(file)
         args.model = _cached_model(args.model, metadata)
         tokenizer_config = json.loads(metadata.get("tokenizer_config", "{}"))
@@ -91,6 +96,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         context=max(DEFAULT_CONTEXT, args.max_tokens),
         tokenizer_config=tokenizer_config,
         adapter_path=args.adapter_path,
+        rope_scaling=args.rope_scaling,
         group=group,
         **divided,
     )

@@ -47,6 +47,7 @@ def load(
     revision: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     adapter_path: str | Path | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
     pack: bool = True,
     group: Group = ALONE,
     mode: Mode | None = None,
@@ -56,7 +57,7 @@ def load(
 
     Args:
         path_or_repo: a local directory, a hub repository id, or None for the bundled demo model.
-        dtype, context, pack, group, mode, layers: see :func:`load_model`.
+        dtype, context, rope_scaling, pack, group, mode, layers: see :func:`load_model`.
         revision: branch, tag or commit of a hub repository.
         tokenizer_config: further arguments of transformers' ``AutoTokenizer``.
         adapter_path: the directory of a LoRA, DoRA or full fine-tune made by ``mlx_lm.lora``.
@@ -65,13 +66,14 @@ def load(
         ValueError: the checkpoint cannot be loaded; the message names the file and the fault.
     """
     directory = resolve(path_or_repo, revision)
-    Config.from_file(directory / "config.json")  # its errors come before the tokenizer's
+    _read_config(directory, rope_scaling)  # its errors come before the tokenizer's
     tokenizer = _load_tokenizer(directory, tokenizer_config)
     if adapter_path is None:
         model = load_model(
             directory,
             dtype=dtype,
             context=context,
+            rope_scaling=rope_scaling,
             pack=pack,
             group=group,
             mode=mode,
@@ -81,7 +83,9 @@ def load(
     if group.size > 1:
         raise ValueError("an adapter cannot be divided among ranks; fuse it with mlx_lm.fuse first")
     adapter = read_adapter(adapter_path)  # a fault in it shows before the model is read
-    model = load_model(directory, dtype=dtype, context=context, pack=False)
+    model = load_model(
+        directory, dtype=dtype, context=context, rope_scaling=rope_scaling, pack=False
+    )
     add_adapter(model, adapter)
     return _for_inference(model) if pack else model, tokenizer
 
@@ -92,6 +96,7 @@ def load_model(
     dtype: mx.Dtype | None = None,
     context: int = DEFAULT_CONTEXT,
     revision: str | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
     pack: bool = True,
     group: Group = ALONE,
     mode: Mode | None = None,
@@ -106,6 +111,8 @@ def load_model(
             and dt_bias are float32 always.
         context: tokens the cache is to hold, for the memory check.
         revision: as for :func:`load`.
+        rope_scaling: instead of the config's, as it stands in a config file; for example
+            ``{"rope_type": "yarn", "factor": 4.0}`` for four times the original length.
         pack: whether to pack the weights for inference
             (:func:`mlx_qwen3next.model.packing.pack`). To train, save or inspect the model under
             the checkpoint's names, pass False.
@@ -117,7 +124,7 @@ def load_model(
         ValueError: as for :func:`load`; or the ranks' files are not the same.
     """
     directory = resolve(path_or_repo, revision)
-    config = Config.from_file(directory / "config.json")
+    config = _read_config(directory, rope_scaling)
     context = min(context, config.max_position_embeddings)
     tensors = files.read_headers(files.find_files(directory))
     foreign.refuse_foreign(tensors, directory)
@@ -135,7 +142,7 @@ def load_model(
     quantize(model, tensors, dtype)
     origins = _match(model, tensors, directory)
     if group.size > 1:
-        _check_same(directory, group, dtype)
+        _check_same(directory, group, dtype, config)
     part = divide(model, group, mode, layers)
     _check_memory(model, dtype, context)
 
@@ -147,6 +154,11 @@ def load_model(
     for path, value in bar:
         model.load_weights([(path, value)], strict=False)
     return _for_inference(model) if pack else model
+
+
+def _read_config(directory: Path, rope_scaling: Mapping[str, Any] | None) -> Config:
+    config = Config.from_file(directory / "config.json")
+    return config if rope_scaling is None else config.with_rope_scaling(rope_scaling)
 
 
 def _for_inference(model: Model) -> Model:
@@ -217,8 +229,8 @@ def _check_memory(model: Model, dtype: mx.Dtype, context: int) -> None:
     capacity.check(weights, cache, context)
 
 
-def _check_same(directory: Path, group: Group, dtype: mx.Dtype) -> None:
-    """Checks that this rank has the same model, dtype and packages as rank 0.
+def _check_same(directory: Path, group: Group, dtype: mx.Dtype, config: Config) -> None:
+    """Checks that this rank has the same model, options and packages as rank 0.
 
     Raises:
         ValueError: it does not.
@@ -226,6 +238,7 @@ def _check_same(directory: Path, group: Group, dtype: mx.Dtype) -> None:
     own = {
         "the files' fingerprint": fingerprint(directory),
         "dtype": str(dtype),
+        "rope_scaling": str(config.rope_scaling),
         "mlx": version("mlx"),
         "mlx-qwen3next": version("mlx-qwen3next"),
     }

@@ -206,6 +206,7 @@ def _load(
         args.model,
         tokenizer_config=config,
         adapter_path=args.adapter_path,
+        rope_scaling=args.rope_scaling,
         group=group,
         **divided,
     )

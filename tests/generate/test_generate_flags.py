@@ -16,8 +16,9 @@ STOCK = {action.dest: action for action in setup_arg_parser()._actions}
 OURS = {action.dest: action for action in parser()._actions}
 
 
-def test_the_flags_are_mlx_lms_and_four_of_ours():
-    assert OURS.keys() == STOCK.keys() | {"mtp", "kernels", "pipeline", "expert_parallel"}
+def test_the_flags_are_mlx_lms_and_five_of_ours():
+    ours = {"mtp", "kernels", "rope_scaling", "pipeline", "expert_parallel"}
+    assert OURS.keys() == STOCK.keys() | ours
 
 
 def meaning(convert):
