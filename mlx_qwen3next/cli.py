@@ -180,8 +180,8 @@ def add_rope_scaling(group: Any) -> None:
         type=rope_scaling,
         metavar="yarn:FACTOR",
         help="Stretch the model's positions by YaRN for texts of up to FACTOR times its length; "
-        "Qwen recommends yarn:4 for more than 262,144 tokens, and none for less, since short "
-        "answers get a little worse (default: as the checkpoint's config says).",
+        "Qwen recommends yarn:4 for more than 262,144 tokens, and none for less, since it may "
+        "cost quality in short texts (default: as the checkpoint's config says).",
     )
 
 
