@@ -181,14 +181,23 @@ def _print(
 
 
 class _PromptProgress:
-    """A bar on a terminal's stderr while a long prompt is processed; a short one ends before."""
+    """A bar on a terminal's stderr while a long prompt is processed; a short one ends before.
+
+    It shows the tokens a second and the time left, by what is read and not by what was known.
+    """
 
     _bar: tqdm | None = None
 
     def __call__(self, processed: int, total: int) -> None:
         if self._bar is None:
             self._bar = tqdm(
-                desc="prompt", total=total, unit="token", leave=False, delay=2, disable=None
+                desc="prompt",
+                total=total,
+                initial=processed,
+                unit="token",
+                leave=False,
+                delay=2,
+                disable=None,
             )
         self._bar.update(processed - self._bar.n)
         if processed >= total:
