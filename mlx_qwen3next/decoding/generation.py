@@ -108,9 +108,11 @@ def generate_step(
     else:
         cache = model.make_cache() if prompt_cache is None else check_cache(prompt_cache, model)
         budget = token_budget(model, held_by(model, cache) + prompt.size, max_tokens)
-    head = cache[len(model.layers) :]
+    head, idle = cache[len(model.layers) :], depth.idle
+    if store is not None and idle:
+        head = []  # to follow costs up to a twelfth of a long prompt, and nobody would draft
     keep_drafter = bool(head) or store is not None
-    if not head and not depth.idle:
+    if not head and not idle:
         head = model.mtp.make_cache()
 
     def steps() -> Generator[Token]:

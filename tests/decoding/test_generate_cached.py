@@ -140,3 +140,24 @@ def test_a_prompt_that_is_interrupted_is_kept_as_far_as_it_was_read(monkeypatch,
     if chunks and mtp != "off":
         assert known[-1].offset == held - 1
     assert greedy(model, prompt, 10, **options) == greedy(model, prompt, 10, mtp=mtp)
+
+
+def test_the_head_reads_a_prompt_only_if_somebody_will_draft(monkeypatch):
+    """With a prompt cache, too, whether that knows the head's part or not."""
+    model, tokenizer = bundled()
+    prompt = tokenizer.encode("import os\n" * 40)
+    cache, read, call = PromptCache(max_bytes=10**9), [], type(model.mtp).__call__
+
+    def counting(head, hidden, *rest):
+        read.append(hidden.shape[1])
+        return call(head, hidden, *rest)
+
+    monkeypatch.setattr(type(model.mtp), "__call__", counting)
+    known = [5, *prompt]
+    for text, mtp in (prompt, "off"), (known, 2), ([*known, 7], "off"):
+        expected = greedy(model, text, 5, mtp="off")
+        assert read == []
+        assert greedy(model, text, 5, mtp=mtp, prompt_cache=cache) == expected
+        assert sum(read) >= len(text) if mtp == 2 else read == []
+        read.clear()
+    assert len(cache.fetch(known)[0]) == len(model.layers) + 1  # what is known stays so
