@@ -1,5 +1,6 @@
 """``--rope-scaling`` of generate and of the server: limits, prompt caches and converted models."""
 
+import json
 from functools import partial
 
 import checkpoints
@@ -87,3 +88,11 @@ def test_a_converted_model_keeps_its_scaling(tmp_path, dialect):
     assert relative_error(model(tokens), expected) < 1e-5
     stock, _ = mlx_lm.utils.load_model(tmp_path / "out")
     assert relative_error(stock(tokens), expected) < 1e-4
+
+
+def test_a_head_is_attached_to_a_model_of_another_scaling(tmp_path):
+    stock = checkpoints.convert(tmp_path / "stock")
+    file = stock / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_scaling": SETTING}))
+    convert(str(checkpoints.GOLDENS / "base"), str(stock), attach_mtp=True, dtype="float32")
+    assert load_model(stock).mtp.layers[0].self_attn.rope.scaling.factor == 4
