@@ -183,8 +183,11 @@ def _print(
 class _PromptProgress:
     """A bar on a terminal's stderr while a long prompt is processed; a short one ends before.
 
-    It shows the tokens a second and the time left, by what is read and not by what was known.
+    It shows the tokens a second and the time left, by what is read and not by what was known. A
+    prompt of more than ``LONG`` unread tokens has it at once, since its first chunk may take long.
     """
+
+    LONG = 8192
 
     _bar: tqdm | None = None
 
@@ -196,7 +199,7 @@ class _PromptProgress:
                 initial=processed,
                 unit="token",
                 leave=False,
-                delay=2,
+                delay=0 if total - processed > self.LONG else 2,
                 disable=None,
             )
         self._bar.update(processed - self._bar.n)

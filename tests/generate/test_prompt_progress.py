@@ -24,7 +24,7 @@ def bar(monkeypatch):
     stream, made, seconds = io.StringIO(), terminal.tqdm, iter(range(1000))
     stream.isatty = lambda: True
 
-    def started(*args, delay, **options):
+    def started(*args, **options):
         result = made(*args, file=stream, mininterval=0, ncols=100, **options)
         result._time = lambda: float(next(seconds))
         result.start_t = result.last_print_t = result._time()
@@ -49,6 +49,14 @@ def test_the_bar_shows_rate_and_time_left(bar, known):
     assert left == int((16_000 - known) / float(rate))
     progress(20_000, 20_000)
     assert bar.getvalue().split("\r")[-2].strip() == ""  # it is cleared
+
+
+@pytest.mark.parametrize("total, at_once", [(9000, False), (20_000, True)])
+def test_a_long_prompt_has_its_bar_at_once(bar, total, at_once):
+    progress = terminal._PromptProgress()
+    progress(1000, total)
+    assert (f"1000/{total}" in bar.getvalue()) == at_once
+    progress.close()
 
 
 def test_an_interrupted_prompt_is_gone_on_with(run, monkeypatch, tmp_path):
