@@ -19,6 +19,8 @@ EPILOG = """examples:
       the same, without ever having all of the 163 GB source on disk
   %(prog)s --hf-path Qwen/Qwen3-Next-80B-A3B-Instruct --attach-mtp --mlx-path DIR
       the head alone (3.3 GB are fetched) beside a model that was converted without it
+  %(prog)s --hf-path Qwen/Qwen3-Next-80B-A3B-Instruct --attach-mtp --any-trunk --mlx-path DIR
+      the same head beside Coder-Next, which has none
   %(prog)s --hf-path Qwen/Qwen3-Coder-Next-FP8 -q --dry-run
       sizes, disk and memory needed, and which Macs it will run on
 
@@ -90,6 +92,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Fetch and convert only the MTP head, and put it beside the converted model at "
         "--mlx-path, after checking that they belong together.",
+    )
+    extra.add_argument(
+        "--any-trunk",
+        action="store_true",
+        help="With --attach-mtp: take the head of another model of the same shapes, too, such as "
+        "Instruct's for Coder-Next. Its drafts are less often right; the text stays the same.",
     )
     extra.add_argument(
         "--stream",

@@ -3,6 +3,7 @@
 Only the weight files that hold ``mtp.*`` are fetched. Head and trunk of different checkpoints fit
 each other's shapes, and a wrong pair drafts badly without failing; so the configs must agree, and
 some small tensors of the source's trunk (read by range requests) must equal those of the model's.
+With ``--any-trunk`` the shapes alone must agree.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import mlx.core as mx
 from huggingface_hub import snapshot_download
 
 from mlx_qwen3next.checkpoint.files import MTP_FILE
+from mlx_qwen3next.checkpoint.heads import check_fit
 from mlx_qwen3next.checkpoint.hub import hub_errors, local_directory
 from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.config import Config
@@ -21,6 +23,8 @@ from mlx_qwen3next.model.qwen3_next import Model
 from .plan import Conversion, plan_conversion
 from .quantize import MTP_BITS, UNQUANTIZED
 from .source import Source
+
+EFFECT = "drafts are less often right than with the head's own trunk, the text stays the same"
 
 # The config's fields that may differ between two checkpoints of one model.
 _MAY_DIFFER = {"quantization", "max_position_embeddings", "rope_scaling"}
@@ -40,9 +44,16 @@ def find_model(path_or_repo: str | Path) -> Path:
 
 
 def plan_head(
-    source: Source, model: Path, dtype: mx.Dtype | None, mtp_bits: int | None
+    source: Source,
+    model: Path,
+    dtype: mx.Dtype | None,
+    mtp_bits: int | None,
+    any_trunk: bool = False,
 ) -> Conversion:
     """The conversion of the head alone, after checking that it belongs to the model.
+
+    Args:
+        any_trunk: whether it may belong to another model of the same shapes.
 
     Raises:
         ValueError: it does not belong to it, or there is no head, or the model has one already.
@@ -52,11 +63,14 @@ def plan_head(
     trunk = Source(model)
     if any(layouts.is_mtp(n) and t.file.name != MTP_FILE for n, t in trunk.tensors.items()):
         raise ValueError(f"{model} has an MTP head in its own shards")
-    _check_configs(source.config, trunk.config, source.name)
+    check_fit(source.head_config, trunk.config, source.name)
+    if not any_trunk:
+        _check_configs(source.head_config, trunk.config, source.name)
     if mtp_bits is None:
         mtp_bits = MTP_BITS if trunk.is_quantized else UNQUANTIZED
     result = plan_conversion(source, dtype=dtype, trunk=False, mtp_bits=mtp_bits)
-    _check_trunks(source, trunk)
+    if not any_trunk:
+        _check_trunks(source, trunk)
     return result
 
 
@@ -64,10 +78,15 @@ def _check_configs(head: Config, trunk: Config, name: str) -> None:
     theirs, ours = head.to_dict(), trunk.to_dict()
     for key in sorted({*theirs, *ours} - _MAY_DIFFER):
         if theirs.get(key) != ours.get(key):
-            raise ValueError(
-                f"the head of {name} does not belong to this model: {key} is {theirs.get(key)!r} "
-                f"there, {ours.get(key)!r} here"
-            )
+            difference = f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here"
+            raise _refusal(name, difference)
+
+
+def _refusal(name: str, difference: str) -> ValueError:
+    return ValueError(
+        f"the head of {name} does not belong to this model: {difference}; --any-trunk attaches it "
+        f"all the same: {EFFECT}"
+    )
 
 
 def _check_trunks(source: Source, trunk: Source) -> None:
@@ -89,7 +108,4 @@ def _check_trunks(source: Source, trunk: Source) -> None:
         # mlx-lm adds the norms' 1 in the source's dtype, before it casts to another.
         as_in_mlx_lm = a.astype(mx.bfloat16).astype(b.dtype)
         if not mx.array_equal(a.astype(b.dtype), b) and not mx.array_equal(as_in_mlx_lm, b):
-            raise ValueError(
-                f"the head of {source.name} does not belong to this model: {path} differs between "
-                "the two trunks"
-            )
+            raise _refusal(source.name, f"{path} differs between the two trunks")

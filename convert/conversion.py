@@ -13,6 +13,7 @@ from mlx_qwen3next.checkpoint.files import MTP_FILE
 from mlx_qwen3next.storage.replacing import PARTIAL
 
 from . import attaching, package, report, weights
+from .drafter import convert_drafter, is_drafter
 from .plan import DTYPES, Conversion, plan_conversion
 from .progress import PROGRESS_FILE, STREAMED, Progress
 from .quantize import DEFAULTS, HEAD_BITS, Predicate, base_quantization
@@ -36,6 +37,7 @@ def convert(
     mtp: str = "keep",
     mtp_bits: int | None = None,
     attach_mtp: bool = False,
+    any_trunk: bool = False,
     stream: bool = False,
     dry_run: bool = False,
     verify: bool = False,
@@ -55,6 +57,7 @@ def convert(
         mtp_bits: bits of the head; None for the default beside a quantized trunk, else
             unquantized.
         attach_mtp: convert the head alone and put it beside the model at ``mlx_path``.
+        any_trunk: with ``attach_mtp``, take the head of another model of the same shapes, too.
         stream: keep a repository's weight files only as long as they are needed.
         dry_run: print sizes and needs, and do nothing.
         verify: read the result again and compare it with the source.
@@ -71,9 +74,32 @@ def convert(
         raise ValueError(
             "--attach-mtp converts the head alone: of all bits only --mtp-bits applies"
         )
+    if any_trunk and not attach_mtp:
+        raise ValueError("--any-trunk needs --attach-mtp")
     base = base_quantization(q_mode, q_bits, q_group_size) if quantize else None
     if upload_repo is not None and not dry_run:
         package.check_upload()
+
+    if not attach_mtp and is_drafter(hf_path, revision):
+        _refuse_for_drafter(
+            upload_repo=upload_repo,
+            dequantize=dequantize,
+            quant_predicate=quant_predicate,
+            mtp_bits=mtp_bits,
+            stream=stream,
+            dry_run=dry_run,
+            verify=verify,
+        )
+        target = _target(mlx_path)
+        partial = target.with_name(target.name + PARTIAL)
+        for folder in (target, partial):
+            if folder.exists():
+                raise ValueError(
+                    f"{folder} exists already; move it away or choose another --mlx-path"
+                )
+        convert_drafter(hf_path, revision, target, partial, DTYPES.get(dtype or ""), base)
+        _say(f"{target}: a DFlash drafter, for --draft-model")
+        return
 
     target = attaching.find_model(mlx_path) if attach_mtp else _target(mlx_path)
     result = target / MTP_FILE if attach_mtp else target
@@ -86,7 +112,10 @@ def convert(
     if dequantize and not source.is_quantized:
         raise ValueError(f"{hf_path} is not quantized: there is nothing to dequantize")
     if attach_mtp:
-        conversion = attaching.plan_head(source, target, DTYPES.get(dtype or ""), mtp_bits)
+        chosen_dtype = DTYPES.get(dtype or "")
+        conversion = attaching.plan_head(source, target, chosen_dtype, mtp_bits, any_trunk)
+        if any_trunk:
+            _say(f"not checking that the head belongs to this model; if not, {attaching.EFFECT}")
     else:
         _keep_apart(source.directory.resolve(), target, partial)
         conversion = plan_conversion(
@@ -154,6 +183,15 @@ def _check_choices(**arguments: object) -> None:
         if value not in choices[name]:
             known = ", ".join(map(str, choices[name]))
             raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
+def _refuse_for_drafter(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is not for a DFlash drafter, which is written at once "
+                "with -q, --q-bits, --q-group-size, --q-mode and --dtype"
+            )
 
 
 def _keep_apart(source: Path, target: Path, partial: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qwen3next.checkpoint.files import MTP_FILE, NORMS_FILE
+from mlx_qwen3next.checkpoint.heads import HEAD_CONFIG
 from mlx_qwen3next.model import layouts, mtp_head
 from mlx_qwen3next.model.qwen3_next import Model
 from mlx_qwen3next.storage import safetensors
@@ -87,7 +88,7 @@ def plan_conversion(
     try:
         model = Model(source.config)
         if head:
-            mtp_head.attach(model)
+            mtp_head.attach(model, source.head_config)
     except OverflowError:
         raise ValueError(
             f"{source.directory}: the config's sizes are beyond MLX's arrays"
@@ -109,7 +110,7 @@ def plan_conversion(
     stored = [
         [p.path, str(p.dtype), p.quantization] for members in parameters.values() for p in members
     ]
-    mark = {
+    mark: dict[str, Any] = {
         "version": version("mlx-qwen3next"),
         "source": source.name,
         "revision": source.revision,
@@ -118,6 +119,8 @@ def plan_conversion(
         "recipe": _digest(stored),
         "contents": _digest([source.contents, source.raw_config]),
     }
+    if head and (not trunk or source.head_config != source.config):
+        mark[HEAD_CONFIG] = source.head_config.to_dict()  # the trunk beside it may have another
     return Conversion(source, model, dtype, base, chosen, parameters, mark)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_qwen3next.checkpoint import foreign, match
+from mlx_qwen3next.checkpoint import foreign, heads, match
 from mlx_qwen3next.checkpoint.files import find_files, read_headers
 from mlx_qwen3next.checkpoint.quantized import quantization
 from mlx_qwen3next.model import layouts
@@ -63,6 +63,11 @@ class Source:
     def has_head(self) -> bool:
         """Whether there is an MTP head."""
         return any(layouts.is_mtp(name) for name in self.tensors)
+
+    @property
+    def head_config(self) -> Config:
+        """The config that the MTP head, which there is, computes with."""
+        return heads.head_config(self.tensors, self.config, trunk=self.config)
 
     @property
     def is_quantized(self) -> bool:

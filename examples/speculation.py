@@ -3,8 +3,9 @@
     python examples/speculation.py [--model DIR] [--prompts N] [--dense] [--layers N] [--check]
 
 The program continues held-out library files (``mlx_qwen3next/bundled/heldout.txt``) and answers
-questions about the names that they define. It decodes greedily, at fixed depths and with the depth
-that is chosen by measurement. It decodes every prompt in all ways in turns; the ratio of the speeds
+questions about the names that they define. It decodes greedily, with drafts of the MTP head at
+fixed depths, with copies of earlier text alone ("copies") and with whatever pays by measurement
+("auto"). It decodes every prompt in all ways in turns; the ratio of the speeds
 is the median over the prompts.
 
 ``--dense`` computes with float32 weights, not with quantized ones. ``--layers`` makes the trunk
@@ -21,6 +22,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from heldout import files
@@ -34,6 +36,13 @@ from mlx_qwen3next.decoding.speculative import Acceptance, Token
 from mlx_qwen3next.model.qwen3_next import Model
 
 TOKENS = 256
+Way = str | int  # a key of the next
+WAYS: dict[Way, dict[str, Any]] = {
+    "off": {"mtp": "off"},
+    **{depth: {"mtp": depth} for depth in (1, 2, 3, 4)},
+    "copies": {"mtp": "off", "lookup": "auto"},
+    "auto": {},
+}
 QUESTIONS = ["What does {} do?", "How do I use {}?", "What is the signature of {}?", "Explain {}."]
 
 
@@ -75,10 +84,10 @@ def deepen(model: Model, layers: int) -> None:
                 module.update({name: mx.zeros_like(x) for name, x in module.items()})
 
 
-def decode(model: Model, prompt: list[int], mtp: str | int) -> tuple[list[int], float, Acceptance]:
+def decode(model: Model, prompt: list[int], way: Way) -> tuple[list[int], float, Acceptance]:
     """The tokens, the seconds a token after the first one, and the acceptance of the drafts."""
     tokens, counted, start = [], Acceptance(), 0.0
-    for step in generate_step(prompt, model, max_tokens=TOKENS, mtp=mtp):
+    for step in generate_step(prompt, model, max_tokens=TOKENS, **WAYS[way]):
         start = start or time.perf_counter()
         tokens.append(step.token)
         counted.add(step)
@@ -155,17 +164,16 @@ def check(model: Model, prompts: list[list[int]]) -> None:
 
 def measure(model: Model, prompts: list[list[int]], name: str) -> None:
     """Prints a table with one line for each depth."""
-    modes = ["off", 1, 2, 3, 4, "auto"]
-    seconds = {mode: [] for mode in modes}
-    counts = {mode: [] for mode in modes}
+    seconds = {mode: [] for mode in WAYS}
+    counts = {mode: [] for mode in WAYS}
     for prompt in tqdm(prompts, name, unit="prompt", leave=False):
-        for mode in modes:
+        for mode in WAYS:
             _, s, counted = decode(model, prompt, mode)
             seconds[mode].append(s)
             counts[mode].append(counted)
     print(f"\n{len(prompts)} {name} prompts, {TOKENS} tokens each")
-    print("depth  tokens a round  passes a token  ms a token  speed  accepted by depth")
-    for mode in modes:
+    print("drafts  tokens a round  passes a token  ms a token  speed  accepted by depth")
+    for mode in WAYS:
         length = statistics.mean(c.mean_length for c in counts[mode])
         passes = sum(c.rounds for c in counts[mode]) / TOKENS / len(prompts)
         ms = 1e3 * statistics.median(seconds[mode])
@@ -176,7 +184,7 @@ def measure(model: Model, prompts: list[list[int]], name: str) -> None:
             f"{statistics.mean(s[d] for s in shares if d < len(s)):.2f}" for d in depths
         )
         print(
-            f"{mode!s:5}  {length:14.2f}  {passes:14.3f}  {ms:10.2f}"
+            f"{mode!s:6}  {length:14.2f}  {passes:14.3f}  {ms:10.2f}"
             f"  {statistics.median(ratios):5.2f}  {accepted}"
         )
 

@@ -12,12 +12,11 @@ from .experts import Experts, expert_down, expert_gate_up, takes_experts
 from .gated_delta import gated_delta_replay, gated_delta_step, takes_gated_delta
 from .kernel import Kernel, available, source_hash
 from .norms import add_rms_norm, rms_norm
-from .router import Routing, route, takes_router
+from .router import route, takes_router
 
 __all__ = [
     "Experts",
     "Kernel",
-    "Routing",
     "add_rms_norm",
     "attention_gate",
     "attention_heads",

@@ -117,14 +117,30 @@ inline Weights<T> of_expert(thread const Weights<T>& all, uint expert) {
   return {all.weight + bytes / 4, all.scales + groups, all.biases + groups};
 }
 
+// A routing (router.metal) of `count` pairs, which is one array [4 count + 1].
+struct Routing {
+  const device uint* experts;
+  const device uint* rows;
+  const device float* weights;
+  const device uint* starts;
+  uint count;
+};
+
+inline Routing as_routing(const device uint* routing, uint size) {
+  const uint count = size / 4;
+  return {
+      routing, routing + count, reinterpret_cast<const device float*>(routing + 2 * count),
+      routing + 3 * count, count};
+}
+
 // Outputs of gate and up that a simdgroup makes at once, and outputs of down.
 constant constexpr int kPairs = 4;
 constant constexpr int kOutputs = 4;
 
-template <typename T, int Bits, int G, int H, int I, int Rows, typename R>
+template <typename T, int Bits, int G, int H, int I, int Rows>
 inline void gate_up_rows(
-    thread const Weights<T>& weights, const device T* x, R rows, uint pair, uint output, uint lane,
-    device T* y) {
+    thread const Weights<T>& weights, const device T* x, const device uint* rows, uint pair,
+    uint output, uint lane, device T* y) {
   uint from[Rows];
 #pragma unroll
   for (int n = 0; n < Rows; n++) {
@@ -147,30 +163,30 @@ inline void gate_up_rows(
 // y = silu(gate x) up x for every pair of the routing. A threadgroup owns one distinct expert and
 // SG kPairs of its outputs.
 //
-// x: [R, H]; weight: gate's I rows, then up's, of each expert, [E, 2 I, H]; experts, starts, rows:
-// the routing (router.metal); y: [N, I], in the routing's order.
-template <typename T, int Bits, int G, int H, int I, int SG, typename X, typename S, typename R>
+// x: [R, H]; weight: gate's I rows, then up's, of each expert, [E, 2 I, H]; y: [N, I], in the
+// routing's order.
+template <typename T, int Bits, int G, int H, int I, int SG>
 inline void expert_gate_up(
-    const device T* x, thread const Weights<T>& weights, X experts, S starts, R rows, device T* y,
-    uint block, uint distinct, uint lane, uint simdgroup) {
+    const device T* x, thread const Weights<T>& weights, thread const Routing& routing,
+    device T* y, uint block, uint distinct, uint lane, uint simdgroup) {
   const uint output = (block * SG + simdgroup) * kPairs;
-  const uint end = starts[distinct + 1];
+  const uint end = routing.starts[distinct + 1];
   if (output >= I) {
     return;
   }
-  const Weights<T> own = of_expert<T, Bits, G, 2 * I, H>(weights, experts[distinct]);
-  uint pair = starts[distinct];
+  const Weights<T> own = of_expert<T, Bits, G, 2 * I, H>(weights, routing.experts[distinct]);
+  uint pair = routing.starts[distinct];
   for (; pair + 2 <= end; pair += 2) {
-    gate_up_rows<T, Bits, G, H, I, 2>(own, x, rows, pair, output, lane, y);
+    gate_up_rows<T, Bits, G, H, I, 2>(own, x, routing.rows, pair, output, lane, y);
   }
   if (pair < end) {
-    gate_up_rows<T, Bits, G, H, I, 1>(own, x, rows, pair, output, lane, y);
+    gate_up_rows<T, Bits, G, H, I, 1>(own, x, routing.rows, pair, output, lane, y);
   }
 }
 
-template <typename T, int Bits, int G, int H, int I, int Rows, typename R, typename P>
+template <typename T, int Bits, int G, int H, int I, int Rows>
 inline void down_rows(
-    thread const Weights<T>& weights, const device T* x, R rows, P pair_weights, uint pair,
+    thread const Weights<T>& weights, const device T* x, thread const Routing& routing, uint pair,
     uint output, uint lane, thread float (&sums)[kOutputs]) {
   uint from[Rows];
 #pragma unroll
@@ -182,8 +198,8 @@ inline void down_rows(
       weights.weight, weights.scales, weights.biases, output, 0, x, from, lane, acc);
 #pragma unroll
   for (int n = 0; n < Rows; n++) {
-    if (lane == rows[pair + n]) {
-      const float weight = load(pair_weights, pair + n);
+    if (lane == routing.rows[pair + n]) {
+      const float weight = routing.weights[pair + n];
 #pragma unroll
       for (int o = 0; o < kOutputs; o++) {
         sums[o] += weight * acc[o][n];
@@ -195,35 +211,29 @@ inline void down_rows(
 // y = residual + the weighted sum of down x over a row's experts. A threadgroup owns SG kOutputs
 // outputs of all rows; lane n keeps the sums of row n.
 //
-// x: [N, I], in the routing's order; weight: [E, H, I]; experts, starts, rows, pair_weights: it;
-// residual, y: [R, H].
-template <
-    typename T, int Bits, int G, int H, int I, int SG, typename X, typename S, typename R,
-    typename P>
+// x: [N, I], in the routing's order; weight: [E, H, I]; residual, y: [R, H].
+template <typename T, int Bits, int G, int H, int I, int SG>
 inline void expert_down(
-    const device T* x, thread const Weights<T>& weights, X experts, S starts, R rows,
-    P pair_weights, const device T* residual, device T* y, uint count, uint row_count, uint block,
-    uint lane, uint simdgroup) {
+    const device T* x, thread const Weights<T>& weights, thread const Routing& routing,
+    const device T* residual, device T* y, uint R, uint block, uint lane, uint simdgroup) {
   const uint output = (block * SG + simdgroup) * kOutputs;
   if (output >= H) {
     return;
   }
   float sums[kOutputs] = {};
   uint pair = 0;
-  for (uint distinct = 0; pair < count; distinct++) {
-    const Weights<T> own = of_expert<T, Bits, G, H, I>(weights, experts[distinct]);
-    const uint end = starts[distinct + 1];
+  for (uint distinct = 0; pair < routing.count; distinct++) {
+    const Weights<T> own = of_expert<T, Bits, G, H, I>(weights, routing.experts[distinct]);
+    const uint end = routing.starts[distinct + 1];
     for (; pair + 2 <= end; pair += 2) {
-      down_rows<T, Bits, G, H, I, 2>(
-          own, x, rows, pair_weights, pair, output, lane, sums);
+      down_rows<T, Bits, G, H, I, 2>(own, x, routing, pair, output, lane, sums);
     }
     if (pair < end) {
-      down_rows<T, Bits, G, H, I, 1>(
-          own, x, rows, pair_weights, pair, output, lane, sums);
+      down_rows<T, Bits, G, H, I, 1>(own, x, routing, pair, output, lane, sums);
       pair++;
     }
   }
-  if (lane < row_count) {
+  if (lane < R) {
 #pragma unroll
     for (int o = 0; o < kOutputs; o++) {
       const uint i = lane * H + output + o;

@@ -7,35 +7,31 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .kernel import LANES, Kernel, constant
-from .router import Routing
 
 EXPERT_GATE_UP = Kernel(
     "expert_gate_up",
     "experts",
-    inputs=("x", "weight", "scales", "biases", "experts", "starts", "rows"),
+    inputs=("x", "weight", "scales", "biases", "routing"),
     outputs=("y",),
     body="""
     const Weights<T> weights = {(const device uint*)weight, scales, biases};
+    const Routing pairs = as_routing(routing, routing_shape[0]);
     expert_gate_up<T, BITS, G, H, I, SG>(
-        x, weights, experts, starts, rows, y, threadgroup_position_in_grid.x,
-        threadgroup_position_in_grid.y, thread_index_in_simdgroup,
-        simdgroup_index_in_threadgroup);
+        x, weights, pairs, y, threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
+        thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
     """,
 )
 EXPERT_DOWN = Kernel(
     "expert_down",
     "experts",
-    inputs=(
-        *("x", "weight", "scales", "biases", "experts", "starts", "rows", "pair_weights"),
-        "residual",
-    ),
+    inputs=("x", "weight", "scales", "biases", "routing", "residual"),
     outputs=("y",),
     body="""
     const Weights<T> weights = {(const device uint*)weight, scales, biases};
+    const Routing pairs = as_routing(routing, routing_shape[0]);
     expert_down<T, BITS, G, H, I, SG>(
-        x, weights, experts, starts, rows, pair_weights, residual, y, x_shape[0],
-        residual_shape[0] * residual_shape[1], threadgroup_position_in_grid.x,
-        thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
+        x, weights, pairs, residual, y, residual_shape[0] * residual_shape[1],
+        threadgroup_position_in_grid.x, thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
     """,
 )
 OUTPUTS = 4  # kPairs and kOutputs in experts.metal
@@ -59,21 +55,22 @@ def takes_experts(shape: tuple[int, ...], bits: int, group_size: int) -> bool:
     return known and outputs % (2 * OUTPUTS) == 0 and columns % 32 == 0
 
 
-def expert_gate_up(x: mx.array, weights: Experts, routing: Routing) -> mx.array:
+def expert_gate_up(x: mx.array, weights: Experts, routing: mx.array) -> mx.array:
     """Returns ``silu(gate x) up x`` for every pair of the routing, in one launch.
 
     Args:
         x: ``[..., H]`` T, at most 16 rows.
         weights: ``[E, 2 I, H]``, gate's rows, then up's; scales, biases or unquantized: T.
+        routing: made by :func:`mlx_qwen3next.metal_kernels.route` for these rows.
 
     Returns:
         ``[N, I]`` T, in the routing's order. A pair's result depends on its row alone, bit for bit.
         Limits: :func:`takes_experts`.
     """
-    N, I = routing.rows.size, weights.weight.shape[1] // 2
+    N, I = routing.size // 4, weights.weight.shape[1] // 2
     groups = min(2, I // OUTPUTS)
     (y,) = EXPERT_GATE_UP.launch(
-        inputs=[x, *_stored(weights, x.dtype), routing.experts, routing.starts, routing.rows],
+        inputs=[x, *_stored(weights, x.dtype), routing],
         template=_expert_template(weights, x.dtype, H=x.shape[-1], I=I, groups=groups),
         grid=(LANES * groups * -(-I // (OUTPUTS * groups)), N, 1),
         threadgroup=(LANES * groups, 1, 1),
@@ -83,7 +80,7 @@ def expert_gate_up(x: mx.array, weights: Experts, routing: Routing) -> mx.array:
     return y
 
 
-def expert_down(x: mx.array, weights: Experts, routing: Routing, residual: mx.array) -> mx.array:
+def expert_down(x: mx.array, weights: Experts, routing: mx.array, residual: mx.array) -> mx.array:
     """Adds the weighted sum of ``down x`` over each row's experts to ``residual``, in one launch.
 
     Args:
@@ -97,10 +94,7 @@ def expert_down(x: mx.array, weights: Experts, routing: Routing, residual: mx.ar
     H = residual.shape[-1]
     groups = min(4, H // OUTPUTS)
     (y,) = EXPERT_DOWN.launch(
-        inputs=[
-            *(x, *_stored(weights, x.dtype), routing.experts, routing.starts, routing.rows),
-            *(routing.weights, residual),
-        ],
+        inputs=[x, *_stored(weights, x.dtype), routing, residual],
         template=_expert_template(weights, x.dtype, H=H, I=x.shape[1], groups=groups),
         grid=(LANES * groups * -(-H // (OUTPUTS * groups)), 1, 1),
         threadgroup=(LANES * groups, 1, 1),

@@ -9,35 +9,46 @@ import mlx.core as mx
 
 from .kernel import LANES, THREADGROUP_BYTES, Kernel, constant
 
-_DELTA_INPUTS = (
-    "x before taps A_log dt_bias norm_weight eps mask state tape_g tape_k tape_delta keep"
-)
-_DELTA_BODY = """
+
+def _step(name: str, *, recording: bool, replays: bool) -> Kernel:
+    """Returns the kernel of a layer's step.
+
+    Args:
+        recording: whether it is for a round, which writes a tape.
+        replays: whether it is for steps after a round, whose tape it reads.
+    """
+    inputs = "x before taps A_log dt_bias norm_weight eps mask state"
+    tape = "tape_g, tape_k, tape_delta" if replays else "none, none, none"
+    written = "g_out, k_out, delta_out" if recording else "nullptr, nullptr, nullptr"
+    body = f"""
     threadgroup float shared[CHUNK * (2 * DK + 2 * DV + 2)];
-    const Tape tape = %s;
-    const Place at = {
+    {"" if replays else "const device float* none = nullptr;"}
+    const Tape written = {{{written}}};
+    const Place at = {{
         threadgroup_position_in_grid.y, threadgroup_position_in_grid.z,
         thread_index_in_threadgroup, thread_index_in_simdgroup,
-        simdgroup_index_in_threadgroup};
-    gated_delta_step<T, W, HK, HV, DK, DV, K, SG, CHUNK, %s, MASKED>(
-        x, before, taps, A_log, dt_bias, norm_weight, eps, mask, state, tape_g, tape_k,
-        tape_delta, x_shape[1], before_shape[1], keep[0], o, state_out, rows_out, tape, shared,
+        simdgroup_index_in_threadgroup}};
+    gated_delta_step<T, W, HK, HV, DK, DV, K, SG, CHUNK, {str(recording).lower()}, MASKED>(
+        x, before, taps, A_log, dt_bias, norm_weight, eps, mask, state, {tape}, x_shape[1],
+        before_shape[1], {"keep[0]" if replays else "0"}, o, state_out, rows_out, written, shared,
         at);
     """
-GATED_DELTA_STEP = Kernel(
-    "gated_delta_step",
-    "gated_delta",
-    inputs=tuple(_DELTA_INPUTS.split()),
-    outputs=("o", "state_out", "rows_out"),
-    body=_DELTA_BODY % ("{nullptr, nullptr, nullptr}", "false"),
-)
-GATED_DELTA_ROUND = Kernel(
-    "gated_delta_round",
-    "gated_delta",
-    inputs=tuple(_DELTA_INPUTS.split()),
-    outputs=("o", "state_out", "rows_out", "g_out", "k_out", "delta_out"),
-    body=_DELTA_BODY % ("{g_out, k_out, delta_out}", "true"),
-)
+    return Kernel(
+        name,
+        "gated_delta",
+        inputs=(*inputs.split(), *(("tape_g", "tape_k", "tape_delta", "keep") if replays else ())),
+        outputs=(
+            *("o", "state_out", "rows_out"),
+            *(("g_out", "k_out", "delta_out") if recording else ()),
+        ),
+        body=body,
+    )
+
+
+GATED_DELTA_STEP = _step("gated_delta_step", recording=False, replays=False)
+GATED_DELTA_ROUND = _step("gated_delta_round", recording=True, replays=False)
+GATED_DELTA_STEP_AFTER_ROUND = _step("gated_delta_step_after", recording=False, replays=True)
+GATED_DELTA_ROUND_AFTER_ROUND = _step("gated_delta_round_after", recording=True, replays=True)
 GATED_DELTA_REPLAY = Kernel(
     "gated_delta_replay",
     "gated_delta",
@@ -109,20 +120,22 @@ def gated_delta_step(
     C, K = taps.shape[:2]
     groups = _simdgroups(Dk, Dv)
     chunk = min(8, THREADGROUP_BYTES // (4 * (2 * Dk + 2 * Dv + 2)))
-    none = constant(0, mx.float32, 8)
     outputs = [((B, L, Hv * Dv), x.dtype), (state.shape, mx.float32)]
     outputs.append(((B, K - 1 + L if recording else K - 1, C), x.dtype))
     if recording:
         widths = ((Hv,), (key_heads, Dk), (Hv, Dv))
         outputs += [((B, L, *width), mx.float32) for width in widths]
-    kernel = GATED_DELTA_ROUND if recording else GATED_DELTA_STEP
+    inputs = [
+        *(x, before, taps, A_log, dt_bias, norm_weight, constant(eps, mx.float32)),
+        *(constant(1, mx.bool_, 8) if mask is None else mask, state),
+    ]
+    if tape:
+        inputs += [*tape, keep if isinstance(keep, mx.array) else constant(keep, mx.int32)]
+        kernel = GATED_DELTA_ROUND_AFTER_ROUND if recording else GATED_DELTA_STEP_AFTER_ROUND
+    else:
+        kernel = GATED_DELTA_ROUND if recording else GATED_DELTA_STEP
     return kernel.launch(
-        inputs=[
-            *(x, before, taps, A_log, dt_bias, norm_weight, constant(eps, mx.float32)),
-            constant(1, mx.bool_, 8) if mask is None else mask,
-            *(state, *(tape or (none, none, none))),
-            keep if isinstance(keep, mx.array) else constant(keep, mx.int32),
-        ],
+        inputs=inputs,
         template=[
             *(("T", x.dtype), ("W", taps.dtype), ("HK", key_heads), ("HV", Hv), ("DK", Dk)),
             *(("DV", Dv), ("K", K), ("SG", groups), ("CHUNK", chunk)),

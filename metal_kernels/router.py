@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import mlx.core as mx
 
 from .kernel import LANES, Kernel
@@ -13,38 +11,30 @@ ROUTER = Kernel(
     "router",
     "router",
     inputs=("logits",),
-    outputs=("experts", "starts", "rows", "weights"),
+    outputs=("routing",),
     body="""
     threadgroup uint keys[PAIRS];
     threadgroup uint sorted[PAIRS];
     threadgroup float pair_weights[PAIRS];
     route<T, E, TOP, SHARED, NORMALISE>(
-        logits, experts, starts, rows, weights, keys, sorted, pair_weights,
+        logits, routing, routing + 3 * PAIRS, routing + PAIRS,
+        reinterpret_cast<device float*>(routing + 2 * PAIRS), keys, sorted, pair_weights,
         thread_index_in_threadgroup, threads_per_threadgroup.x, thread_index_in_simdgroup,
         simdgroup_index_in_threadgroup);
     """,
 )
 
 
-class Routing(NamedTuple):
-    """The experts of some rows: N pairs (row, expert), sorted by expert, then row."""
-
-    experts: mx.array  # [N] uint32, the distinct ones
-    starts: mx.array  # [N + 1] uint32, where each one's pairs begin; N after the last
-    rows: mx.array  # [N] uint32, of each pair
-    weights: mx.array  # [N] float32, of each pair
-
-
 def takes_router(rows: int, experts: int, top_k: int) -> bool:
     """Returns whether the router kernel takes so many rows, experts, and experts a row.
 
-    MLX places inputs of fewer than 8 elements in another address space.
+    MLX places inputs of fewer than 8 elements in another address space: logits, or the routing.
     """
     fits = 1 <= rows <= MAX_ROWS and top_k <= experts <= 1024 and top_k < LANES
-    return fits and rows * experts >= 8
+    return fits and rows * experts >= 8 and rows * top_k >= 2
 
 
-def route(logits: mx.array, *, experts: int, top_k: int, normalise: bool) -> Routing:
+def route(logits: mx.array, *, experts: int, top_k: int, normalise: bool) -> mx.array:
     """Returns the top k experts of up to 16 rows and their weights, sorted, in one launch.
 
     Args:
@@ -52,12 +42,16 @@ def route(logits: mx.array, *, experts: int, top_k: int, normalise: bool) -> Rou
             expert, number E, of weight sigmoid(gate).
         normalise: whether a row's top-k weights sum to one.
 
-    Ties go to the lowest index. Limits: :func:`takes_router`.
+    Returns:
+        The routing of N pairs (row, expert), sorted by expert, then row: ``[4 N + 1]`` uint32. It
+        has N distinct experts, the unused ones 0; the row of each pair; the bits of its weight,
+        float32; and N + 1 numbers, where the pairs of each distinct expert begin, N after the
+        last. Ties go to the lowest index. Limits: :func:`takes_router`.
     """
     columns = logits.shape[-1]
     R = logits.size // columns
     N = R * (top_k + columns - experts)
-    outputs = ROUTER.launch(
+    (routing,) = ROUTER.launch(
         inputs=[logits],
         template=[
             *(("T", logits.dtype), ("E", experts), ("TOP", top_k)),
@@ -65,7 +59,7 @@ def route(logits: mx.array, *, experts: int, top_k: int, normalise: bool) -> Rou
         ],
         grid=(LANES * R, 1, 1),
         threadgroup=(LANES * R, 1, 1),
-        output_shapes=[(N,), (N + 1,), (N,), (N,)],
-        output_dtypes=[mx.uint32, mx.uint32, mx.uint32, mx.float32],
+        output_shapes=[(4 * N + 1,)],
+        output_dtypes=[mx.uint32],
     )
-    return Routing(*outputs)
+    return routing

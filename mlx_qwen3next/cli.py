@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-from .decoding.draft_depth import MAX_DEPTH
+from .decoding.draft_depth import MAX_DEPTH, MOST_COPIED
 
 
 class LineParser(argparse.ArgumentParser):
@@ -118,12 +118,16 @@ def positive_seconds(text: str) -> float:
     return _number(text, float, lambda s: s > 0, "a number of seconds, more than 0")
 
 
-def draft_depth(text: str) -> str | int:
+def draft_depth(text: str, most: int = MAX_DEPTH) -> str | int:
     """Parses "auto", "off" or the number of tokens to draft."""
     if text in ("auto", "off"):
         return text
-    expected = f"'auto', 'off' or 1 to {MAX_DEPTH}"
-    return _number(text, int, lambda depth: 1 <= depth <= MAX_DEPTH, expected)
+    return _number(text, int, lambda n: 1 <= n <= most, f"'auto', 'off' or 1 to {most}")
+
+
+def copied_tokens(text: str) -> str | int:
+    """Parses "auto", "off" or the number of tokens to copy."""
+    return draft_depth(text, MOST_COPIED)
 
 
 def rope_scaling(text: str) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def _number(
 
 # --- options that several commands have ---------------------------------------------------------
 def add_speed_options(group: Any) -> None:
-    """Adds ``--mtp`` and ``--kernels`` to a group of flags."""
+    """Adds the flags of drafting, and ``--kernels``, to a group of flags."""
     group.add_argument(
         "--mtp",
         type=draft_depth,
@@ -163,6 +167,30 @@ def add_speed_options(group: Any) -> None:
         help="Number of tokens that the model's own MTP head drafts ahead. 'auto' measures which "
         "number pays on this machine, none included; 'off' drafts nothing (default: "
         "%(default)s). This changes the speed, not the answer.",
+    )
+    group.add_argument(
+        "--mtp-from",
+        metavar="DIR_OR_REPO",
+        help="Another checkpoint of the same shapes, whose MTP head drafts for a model that has "
+        "none, such as Instruct's for Coder-Next; only the head's files are fetched. Its drafts "
+        "are less often right than a head's that was trained with the model, the answer stays the "
+        "same, and '--mtp auto' drafts nothing where it does not pay.",
+    )
+    group.add_argument(
+        "--draft-model",
+        type=str,
+        metavar="DIR_OR_REPO",
+        help="DFlash drafter trained for the model, such as z-lab/Qwen3-Coder-Next-DFlash. It "
+        "drafts instead of an MTP head, as many tokens as --mtp says; the answer stays the same.",
+    )
+    group.add_argument(
+        "--lookup",
+        type=copied_tokens,
+        metavar=f"{{auto,off,1..{MOST_COPIED}}}",
+        help="Number of tokens to copy ahead from where the text, prompt included, was last as it "
+        "is now; works with every model. 'auto' measures which number pays, 'off' copies nothing "
+        "(default: 'auto' with --mtp auto, otherwise 'off'). This changes the speed, not the "
+        "answer.",
     )
     group.add_argument(
         "--kernels",
@@ -319,14 +347,15 @@ def fingerprint_of(args: argparse.Namespace) -> str:
     """Computes the fingerprint of a prompt cache, which is the same for arguments that make the
     same cache of a prompt.
 
-    It covers the model, the adapter, the dtype, the scaling of positions and the quantization of
-    keys and values.
+    It covers the model, the adapter, the head of another checkpoint, the dtype, the scaling of
+    positions and the quantization of keys and values.
 
     Raises:
-        ValueError: the model or its adapter cannot be read.
+        ValueError: the model, its adapter or the head cannot be read.
     """
-    from .checkpoint.fingerprint import adapter_digest, fingerprint
-    from .checkpoint.hub import resolve
+    from .checkpoint.fingerprint import adapter_digest, fingerprint, head_digest
+    from .checkpoint.heads import find_head
+    from .checkpoint.hub import read_config, resolve
     from .checkpoint.loading import default_dtype
 
     options = [adapter_digest(args.adapter_path), str(default_dtype())]
@@ -334,4 +363,6 @@ def fingerprint_of(args: argparse.Namespace) -> str:
         options.append(f"{args.kv_bits} {args.kv_group_size} {args.quantized_kv_start}")
     if args.rope_scaling is not None:
         options.append(str(args.rope_scaling))
+    if args.mtp_from is not None:
+        options.append(head_digest(find_head(args.mtp_from, read_config(args.model))))
     return fingerprint(resolve(args.model), *options)

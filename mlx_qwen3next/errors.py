@@ -2,7 +2,17 @@
 
 
 class ContextLengthError(ValueError):
-    """A prompt is longer than the model's context."""
+    """A prompt is longer than the model's context.
+
+    Args:
+        message: names both lengths.
+        tokens: those of the prompt.
+        limit: the context's length.
+    """
+
+    def __init__(self, message: str, tokens: int, limit: int):
+        super().__init__(message)
+        self.tokens, self.limit = tokens, limit
 
 
 class QueueFullError(RuntimeError):

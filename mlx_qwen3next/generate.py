@@ -28,7 +28,6 @@ DEMO_PROMPT = "How do I use itertools.chain?"  # the default for the bundled dem
 # Flags of mlx_lm.generate that would have no effect here, with the reasons.
 UNSUPPORTED = {
     "image": "Qwen3-Next takes no images",
-    "draft_model": "the model drafts with its own MTP head: use --mtp",
     "num_draft_tokens": "use --mtp",
     "quantize_activations": "activations stay in floating point here",
     "max_kv_size": "keys and values are kept whole, so that long prompts stay exact",
@@ -228,7 +227,6 @@ def other_flags() -> argparse.ArgumentParser:
         help=_unsupported("quantize_activations"),
     )
     add_kv_options(parser)
-    parser.add_argument("--draft-model", type=str, help=_unsupported("draft_model"))
     parser.add_argument(
         "--num-draft-tokens", type=int, default=3, help=_unsupported("num_draft_tokens")
     )

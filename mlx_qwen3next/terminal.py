@@ -94,6 +94,8 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
     model, tokenizer = load(
         args.model,
         context=max(DEFAULT_CONTEXT, args.max_tokens),
+        mtp_from=args.mtp_from,
+        draft_model=args.draft_model,
         tokenizer_config=tokenizer_config,
         adapter_path=args.adapter_path,
         rope_scaling=args.rope_scaling,
@@ -114,6 +116,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         prompt,
         args.max_tokens,
         mtp=args.mtp,
+        lookup=args.lookup,
         prompt_cache=cache,
         prompt_progress_callback=progress,
         prefill_step_size=args.prefill_step_size,
@@ -131,6 +134,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
     prepare(
         model,
         mtp=args.mtp,
+        lookup=args.lookup,
         chunk=args.prefill_step_size,
         say=partial(print, file=sys.stderr, flush=True),
     )

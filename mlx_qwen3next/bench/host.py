@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,36 +23,41 @@ from ..model.cache import Cache, Round
 from .on_metal import as_on_metal, mlx_lm, ours
 
 LAYERS = 48
-WARM = 5  # steps before any is timed: traces are made in the first two
+# Steps of a kind in a row, as in decoding, after some that are not timed: traces are made in the
+# first two, and then caches of the processor hold what the next step needs.
+WARM, IN_A_ROW = 4, 4
 DRAFTS = 3
 
 launched = 0  # opaque primitives made by Python calls, not by a trace
 
 
-def host_table(repeats: int = 50, layers: int = LAYERS) -> str:
+def host_table(repeats: int = 20, layers: int = LAYERS) -> str:
     """Measures steps of both packages, in turns, and returns the table.
 
     Args:
-        repeats: steps of each kind; the table has their medians.
+        repeats: turns of each kind of step; the table has the medians.
         layers: of the models, a multiple of 4.
     """
     model, stock = ours(layers), mlx_lm(layers)
     caches = [_prompted(model), _prompted(stock)]
     chooser = Chooser(greedy_sampler, [], mx.array([1], mx.uint32))
-    times: dict[str, list[dict[str, float]]] = {"here": [], "mlx-lm": [], "round": []}
+    kinds: dict[str, tuple[bool, Callable[[], dict[str, float]]]] = {
+        "here": (True, lambda: _plain(model, _copied(caches[0]), chooser)),
+        "round": (True, lambda: _round(model, _copied(caches[0]), chooser)),
+        "mlx-lm": (False, lambda: _stock(stock, _copied(caches[1]))),
+    }
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     anew = 0
-    for i in range(WARM + repeats):
-        with as_on_metal(opaque, kernels=True):
-            before = launched
-            plain = _plain(model, _copied(caches[0]), chooser)
-            written = launched - before - _attentions(model)
-            drafted = _round(model, _copied(caches[0]), chooser)
-        with as_on_metal(opaque, kernels=False):
-            other = _stock(stock, _copied(caches[1]))
-        if i >= WARM:
-            anew = max(anew, written)
-            for name, parts in zip(times, (plain, other, drafted), strict=True):
-                times[name].append(parts)
+    for _ in range(repeats):
+        for name, (kernels, step) in kinds.items():
+            with as_on_metal(opaque, kernels=kernels):
+                for i in range(WARM + IN_A_ROW):
+                    before = launched
+                    parts = step()
+                    if i >= WARM:
+                        times[name].append(parts)
+                        if name == "here":
+                            anew = max(anew, launched - before - _attentions(model))
     rows = {
         name: {part: statistics.median([one[part] for one in samples]) for part in samples[0]}
         for name, samples in times.items()

@@ -206,11 +206,11 @@ def _auto(row: Mapping[str, Any], promises: Sequence[Sequence[float]]) -> list[s
     used = ", ".join(f"{d}: {n / rounds:.0%}" for d, n in sorted(row["drafted"].items()))
     known = ", ".join(
         f"{depth}: {1e3 * seconds:.2f} ms for {tokens:.2f} tokens"
-        for depth, (seconds, tokens, timed) in enumerate(promises)
+        for depth, seconds, tokens, timed in promises
         if timed
     )
     lines = [f"auto used depth (of its rounds) {used}", f"it measured, a round of depth {known}"]
-    if len([None for promise in promises if promise[2]]) == 1:
+    if len([None for *_, timed in promises if timed]) == 1:
         lines.append("a round of one draft takes more than two plain steps: it drafts nothing")
     return lines
 

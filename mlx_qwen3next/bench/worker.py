@@ -175,7 +175,8 @@ class Ours(Backend):
         return super().held() | {"queueing": how}
 
     def steps(self, prompt: list[int], tokens: int, mtp: str | int) -> Iterable[Any]:
-        return generate_step(prompt, self.model, max_tokens=tokens, mtp=cast(Any, mtp))
+        options = {"max_tokens": tokens, "mtp": cast(Any, mtp), "lookup": "off"}
+        return generate_step(prompt, self.model, **options)
 
     def turns(self, first: list[int], more: list[int], tokens: int, keep: bool) -> dict[str, Any]:
         spare = min(self._group.gather("spare", capacity.spare()))
@@ -189,10 +190,10 @@ class Ours(Backend):
         return {"first": one, "second": two}
 
     def chosen(self) -> list[list[float]]:
-        """The measurements behind "auto": for each depth, a round's seconds and tokens, and whether
-        the round was measured.
+        """The measurements behind "auto": each depth, a round's seconds and tokens, and whether the
+        round was measured.
         """
-        return [list(promise) for promise in Speculation.of(self.model).measured.explain()]
+        return [list(promise) for promise in Speculation.of(self.model).explain()]
 
     def findings(self) -> dict[str, dict[str, Any]]:
         """The findings about the kernels on this machine, by kind of call."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from ..storage.safetensors import Tensor
 from .adapter import CONFIG_FILE, WEIGHT_FILE
 from .files import find_files, read_headers
+from .heads import Head
 
 _VERSION = "1"  # of what this package computes from the same files
 _SAMPLE_BYTES = 256  # read of each tensor
@@ -31,11 +34,33 @@ def fingerprint(directory: Path, *options: str) -> str:
         ValueError: the model's files cannot be read, see
             :func:`mlx_qwen3next.checkpoint.files.find_files`.
     """
-    digest = hashlib.blake2b(digest_size=16)
     tensors = read_headers(find_files(directory))
     try:
         config = (directory / "config.json").read_bytes()
-        digest.update(json.dumps([_VERSION, options, len(config)]).encode() + config)
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return _digest([_VERSION, options, len(config)], config, tensors)
+
+
+def head_digest(head: Head | None) -> str:
+    """The digest of another checkpoint's MTP head, 32 hexadecimal digits; "" without one.
+
+    Raises:
+        ValueError: its files cannot be read.
+    """
+    if head is None:
+        return ""
+    return _digest([_VERSION, head.config.to_dict()], b"", head.tensors)
+
+
+def _digest(description: object, config: bytes, tensors: Mapping[str, Tensor]) -> str:
+    """Digests a description, and every tensor's name, dtype, shape and first bytes.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    digest = hashlib.blake2b(json.dumps(description).encode() + config, digest_size=16)
+    try:
         with ExitStack() as stack:
             files = {
                 file: stack.enter_context(file.open("rb", buffering=0))

@@ -39,11 +39,11 @@ def resolve(path_or_repo: str | Path | None, revision: str | None = None) -> Pat
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD)))
 
 
-def read_config(path_or_repo: str | Path | None = None) -> Config:
+def read_config(path_or_repo: str | Path | None = None, revision: str | None = None) -> Config:
     """The config of a model. No weights of a repository are fetched.
 
     Args:
-        path_or_repo: as for :func:`resolve`.
+        path_or_repo, revision: as for :func:`resolve`.
 
     Raises:
         ValueError: there is no such model, or it is none that this package runs.
@@ -53,24 +53,26 @@ def read_config(path_or_repo: str | Path | None = None) -> Config:
         return Config.from_file(directory / "config.json")
     repo = str(path_or_repo)
     with hub_errors(repo):
-        file = hf_hub_download(repo, "config.json")
+        file = hf_hub_download(repo, "config.json", revision=revision)
     config, raw = Config.from_file(file), read_json(file)
     if raw.get("quantization_config") and not raw.get("quantization"):
-        foreign.refuse_unloadable_names(repo, _fetch_names(repo), raw)
+        foreign.refuse_unloadable_names(repo, _fetch_names(repo, revision), raw)
     return config
 
 
-def _fetch_names(repo: str) -> list[str]:
+def _fetch_names(repo: str, revision: str | None) -> list[str]:
     """The names of the tensors that a repository's index lists; none where it has no index."""
-    index = find_file(repo, INDEX_FILE)
+    index = find_file(repo, INDEX_FILE, revision)
     return [] if index is None else list(read_weight_map(index))
 
 
-def find_file(path_or_repo: str | Path | None, name: str) -> Path | None:
+def find_file(
+    path_or_repo: str | Path | None, name: str, revision: str | None = None
+) -> Path | None:
     """The local path of a small file of a model, which is fetched alone from a repository.
 
     Args:
-        path_or_repo: as for :func:`resolve`.
+        path_or_repo, revision: as for :func:`resolve`.
         name: the file's.
 
     Returns:
@@ -86,7 +88,7 @@ def find_file(path_or_repo: str | Path | None, name: str) -> Path | None:
     repo = str(path_or_repo)
     with hub_errors(repo):
         try:
-            return Path(hf_hub_download(repo, name))
+            return Path(hf_hub_download(repo, name, revision=revision))
         except EntryNotFoundError:  # the hub's, or the cache's where the hub is out of reach
             return None
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -31,8 +31,10 @@ from ..storage import safetensors
 from ..storage.safetensors import Tensor
 from . import files, foreign, match
 from .adapter import add_adapter, read_adapter
-from .fingerprint import fingerprint
-from .hub import resolve
+from .drafters import Drafter, attach_drafter, find_drafter
+from .fingerprint import fingerprint, head_digest
+from .heads import Head, find_head, head_config
+from .hub import read_config, resolve
 from .quantized import quantize
 
 # Context assumed for the memory check where the caller gives none.
@@ -45,6 +47,8 @@ def load(
     dtype: mx.Dtype | None = None,
     context: int = DEFAULT_CONTEXT,
     revision: str | None = None,
+    mtp_from: str | Path | None = None,
+    draft_model: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     adapter_path: str | Path | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
@@ -57,7 +61,8 @@ def load(
 
     Args:
         path_or_repo: a local directory, a hub repository id, or None for the bundled demo model.
-        dtype, context, rope_scaling, pack, group, mode, layers: see :func:`load_model`.
+        dtype, context, mtp_from, draft_model, rope_scaling, pack, group, mode, layers: see
+            :func:`load_model`.
         revision: branch, tag or commit of a hub repository.
         tokenizer_config: further arguments of transformers' ``AutoTokenizer``.
         adapter_path: the directory of a LoRA, DoRA or full fine-tune made by ``mlx_lm.lora``.
@@ -65,27 +70,18 @@ def load(
     Raises:
         ValueError: the checkpoint cannot be loaded; the message names the file and the fault.
     """
+    drafts = _find_drafts(mtp_from, draft_model, path_or_repo, revision, group)
     directory = resolve(path_or_repo, revision)
     _read_config(directory, rope_scaling)  # its errors come before the tokenizer's
     tokenizer = _load_tokenizer(directory, tokenizer_config)
     if adapter_path is None:
-        model = load_model(
-            directory,
-            dtype=dtype,
-            context=context,
-            rope_scaling=rope_scaling,
-            pack=pack,
-            group=group,
-            mode=mode,
-            layers=layers,
-        )
-        return model, tokenizer
+        return _load(
+            directory, drafts, rope_scaling, dtype, context, pack, group, mode, layers
+        ), tokenizer
     if group.size > 1:
         raise ValueError("an adapter cannot be divided among ranks; fuse it with mlx_lm.fuse first")
     adapter = read_adapter(adapter_path)  # a fault in it shows before the model is read
-    model = load_model(
-        directory, dtype=dtype, context=context, rope_scaling=rope_scaling, pack=False
-    )
+    model = _load(directory, drafts, rope_scaling, dtype, context, pack=False)
     add_adapter(model, adapter)
     return _for_inference(model) if pack else model, tokenizer
 
@@ -96,6 +92,8 @@ def load_model(
     dtype: mx.Dtype | None = None,
     context: int = DEFAULT_CONTEXT,
     revision: str | None = None,
+    mtp_from: str | Path | None = None,
+    draft_model: str | Path | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
     pack: bool = True,
     group: Group = ALONE,
@@ -111,8 +109,14 @@ def load_model(
             and dt_bias are float32 always.
         context: tokens the cache is to hold, for the memory check.
         revision: as for :func:`load`.
+        mtp_from: another checkpoint, a directory or a hub repository, whose MTP head a model
+            without one is to draft with, such as Instruct's for Coder-Next. The tokens do not
+            change; drafts are less often right than a head's that was trained with this model.
+        draft_model: a DFlash drafter trained for this model, a directory or a hub repository. It
+            drafts instead of an MTP head. The tokens do not change.
         rope_scaling: instead of the config's, as it stands in a config file; for example
-            ``{"rope_type": "yarn", "factor": 4.0}`` for four times the original length.
+            ``{"rope_type": "yarn", "factor": 4.0}`` for four times the original length. It holds
+            for the MTP head as well, but not for a DFlash drafter.
         pack: whether to pack the weights for inference
             (:func:`mlx_qwen3next.model.packing.pack`). To train, save or inspect the model under
             the checkpoint's names, pass False.
@@ -123,36 +127,98 @@ def load_model(
     Raises:
         ValueError: as for :func:`load`; or the ranks' files are not the same.
     """
+    drafts = _find_drafts(mtp_from, draft_model, path_or_repo, revision, group)
     directory = resolve(path_or_repo, revision)
+    return _load(directory, drafts, rope_scaling, dtype, context, pack, group, mode, layers)
+
+
+class _Drafts(NamedTuple):
+    """What other checkpoints than the model's own have to draft with."""
+
+    head: Head | None = None
+    drafter: Drafter | None = None
+
+
+def _find_drafts(
+    mtp_from: str | Path | None,
+    draft_model: str | Path | None,
+    path_or_repo: str | Path | None,
+    revision: str | None,
+    group: Group,
+) -> _Drafts:
+    """Finds them, so that a fault in them shows before the model is fetched.
+
+    Raises:
+        ValueError: as for :func:`load`.
+    """
+    if mtp_from is None and draft_model is None:
+        return _Drafts()
+    if mtp_from is not None and draft_model is not None:
+        raise ValueError("mtp_from and draft_model exclude each other: one of them drafts")
+    if draft_model is not None and group.size > 1:
+        raise ValueError("draft_model is not supported on several machines; use the MTP head")
+    config = read_config(path_or_repo, revision)
+    if mtp_from is not None:
+        return _Drafts(head=find_head(mtp_from, config))
+    return _Drafts(drafter=find_drafter(cast(Any, draft_model), config))
+
+
+def _load(
+    directory: Path,
+    drafts: _Drafts,
+    rope_scaling: Mapping[str, Any] | None,
+    dtype: mx.Dtype | None,
+    context: int,
+    pack: bool,
+    group: Group = ALONE,
+    mode: Mode | None = None,
+    layers: Sequence[int] | None = None,
+) -> Model:
+    """Loads a model from a directory, and what drafts from another if one is given."""
+    head = drafts.head
     config = _read_config(directory, rope_scaling)
     context = min(context, config.max_position_embeddings)
     tensors = files.read_headers(files.find_files(directory))
     foreign.refuse_foreign(tensors, directory)
     foreign.refuse_fp8(tensors)
+    has_head = any(layouts.is_mtp(name) for name in tensors)
+    if head is not None and has_head:
+        raise ValueError(f"{directory} has an MTP head of its own; mtp_from is for models without")
     dtype = dtype or default_dtype()
     if dtype not in (mx.float32, mx.bfloat16, mx.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
 
     try:
         model = Model(config)
-        if any(layouts.is_mtp(name) for name in tensors):
-            mtp_head.attach(model)
+        if head is not None:
+            mtp_head.attach(model, head.config)
+        elif has_head:
+            mtp_head.attach(model, head_config(tensors, config, trunk=config))
     except OverflowError:
         raise ValueError(f"{directory}: the config's sizes are beyond MLX's arrays") from None
-    quantize(model, tensors, dtype)
-    origins = _match(model, tensors, directory)
+    stored = tensors if head is None else tensors | head.tensors
+    quantize(model, stored, dtype)
+    parameters = dict(_parameters(model))
+    if head is None:
+        origins = _match(parameters, tensors, config, directory)
+    else:
+        of_head = {path: parameters.pop(path) for path in [*parameters] if layouts.is_mtp(path)}
+        origins = _match(parameters, tensors, config, directory)
+        origins |= _match(of_head, head.tensors, head.config, head.directory)
     if group.size > 1:
-        _check_same(directory, group, dtype, config)
+        _check_same(directory, head, group, dtype, config)
     part = divide(model, group, mode, layers)
     _check_memory(model, dtype, context)
 
     model.eval()
     own = {path: origins[part.whole_path(path)] for path, _ in _parameters(model)}
-    read = _read(own, tensors, dtype, part)
+    read = _read(own, stored, dtype, part)
     # Only a large model takes long enough for the bar to appear.
     bar = tqdm(read, "loading", total=len(own), unit="tensor", leave=False, delay=2, disable=None)
     for path, value in bar:
         model.load_weights([(path, value)], strict=False)
+    if drafts.drafter is not None:
+        attach_drafter(model, drafts.drafter, dtype)
     return _for_inference(model) if pack else model
 
 
@@ -194,9 +260,13 @@ def _eos_token_ids(directory: Path) -> list[int] | None:
     return None
 
 
-def _match(model: Model, tensors: Mapping[str, Tensor], directory: Path) -> dict[str, Origin]:
+def _match(
+    parameters: Mapping[str, mx.array],
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    directory: Path,
+) -> dict[str, Origin]:
     """Parameter path -> origin, after checking that tensors and parameters agree exactly."""
-    parameters = dict(_parameters(model))
     origins = match.find_origins({p: tuple(a.shape) for p, a in parameters.items()}, tensors)
     used: set[str] = set()
     for path, array in parameters.items():
@@ -204,7 +274,7 @@ def _match(model: Model, tensors: Mapping[str, Tensor], directory: Path) -> dict
             dtypes = match.stored_dtypes(array)
             match.check_tensor(name, tensors, origins[path].shape, dtypes, directory)
             used.add(name)
-    match.refuse_surplus(tensors, used, model.args)
+    match.refuse_surplus(tensors, used, config)
     return origins
 
 
@@ -229,7 +299,9 @@ def _check_memory(model: Model, dtype: mx.Dtype, context: int) -> None:
     capacity.check(weights, cache, context)
 
 
-def _check_same(directory: Path, group: Group, dtype: mx.Dtype, config: Config) -> None:
+def _check_same(
+    directory: Path, head: Head | None, group: Group, dtype: mx.Dtype, config: Config
+) -> None:
     """Checks that this rank has the same model, options and packages as rank 0.
 
     Raises:
@@ -237,6 +309,7 @@ def _check_same(directory: Path, group: Group, dtype: mx.Dtype, config: Config) 
     """
     own = {
         "the files' fingerprint": fingerprint(directory),
+        "the head's digest": head_digest(head),
         "dtype": str(dtype),
         "rope_scaling": str(config.rope_scaling),
         "mlx": version("mlx"),
@@ -261,7 +334,7 @@ def _read(
         lazy |= {
             name: array
             for name, array in files.open_file(file).items()
-            if tensors[name].file == file
+            if name in tensors and tensors[name].file == file
         }
     uses = Counter(name for origin in origins.values() for name in origin.names)
     for path, origin in origins.items():

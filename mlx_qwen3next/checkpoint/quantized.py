@@ -54,6 +54,22 @@ def quantize(model: Model, tensors: Mapping[str, Tensor], dtype: mx.Dtype) -> No
         dtype: of the activations.
 
     Raises:
+        ValueError: as for :func:`quantize_modules`.
+    """
+    quantize_modules(model, tensors)
+    table: Any = model.model.embed_tokens
+    if getattr(table, "mode", "affine") != "affine":
+        embedding = _ByteScaledEmbedding(
+            table.num_embeddings, table.dims, table.group_size, table.bits, table.mode
+        )
+        embedding.dtype = dtype
+        model.model.update_modules({"embed_tokens": embedding})
+
+
+def quantize_modules(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives every module whose weights are stored with scales MLX's quantized form.
+
+    Raises:
         ValueError: scales have no weight beside them, or one that MLX cannot read.
     """
 
@@ -70,13 +86,6 @@ def quantize(model: Model, tensors: Mapping[str, Tensor], dtype: mx.Dtype) -> No
         return params
 
     nn.quantize(model, class_predicate=predicate)
-    table: Any = model.model.embed_tokens
-    if getattr(table, "mode", "affine") != "affine":
-        embedding = _ByteScaledEmbedding(
-            table.num_embeddings, table.dims, table.group_size, table.bits, table.mode
-        )
-        embedding.dtype = dtype
-        model.model.update_modules({"embed_tokens": embedding})
 
 
 class _ByteScaledEmbedding(nn.QuantizedEmbedding):

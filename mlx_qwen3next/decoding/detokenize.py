@@ -37,23 +37,24 @@ class StopWords:
         self._words = words
         self._held = ""
 
-    def add(self, text: str, finish_reason: str | None = None) -> tuple[str, bool]:
-        """Returns the text that is certain by now, and whether a stop word has ended it.
+    def add(self, text: str, finish_reason: str | None = None) -> tuple[str, str | None]:
+        """Returns the text that is certain by now, and the stop word that has ended it, if any.
 
         Args:
             finish_reason: of the text, if it ends here anyway.
         """
         text = self._held + text
-        found = [i for word in self._words if (i := text.find(word)) >= 0]
+        found = [(i, word) for word in self._words if (i := text.find(word)) >= 0]
         if found:
-            return text[: min(found)], True
+            end, word = min(found)
+            return text[:end], word
         hold = 0
         if finish_reason is None:
             longest = max(map(len, self._words), default=1)
             ends = range(1, min(longest, len(text) + 1))
             hold = max((n for n in ends if self._begins(text[-n:])), default=0)
         self._held = text[len(text) - hold :]
-        return text[: len(text) - hold], False
+        return text[: len(text) - hold], None
 
     def _begins(self, end: str) -> bool:
         return any(word.startswith(end) for word in self._words)

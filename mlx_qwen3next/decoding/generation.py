@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
@@ -25,9 +25,15 @@ from ..prompt_cache.store import PromptCache
 from .detokenize import TextDecoder
 from .sampling import Chooser, Sampling, check_integer
 from .sequence import KVQuantization, TokenSequence
-from .speculation import MTP, Speculation
+from .speculation import MTP, Lookup, Speculation
 from .speculative import Acceptance, Token
 from .validation import check_cache, check_kv_quantization, check_prompt, held_by, token_budget
+
+SOURCES = {  # of drafts, in the closing lines
+    "lookup": "copied",
+    "mtp": "from the MTP head",
+    "dflash": "from the draft model",
+}
 
 
 @dataclass
@@ -37,6 +43,8 @@ class GenerationResponse(MLXGenerationResponse):
     rounds: int = 0  # passes of the trunk, plain steps included
     mean_accept_length: float = 0.0  # tokens a round
     acceptance: tuple[float, ...] = ()  # share of right drafts at depth 1, 2, …
+    drafted: dict[str, int] = field(default_factory=dict)  # by source, as in SOURCES
+    accepted: dict[str, int] = field(default_factory=dict)  # those that were right
     cached_tokens: int = 0  # of the prompt, found in a PromptCache
 
 
@@ -46,6 +54,7 @@ def generate_step(
     *,
     max_tokens: int = 256,
     mtp: MTP = "auto",
+    lookup: Lookup = None,
     prompt_cache: Cache | PromptCache | None = None,
     prefill_step_size: int = 2048,
     kv_bits: int | None = None,
@@ -65,6 +74,9 @@ def generate_step(
         mtp: how many tokens the MTP head drafts a round: 1…8, "off", or "auto" to choose by what
             is measured, none included. It changes the speed, not the tokens, except that rounding
             may decide between tokens that are all but equal.
+        lookup: how many tokens are copied from the last place where the text was as it is at its
+            end: 1…15 where there is one, "off", or "auto" to choose by what is measured. None is
+            "auto" where ``mtp`` is "auto", and otherwise "off". It needs no head.
         prompt_cache: what ``model.make_cache()`` made, with the tokens before the prompt; advanced
             in place. Whenever the caller stops, it holds the prompt and every token yielded, the
             last one included: go on with the token that comes after it. (If the prompt was not
@@ -92,7 +104,10 @@ def generate_step(
     prompt = check_prompt(prompt, model)
     processors = list(logits_processors or ())
     speculation = Speculation.of(model)
-    depth = speculation.depth("off" if mtp == "auto" and processors else mtp)
+    if processors:
+        mtp = "off" if mtp == "auto" else mtp
+        lookup = "off" if lookup == "auto" else lookup
+    depth = speculation.depth(mtp, lookup)
     check_integer("prefill_step_size", prefill_step_size, least=1)
     check_kv_quantization(model.args.head_dim, kv_bits, kv_group_size, quantized_kv_start)
     if unknown := sorted(sampling.keys() - {field.name for field in fields(Sampling)}):
@@ -108,15 +123,17 @@ def generate_step(
     else:
         cache = model.make_cache() if prompt_cache is None else check_cache(prompt_cache, model)
         budget = token_budget(model, held_by(model, cache) + prompt.size, max_tokens)
-    head, idle = cache[len(model.layers) :], depth.idle
-    if store is not None and idle:
-        head = []  # nobody will draft, and to follow takes up to 7 % of a long prompt
-    keep_drafter = bool(head) or store is not None
-    if not head and not idle:
-        head = model.mtp.make_cache()
+    head = cache[len(model.layers) :]
+    # A block drafter takes the head's place. Where nobody will draft, to follow would take up to
+    # 7 % of a long prompt.
+    if model.dflash is not None or (store is not None and depth.idle("mtp")):
+        head = []
+    keep_drafters = bool(head) or store is not None
+    head = head or speculation.head_cache(depth)
+    position = 0 if model.dflash is None else held_by(model, cache)
 
     def steps() -> Generator[Token]:
-        drafter = speculation.drafter(head) if head else None
+        drafters = speculation.drafters(depth, head, position)
         places = [] if store is None else store.places(prompt, held)
         tokens: list[int] = prompt.tolist()  # type: ignore[assignment]
         cuts = sorted({held, *places, prompt.size - 1, prompt.size})
@@ -126,15 +143,15 @@ def generate_step(
             tokens[:held],
             [tokens[start:end] for start, end in pairwise(cuts)],
             depth=depth,
-            drafter=drafter,
-            keep_drafter=keep_drafter,
+            drafters=drafters,
+            keep_drafters=keep_drafters,
             step_size=prefill_step_size,
             quantization=KVQuantization(kv_bits, kv_group_size, quantized_kv_start),
         )
 
         def keep() -> None:
             """Keeps the sequence so far for its next user, unless an error has cut it short."""
-            if drafter is not None and keep_drafter:
+            for drafter in drafters if keep_drafters else ():
                 drafter.settle()
             count = len(sequence.tokens)
             if store is not None and held_by(model, sequence.trunk) == count > 0:
@@ -253,6 +270,8 @@ def _stream(
                 rounds=drafts.rounds,
                 mean_accept_length=drafts.mean_length,
                 acceptance=drafts.by_depth,
+                drafted=dict(drafts.drafted),
+                accepted=dict(drafts.accepted),
                 cached_tokens=progress.known or 0,
             )
             if finish_reason:
@@ -300,10 +319,13 @@ def statistics(last: GenerationResponse | None) -> str:
         f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec",
         f"Peak memory: {last.peak_memory:.3f} GB",
     ]
-    if last.acceptance:
-        shares = ", ".join(f"{share:.0%}" for share in last.acceptance)
+    if last.drafted:
+        shares = "; ".join(
+            f"{SOURCES.get(source, source)} {last.accepted[source]} of {n}"
+            for source, n in last.drafted.items()
+        )
         lines.append(
-            f"Speculation: {last.rounds} rounds, {last.mean_accept_length:.2f} tokens a round, "
-            f"drafts accepted by depth: {shares}"
+            f"Speculation: {last.rounds} rounds, {last.mean_accept_length:.2f} tokens a round; "
+            f"drafts accepted: {shares}"
         )
     return "\n".join(lines)

@@ -25,10 +25,10 @@ from ..compute import proof
 from ..compute.proof import Finding
 from ..model.cache import Round, settle
 from ..model.qwen3_next import Model
-from .draft_depth import MAX_DEPTH
+from .draft_depth import MOST_COPIED
 from .drafters.mtp import CATCH_UP
 from .sampling import check_integer
-from .speculation import MTP, check_depth
+from .speculation import MTP, Lookup, most_drafted
 
 # Numbers of tokens in a forward. The experts' kernels have a kind for each number up to 16, the
 # others for classes that end at powers of two (:func:`..compute.operations.rows_class`).
@@ -42,6 +42,7 @@ def prepare(
     model: Model,
     *,
     mtp: MTP = "auto",
+    lookup: Lookup = None,
     chunk: int = LENGTHS[-1],
     say: Callable[[str], None] = logger.info,
 ) -> None:
@@ -54,18 +55,18 @@ def prepare(
 
     Args:
         model: nobody else may use it meanwhile.
-        mtp: as for :func:`mlx_qwen3next.generate_step`; tells which rounds there will be.
+        mtp, lookup: as for :func:`mlx_qwen3next.generate_step`; they tell which rounds there will
+            be.
         chunk: prompt tokens that will be processed at a time; up to 2048 are prepared for.
         say: takes a line about the work, if there is any.
 
     Raises:
-        ValueError: ``mtp`` or ``chunk`` is out of range.
+        ValueError: ``mtp``, ``lookup`` or ``chunk`` is out of range.
     """
-    check_depth(mtp, model)
+    depth = most_drafted(mtp, lookup, model)
     check_integer("chunk", chunk, least=1)
     if model.group.size > 1:
         return
-    depth = 0 if mtp == "off" or model.mtp is None else MAX_DEPTH if mtp == "auto" else mtp
     if proof.uses_kernels() and proof.mode() == "auto":
         found, seconds = prove(model, depth=depth, chunk=chunk)
         if found:
@@ -78,12 +79,12 @@ def prepare(
 
 
 def prove(
-    model: Model, *, depth: int = MAX_DEPTH, chunk: int = LENGTHS[-1]
+    model: Model, *, depth: int = MOST_COPIED, chunk: int = LENGTHS[-1]
 ) -> tuple[dict[str, Finding], float]:
     """Proves the kernels about which nothing is known, and shows a bar on a terminal's stderr.
 
     Args:
-        depth: the most tokens drafted in a round; 0 for none, as without an MTP head.
+        depth: the most tokens drafted in a round; 0 for none.
         chunk: as for :func:`prepare`.
 
     Returns:
@@ -128,7 +129,7 @@ def rehearsal(
     def prompt(n: int) -> list[mx.array]:
         """Reads n tokens, which the MTP head then catches up with."""
         results = [model.model(_tokens(model, n), model.make_cache())]
-        if depth:
+        if depth and model.mtp is not None:
             # Some states may have waited before the longest chunk. In place of the trunk's states,
             # which a proof would have to wait for, the head gets others.
             tokens = _tokens(model, n + CATCH_UP - 1 if n == max(lengths) else n)

@@ -41,28 +41,29 @@ def prefill(
     model: Model,
     trunk: Cache,
     tokens: mx.array,
-    drafter: Drafter | None = None,
+    drafters: Sequence[Drafter] = (),
     after_forward: Callable[[], None] = lambda: None,
 ) -> None:
     """Feeds tokens ``[n]`` of a prompt, or nothing of them if interrupted, and waits for them.
 
     Args:
         trunk: the cache's entries of the layers.
-        drafter: told of the tokens.
+        drafters: told of the tokens.
         after_forward: called when the cache has grown.
     """
     with Undo(trunk):
-        hidden = forward(model, trunk, tokens)
+        _, hidden = forward(model, trunk, tokens, drafters)
         after_forward()
-        # With a drafter hidden, too: the states that wait there must not refer to keys and values.
-        mx.eval([c.state for c in trunk], hidden if drafter else [])
-    if drafter is not None:
+        # The states that wait for a drafter, too: they must not refer to keys and values.
+        reads_states = any(drafter.reads_states for drafter in drafters)
+        mx.eval([c.state for c in trunk], hidden if reads_states else [])
+    for drafter in drafters:
         drafter.committed(tokens, hidden)
     mx.clear_cache()
 
 
 class TokenSequence:
-    """A sequence of tokens, its cache, and its drafter.
+    """A sequence of tokens, its cache, and its drafters.
 
     Args:
         model: computes it.
@@ -71,9 +72,9 @@ class TokenSequence:
         held: the tokens that the cache holds already, as far as they are known.
         segments: the prompt's tokens that are not in the cache. A chunk that is read ends at the
             latest where its segment does. The last segment is one token, which decoding feeds.
-        depth: chooses how many tokens are drafted.
-        drafter: drafts them; None for none.
-        keep_drafter: whether the drafter is told of every token, for its next user.
+        depth: chooses who drafts and how many tokens.
+        drafters: those that follow the sequence.
+        keep_drafters: whether they are told of every token, for their next user.
         step_size: prompt tokens read at a time.
         quantization: of the trunk's keys and values.
 
@@ -92,13 +93,13 @@ class TokenSequence:
         segments: Iterable[Sequence[int]],
         *,
         depth: Depth,
-        drafter: Drafter | None = None,
-        keep_drafter: bool = True,
+        drafters: Sequence[Drafter] = (),
+        keep_drafters: bool = True,
         step_size: int = 2048,
         quantization: KVQuantization = NOT_QUANTIZED,
     ):
         self._model, self._cache, self.trunk = model, cache, cache[: len(model.layers)]
-        self._depth, self._drafter, self._keep_drafter = depth, drafter, keep_drafter
+        self._depth, self._drafters, self._keep_drafters = depth, drafters, keep_drafters
         self.step_size, self._quantization = step_size, quantization
         self.tokens = list(held)
         *unread, (self.last,) = segments
@@ -125,7 +126,7 @@ class TokenSequence:
         """
         chunk = self._unread[0][: self.step_size]
         tokens = mx.array(chunk, mx.uint32)
-        prefill(self._model, self.trunk, tokens, self._drafter, self._quantize)
+        prefill(self._model, self.trunk, tokens, self._drafters, self._grown)
         self.tokens += chunk
         rest = self._unread[0][len(chunk) :]
         if rest:
@@ -145,14 +146,16 @@ class TokenSequence:
             chooser: chooses them; knows all tokens up to ``last``.
         """
         assert not self.is_reading
+        for drafter in self._drafters:
+            drafter.follow([*self.tokens, self.last])
         self._decoding = Decoding(
             self._model,
             self.trunk,
             mx.array([self.last], mx.uint32),
             chooser,
             self._depth,
-            self._drafter,
-            self._keep_drafter,
+            self._drafters,
+            self._keep_drafters,
             self._quantize,
         )
         return self._generate(self._decoding.tokens(count))
@@ -189,6 +192,12 @@ class TokenSequence:
         if self._decoding is not None:
             self._decoding = None
             self.tokens.append(self.last)
+
+    def _grown(self) -> None:
+        """Does what is to be done while the device reads a chunk."""
+        self._quantize()
+        for drafter in self._drafters:
+            drafter.follow(self.tokens)
 
     def _quantize(self) -> None:
         self._quantization.apply(self.trunk)

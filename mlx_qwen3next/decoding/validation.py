@@ -157,7 +157,9 @@ def token_budget(model: Model, positions: int, max_tokens: int) -> int:
     if positions > limit:
         raise ContextLengthError(
             f"the prompt is {positions} tokens long (cached ones included), but this model's "
-            f"max_position_embeddings is {limit}; shorten it"
+            f"max_position_embeddings is {limit}; shorten it",
+            positions,
+            limit,
         )
     room = max(1, limit - positions)
     return room if max_tokens == -1 else min(max_tokens, room)

@@ -81,6 +81,8 @@ class GatedDeltaCache(ArraysCache):
         vars(self).update(changes, **self._padding_after(more))
 
     def _padding_after(self, tokens: int) -> dict[str, mx.array]:
+        if self.left_padding is None and self.lengths is None:
+            return {}
         padding = {"left_padding": self.left_padding, "lengths": self.lengths}
         return {name: of - tokens for name, of in padding.items() if of is not None}
 

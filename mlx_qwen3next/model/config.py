@@ -106,23 +106,23 @@ class Config:
         if (act := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise ValueError(f"hidden_act is {act!r}; Qwen3-Next uses 'silu'")
 
-        layers = _integer(raw, "num_hidden_layers")
-        rope = _rope(raw)
-        positions = _integer(raw, "max_position_embeddings", default=32768)
+        layers = read_integer(raw, "num_hidden_layers")
+        rope = read_rope(raw)
+        positions = read_integer(raw, "max_position_embeddings", default=32768)
         scaling = _yarn(rope, positions) if rope["rope_type"] == "yarn" else None
         counts: dict[str, Any] = dict.fromkeys(_MOE_REQUIRED, 0)
-        counts |= {key: _integer(raw, key) for key in required if key != "rms_norm_eps"}
+        counts |= {key: read_integer(raw, key) for key in required if key != "rms_norm_eps"}
         return cls(
             **counts,
-            rms_norm_eps=_number(raw, "rms_norm_eps"),
+            rms_norm_eps=read_number(raw, "rms_norm_eps"),
             layer_types=_layer_types(raw, layers),
-            rope_theta=_number(rope, "rope_theta"),
-            partial_rotary_factor=_number(rope, "partial_rotary_factor", default=0.25),
+            rope_theta=read_number(rope, "rope_theta"),
+            partial_rotary_factor=read_number(rope, "partial_rotary_factor", default=0.25),
             max_position_embeddings=positions
             if scaling is None
             else max(positions, scaling.length),
-            intermediate_size=_integer(raw, "intermediate_size", default=0),
-            decoder_sparse_step=_integer(raw, "decoder_sparse_step", default=1),
+            intermediate_size=read_integer(raw, "intermediate_size", default=0),
+            decoder_sparse_step=read_integer(raw, "decoder_sparse_step", default=1),
             mlp_only_layers=_layer_list(raw, "mlp_only_layers", layers),
             norm_topk_prob=_flag(raw, "norm_topk_prob", default=True),
             tie_word_embeddings=_flag(raw, "tie_word_embeddings", default=False),
@@ -243,7 +243,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+def read_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns RoPE's options of either dialect by name; ``rope_scaling`` wins, as there."""
     merged = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     merged["rope_type"] = "default"
@@ -265,10 +265,11 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _yarn(rope: Mapping[str, Any], positions: int) -> Yarn:
     """Returns YaRN's options, with transformers' defaults; ``positions`` of the config."""
-    original = _integer(rope, "original_max_position_embeddings", default=positions)
-    factor = _number(rope, "factor", default=positions / original)
+    original = read_integer(rope, "original_max_position_embeddings", default=positions)
+    factor = read_number(rope, "factor", default=positions / original)
     fast, slow = (
-        _number(rope, key, default=turns) for key, turns in (("beta_fast", 32), ("beta_slow", 1))
+        read_number(rope, key, default=turns)
+        for key, turns in (("beta_fast", 32), ("beta_slow", 1))
     )
     if factor < 1 or factor * original > _LARGEST:
         raise ValueError(
@@ -283,11 +284,13 @@ def _yarn(rope: Mapping[str, Any], positions: int) -> Yarn:
 
     attention = magnitude(1)
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        attention = magnitude(_number(rope, "mscale")) / magnitude(_number(rope, "mscale_all_dim"))
+        attention = magnitude(read_number(rope, "mscale")) / magnitude(
+            read_number(rope, "mscale_all_dim")
+        )
     return Yarn(
         factor=factor,
         original_max_position_embeddings=original,
-        attention_factor=_number(rope, "attention_factor", default=attention),
+        attention_factor=read_number(rope, "attention_factor", default=attention),
         beta_fast=fast,
         beta_slow=slow,
         truncate=_flag(rope, "truncate", default=True),
@@ -297,7 +300,7 @@ def _yarn(rope: Mapping[str, Any], positions: int) -> Yarn:
 def _layer_types(raw: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     types = raw.get("layer_types")
     if types is None:
-        interval = _integer(raw, "full_attention_interval", default=4)
+        interval = read_integer(raw, "full_attention_interval", default=4)
         return tuple(
             "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
         )
@@ -327,7 +330,7 @@ def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return value
 
 
-def _integer(raw: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
+def read_integer(raw: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
     value = raw.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int):
@@ -338,7 +341,7 @@ def _integer(raw: Mapping[str, Any], key: str, *, default: int | None = None) ->
     return value
 
 
-def _number(raw: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
+def read_number(raw: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
     value = raw.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):

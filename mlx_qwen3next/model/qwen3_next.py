@@ -245,8 +245,11 @@ class Model(nn.Module):
     """A Qwen3-Next causal language model, which mlx-lm's tools take.
 
     ``mtp`` is the multi-token-prediction head (:class:`mlx_qwen3next.model.mtp_head.MTPHead`) or
-    None.
+    None, ``dflash`` a block drafter (:class:`mlx_qwen3next.model.dflash.DFlash`) or None, which is
+    used instead. The latter's parameters are not the model's.
     """
+
+    dflash: Any = None
 
     packed = False  # whether mlx_qwen3next.model.packing has packed it for inference
     group = ALONE  # the processes that run this model together
@@ -315,6 +318,11 @@ class Model(nn.Module):
             else BatchKVCache(left_padding)
             for layer in self.layers
         ]
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is something to draft with, the MTP head or a block drafter."""
+        return self.mtp is not None or self.dflash is not None
 
     @property
     def layers(self) -> list[DecoderLayer]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
+from operator import is_
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -109,15 +110,14 @@ class Structure(NamedTuple):
 
     module: int  # its id: a copy of a module has that one's attributes
     kind: int  # the same for modules that differ in their parameters' values alone
-    parts: list[tuple[nn.Module, str, Any]]  # (module, name, its part of that name)
+    parts: list[Any]  # that modules have
+    part_places: tuple[list[nn.Module], list[str]]  # of the parts: the modules, the names in them
     places: list[tuple[Any, Any]]  # of the parameters: (owner, name or index)
 
     def holds(self, module: nn.Module) -> bool:
         """Returns whether no part was replaced."""
-        for owner, name, part in self.parts:
-            if owner.get(name) is not part:
-                return False
-        return self.module == id(module)
+        found = map(dict.get, *self.part_places)
+        return self.module == id(module) and all(map(is_, found, self.parts))
 
 
 def structure_of(module: nn.Module) -> Structure:
@@ -125,13 +125,16 @@ def structure_of(module: nn.Module) -> Structure:
     known = vars(module).get("_structure")
     if known is None or not known.holds(module):
         number = _kinds.setdefault(_described(module), len(_kinds))
-        parts, places = [], []
-        for part, name in _leaves(module):
-            if isinstance(part[name], mx.array):
-                places.append((part, name))
-            elif isinstance(part, nn.Module):
-                parts.append((part, name, part[name]))
-        known = vars(module)["_structure"] = Structure(id(module), number, parts, places)
+        places, others = [], []
+        for owner, name in _leaves(module):
+            if isinstance(owner[name], mx.array):
+                places.append((owner, name))
+            elif isinstance(owner, nn.Module):
+                others.append((owner, name))
+        parts = [owner[name] for owner, name in others]
+        part_places = [owner for owner, _ in others], [name for _, name in others]
+        known = Structure(id(module), number, parts, part_places, places)
+        vars(module)["_structure"] = known
     return known
 
 

@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from .argument_values import Parameters
 from .call_grammar import (
     FENCE,
     JSON_HEAD,
     TAG,
+    Format,
     Tag,
     ValueEnd,
     calls_of,
@@ -43,8 +44,6 @@ from .call_grammar import (
 )
 from .events import Answer, ArgumentText, CallBegun, CallEnded, Event, Reasoning, Text
 from .json_text import JSONEnd, MendedJSON, load_json
-
-Format = Literal["xml", "json"]
 
 
 def call_format(template: str) -> Format:
@@ -99,6 +98,11 @@ class Reader:
     def is_holding(self) -> bool:
         """Whether some text has been added that no event has told of yet."""
         return bool(self._text)
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the answer is within its reasoning."""
+        return self._state in (self._read_opened, self._read_reasoning)
 
     def add(self, text: str) -> list[Event]:
         """The events that are certain once more text has come."""

@@ -22,11 +22,13 @@ class Chat:
         messages: each with a ``role`` and a ``content``.
         tools: the functions that the answer may call.
         role_mapping: what stands before the messages of each role, for a model without a template.
+        forced: the name of the tool that the answer must call, "" for any, None for none.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     role_mapping: dict[str, str] | None = None
+    forced: str | None = None
 
 
 Prompt = str | list[int] | Chat  # a text or its token ids to continue, or messages to answer
@@ -63,7 +65,13 @@ def prompt_of(fields: dict[str, Any], *, is_chat: bool) -> Prompt:
     """
     if not is_chat:
         return fields["prompt"]
-    return Chat(fields["messages"], fields.get("tools") or None, fields.get("role_mapping"))
+    tools, choice = fields.get("tools") or None, fields.get("tool_choice", "auto")
+    forced = None
+    if isinstance(choice, dict):
+        forced = choice["function"]["name"]
+    elif choice == "required":
+        forced = tools[0]["function"]["name"] if tools and len(tools) == 1 else ""
+    return Chat(fields["messages"], tools, fields.get("role_mapping"), forced)
 
 
 def arguments_of(fields: dict[str, Any], flags: argparse.Namespace) -> Arguments:

@@ -8,16 +8,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..decoding.drafters import Drafter
+from ..decoding.drafters import Drafter, Outputs
 from ..model.cache import Cache, settle
 from ..model.qwen3_next import Model
 
 
 @dataclass
 class DrafterRow:
-    """A sequence's drafter, and the cache it keeps up to date."""
+    """A sequence's drafters, and the cache that one of them keeps up to date."""
 
-    drafter: Drafter | None
+    drafters: list[Drafter]
     cache: Cache
 
 
@@ -33,17 +33,17 @@ class Drafters:
         self._lengths: list[int] | None = None
 
     def committed(self, tokens: mx.array, hidden: mx.array) -> None:
-        """Tells each row's drafter that its sequence grew.
+        """Tells each row's drafters that their sequence grew.
 
         Args:
             tokens: ``[B, L]``, of which a row may be shorter if :meth:`prepare` said so.
-            hidden: ``[B, L, H]``.
+            hidden: ``[B, L, …]``, as the drafters read it.
         """
         L = tokens.shape[1]
         for i, row in enumerate(self.rows):
             n = L if self._lengths is None else min(L, self._lengths[i])
-            if row.drafter is not None and n > 0:
-                row.drafter.committed(tokens[i, :n], hidden[i : i + 1, :n])
+            for drafter in row.drafters if n > 0 else ():
+                drafter.committed(tokens[i, :n], hidden[i : i + 1, :n])
         if self._lengths is not None:
             self._lengths = [max(n - L, 0) for n in self._lengths]
         self._hidden = hidden
@@ -90,8 +90,9 @@ class InformingModel:
 
     def __call__(self, tokens: mx.array, cache: Cache) -> mx.array:
         *trunk, drafts = cache
-        hidden = self._model.model(tokens, trunk)
-        drafts.committed(tokens, hidden)
+        outputs = Outputs(drafter for row in drafts.rows for drafter in row.drafters)
+        hidden = self._model.model(tokens, trunk, outputs)
+        drafts.committed(tokens, outputs.of(hidden))
         return self._model.logits(hidden)
 
 
@@ -100,6 +101,6 @@ def without_drafters(cache: Cache) -> Cache:
     *trunk, drafts = cache
     settle(trunk)
     (row,) = drafts.rows
-    if row.drafter is not None:
-        row.drafter.settle()
+    for drafter in row.drafters:
+        drafter.settle()
     return [*trunk, *row.cache]

@@ -24,7 +24,7 @@ from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from ..decoding.draft_depth import Depth
 from ..decoding.sequence import NOT_QUANTIZED, KVQuantization
 from ..decoding.speculation import Speculation
-from ..model.cache import Cache
+from ..model.cache import Cache, tokens_held
 from ..model.qwen3_next import Model
 from .batched_drafters import DrafterRow, Drafters, InformingModel, without_drafters
 from .lone_sequence import Entry, Generated, LoneSequence, Responses
@@ -37,7 +37,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
     A cache, taken or given, is a list with an entry a layer, then the MTP head's if it is kept.
 
     Args:
-        depth: chooses how many tokens are drafted.
+        depth: chooses who drafts and how many tokens.
         quantization: of keys and values; with it there can be only one sequence at a time, since
             mlx-lm's quantized caches have no batched form.
         pace: sizes the chunks of prompts; by default they have the full ``prefill_step_size``.
@@ -176,11 +176,13 @@ class SpeculativeBatchGenerator(BatchGenerator):
     def _with_drafters(self, cache: Cache | None) -> Cache:
         layers = len(self._lm.layers)
         cache = self._lm.make_cache() if cache is None else cache
-        drafter, head = None, cache[layers:]
-        if self._lm.mtp is not None and not self.depth.idle:
-            head = head or self._lm.mtp.make_cache()
-            drafter = Speculation.of(self._lm).drafter(head)
-        return [*cache[:layers], Drafters([DrafterRow(drafter, head)])]
+        speculation = Speculation.of(self._lm)
+        head = cache[layers:] or speculation.head_cache(self.depth)
+        if self._lm.dflash is not None:
+            head = []  # it is not used, and would fall behind
+        used = [] if self.depth.idle("mtp") else head
+        drafters = speculation.drafters(self.depth, used, tokens_held(cache[:layers]))
+        return [*cache[:layers], Drafters([DrafterRow(drafters, head)])]
 
     # --- between the batch and the lone sequence -------------------------------------------------
     def _take(self) -> LoneSequence | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .argument_values import Parameters
 from .json_text import NOTHING, JSONEnd, load_json
+
+Format = Literal["xml", "json"]
 
 
 class Tag(NamedTuple):
@@ -32,6 +35,20 @@ FENCE = re.compile(r"```(json)?[ \t]*\n?")
 JSON_HEAD = re.compile(
     r'[^{\[]*\{\s*"name"\s*:\s*"(?P<name>[^"\\]+)"\s*,\s*"arguments"\s*:\s*(?=\{)'
 )
+
+
+def call_opening(format: Format, name: str) -> str:
+    """The beginning of a call, which no answer but a call can continue.
+
+    It ends where a token ends in any call, so that the model goes on as it has learnt.
+
+    Args:
+        name: of the tool; "" for any.
+    """
+    if format == "xml":
+        return f"<tool_call>\n<function={name}>\n" if name else "<tool_call>\n<function"
+    quoted = json.dumps(name, ensure_ascii=False)
+    return f'<tool_call>\n{{"name": {quoted}, "arguments":' if name else '<tool_call>\n{"name": "'
 
 
 def tag_of(match: re.Match[str]) -> Tag:

@@ -38,11 +38,14 @@ from ..model import capacity
 from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
 from . import mlx_lm_interface
+from .access import Settings
 from .arguments import SAMPLING_FLAGS
 from .engine import Engine
+from .exchange import RequestLog
 from .flags import UNSUPPORTED, parser
-from .handler import Handler, Settings
+from .handler import Handler
 from .http_server import MAX_CONNECTIONS, Server
+from .protocols.stored import Stored
 
 DEMO = "qwen3-next-demo"  # the name of the bundled model
 LEAST_CACHE = 256 * 2**20  # bytes of the prompt cache at least, however full the memory is
@@ -78,6 +81,7 @@ def _run(args: argparse.Namespace, group: Group) -> int:
     _allow_files()
     settings = Settings(
         names=_names(args),
+        aliases=tuple(args.alias),
         adapter=args.adapter_path,
         allowed_origins=tuple(args.allowed_origins),
         api_key=_api_key(args.api_key),
@@ -93,10 +97,14 @@ def _run(args: argparse.Namespace, group: Group) -> int:
     generator: Engine | None = None
     errors: list[Exception] = []
     stopping = threading.Event()
-    system = _system_fingerprint()
+    system, stored, log = _system_fingerprint(), Stored(), None
+    if args.log_requests is not None and group.rank == 0:
+        about = {"model": settings.names[0], "system_fingerprint": system}
+        log = RequestLog(args.log_requests, about)
+        logging.info(f"--log-requests {args.log_requests}: {RequestLog.STORES}")
 
     def handler(*connection: Any) -> Handler:
-        return Handler(generator, settings, *connection, system_fingerprint=system)
+        return Handler(generator, settings, stored, *connection, system_fingerprint=system, log=log)
 
     def failed(error: Exception) -> None:
         errors.append(error)
@@ -204,6 +212,8 @@ def _load(
         config["chat_template"] = args.chat_template
     model, tokenizer = load(
         args.model,
+        mtp_from=args.mtp_from,
+        draft_model=args.draft_model,
         tokenizer_config=config,
         adapter_path=args.adapter_path,
         rope_scaling=args.rope_scaling,
@@ -213,7 +223,13 @@ def _load(
     limit_cache()
     if args.use_default_chat_template and tokenizer.chat_template is None:
         tokenizer.chat_template = tokenizer.default_chat_template
-    prepare(model, mtp=args.mtp, chunk=args.prefill_step_size, say=logging.info)
+    prepare(
+        model,
+        mtp=args.mtp,
+        lookup=args.lookup,
+        chunk=args.prefill_step_size,
+        say=logging.info,
+    )
     return model, tokenizer
 
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count, pairwise
 from queue import Empty, Queue
 from typing import Any
@@ -30,21 +30,22 @@ import mlx.core as mx
 from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoint.loading import default_dtype
 from ..decoding.draft_depth import Depth
-from ..decoding.sampling import SeededSampler, draw_key
+from ..decoding.sampling import SeededSampler
 from ..decoding.sequence import KVQuantization
 from ..decoding.speculation import MTP, Speculation
 from ..errors import QueueFullError, first_line
-from ..model import capacity
 from ..model.cache import Cache
 from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
 from .arguments import Arguments, Prompt
 from .batching import SpeculativeBatchGenerator
 from .lone_sequence import Generated, Prompted
+from .memory import Memory
+from .metrics import Metrics
 from .pace import PromptPace
-from .request import NullQueue, Request, read_request
+from .prompt import tokenized_prompt
+from .request import NullQueue, Request, random_key, read_request
 from .responses import Context, Response
 
 ATTEMPTS = 3  # failed forwards that end a request
@@ -65,6 +66,8 @@ class Engine:
 
     Attributes:
         args: the arguments of the command.
+        metrics: the counts of what happens here and on the HTTP side.
+        context_length: in tokens; None until the model is loaded.
         ended: the event that the thread sets last. ``Thread.join()`` is no replacement for waiting:
             it takes a thread for ended once Ctrl-C has interrupted it.
     """
@@ -77,7 +80,8 @@ class Engine:
         mtp: MTP = "auto",
         failed: Callable[[Exception], None] = lambda _: None,
     ):
-        self.args, self.ended = args, threading.Event()
+        self.args, self.metrics, self.ended = args, Metrics(), threading.Event()
+        self.context_length: int | None = None
         self._load, self._make_prompt_cache = load, prompt_cache
         self._mtp, self._failed = mtp, failed
         self._arrived: Queue[Request] = Queue()
@@ -118,27 +122,47 @@ class Engine:
             QueueFullError: too many requests wait already.
             RuntimeError: the server is shutting down.
         """
+        with self._entered():
+            self._check_queue()
+            request = self._read(prompt, arguments, Queue())
+            self._arrived.put(request)
+        return request.context, request.responses(progress, self.ended)
+
+    def count_tokens(self, prompt: Prompt, arguments: Arguments) -> int:
+        """The number of a prompt's tokens; raises as :meth:`generate`."""
+        with self._entered():
+            return len(tokenized_prompt(prompt, self._tokenizer, arguments.template_options).tokens)
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Lets one request at a time to the tokenizer, once the model is loaded."""
         while not self._loaded.wait(IDLE) and not self.ended.is_set():
             pass
         if self._draining or self.ended.is_set():
             raise RuntimeError("the server is shutting down") from self._error
         with self._entering:
-            self._check_queue()
             try:
-                request = self._read(prompt, arguments, Queue())
-            except ValueError:
+                yield
+            except (ValueError, QueueFullError):
                 raise
             except Exception as error:  # templates and tokenizers raise all kinds of exceptions
                 raise ValueError(first_line(error)) from error
-            self._arrived.put(request)
-        return request.context, request.responses(progress, self.ended)
 
     def _check_queue(self) -> None:
         """Checks that one more request may wait, if there is no free place for it in the batch."""
-        limit = self.args.max_queue
-        known = len(self._running) + len(self._waiting) + self._arrived.qsize()
-        if known >= self._max_running + limit:
+        others = len(self._running) + len(self._waiting) + self._arrived.qsize()
+        if others - self._max_running >= (limit := self.args.max_queue):
             raise QueueFullError(f"{limit} requests are waiting already; try again later")
+
+    def gauges(self) -> dict[str, float]:
+        """The values of this moment, for the metrics."""
+        running, waiting = len(self._running), len(self._waiting) + self._arrived.qsize()
+        values: dict[str, float] = {"requests_running": running, "requests_waiting": waiting}
+        checkpoints = getattr(self, "_checkpoints", None)  # while the model is loaded
+        if checkpoints is not None:
+            values["prompt_cache_bytes"] = checkpoints.nbytes
+            values["prompt_cache_checkpoints"] = len(checkpoints)
+        return values
 
     def drain(self, seconds: float) -> None:
         """Ends the thread after it has answered all requests, or after that many seconds.
@@ -164,15 +188,16 @@ class Engine:
         """Loads the model and makes all that is needed beside it; returns whether that worked."""
         try:
             self._model, self._tokenizer = self._load()
-            depth = Speculation.of(self._model).depth(self._mtp)
+            depth = Speculation.of(self._model).depth(self._mtp, self.args.lookup)
             self._group = self._model.group
+            self.context_length = self._model.args.max_position_embeddings
             self._checkpoints = self._make_prompt_cache(self._tokenizer)
         except Exception as error:
             self._error = error
             self._failed(error)
             return False
         self._stream = mx.default_stream(mx.default_device())
-        self._budget = min(self._group.gather("budget", self._checkpoints.max_bytes))
+        self._memory = Memory(self._model, self._checkpoints)
         # Where keys and values are quantized, the tokens depend on the chunks.
         max_stall = self.args.max_stall if self.args.kv_bits is None else math.inf
         self._pace = PromptPace(max_stall, self._group)
@@ -185,13 +210,13 @@ class Engine:
             self._admit()
             self._postpone()
             if self._running:
-                self._make_room()
+                self._memory.make_room(self._batch.prompt_cache_nbytes)
                 self._step()
             self._send_keepalives()
         while self._save and self._checkpoints.save_next():
             pass
         self._batch.close()
-        del self._batch, self._checkpoints, self._model, self._tokenizer
+        del self._batch, self._memory, self._checkpoints, self._model, self._tokenizer
 
     def _make_batch(self, depth: Depth) -> None:
         args = self.args
@@ -259,7 +284,7 @@ class Engine:
         return new
 
     def _read(self, prompt: Prompt, arguments: Arguments, queue: Queue[Any]) -> Request:
-        return read_request(prompt, arguments, queue, self._model, self._tokenizer)
+        return read_request(prompt, arguments, queue, self._model, self._tokenizer, self.metrics)
 
     def _drop(self, gone: Container[int]) -> None:
         """Drops requests, by their numbers."""
@@ -284,7 +309,7 @@ class Engine:
             self._waiting
             and len(self._running) < self._max_running
             and not any(request.on_trial for request in self._running.values())
-            and self._has_memory_for([*self._running.values(), self._waiting[0]], AHEAD)
+            and self._memory.fits([*self._running.values(), self._waiting[0]], AHEAD)
         ):
             request = self._waiting.popleft()
             try:
@@ -297,7 +322,7 @@ class Engine:
 
         They resume from their tokens.
         """
-        while not self._has_memory_for([*self._running.values()], 1):
+        while not self._memory.fits([*self._running.values()], 1):
             uid = max(self._running, key=lambda uid: self._running[uid].number)
             request = self._running.pop(uid)
             logging.info("A request waits again: the answers have outgrown the memory")
@@ -305,27 +330,18 @@ class Engine:
             # With new tokens in it the checkpoint would hold the whole text, and be of no use.
             self._remove([uid], keep=request.fresh)
 
-    def _has_memory_for(self, requests: Sequence[Request], ahead: int) -> bool:
-        """Whether a batch of requests fits the memory, with so many more tokens of each answer.
-
-        mlx-lm pads all sequences of a batch to the longest one. A single one fits at any length.
-        """
-        if len(requests) <= 1:
-            return True
-        longest = max(len(r.tokens) + min(ahead, r.max_tokens - r.generated) for r in requests)
-        config, mtp = self._model.args, self._model.mtp is not None
-        row = capacity.cache_bytes(config, longest, mtp=mtp, itemsize=default_dtype().size)
-        return self._group.decide("fits", len(requests) * row <= self._budget)
-
     def _insert(self, request: Request) -> None:
         cache, held = self._checkpoints.fetch(request.tokens)
         if request.context.cached is None:
             request.context.cached = held
-            logging.info(f"Prompt: {len(request.tokens)} tokens, {held} of them cached")
+            self.metrics.add("prompt_tokens", len(request.tokens))
+            self.metrics.add("prompt_tokens_cached", held)
+            self.metrics.add("prompt_cache_lookups")
+            self.metrics.add("prompt_cache_hits", held > 0)
         sampler = request.sampler
         if sampler is not greedy_sampler or self._group.size > 1:
             if request.key is None:
-                request.key = self._group.decide("key", _random_key(request.arguments.seed))
+                request.key = self._group.decide("key", random_key(request.arguments.seed))
             sampler = SeededSampler(sampler, request.key, request.generated, self._group)
         request.checkpoints = self._checkpoints.places(request.tokens, held)
         cuts = [held, *request.checkpoints, len(request.tokens)]
@@ -339,11 +355,6 @@ class Engine:
             [request.stop],
         )
         self._running[uid], request.fresh = request, True
-
-    def _make_room(self) -> None:
-        """Shrinks the prompt cache to the memory that the running requests leave."""
-        self._checkpoints.max_bytes = max(self._budget - self._batch.prompt_cache_nbytes, 0)
-        self._checkpoints.trim(self._checkpoints.max_bytes)
 
     def _step(self) -> None:
         """Runs one step of the batch and sends its results."""
@@ -387,7 +398,7 @@ class Engine:
 
     def _keep_checkpoint(self, tokens: Sequence[int], cache: Cache) -> None:
         try:
-            self._make_room()
+            self._memory.make_room(self._batch.prompt_cache_nbytes)
             self._checkpoints.insert(tokens, cache)
         except Exception as error:
             logging.error(f"A checkpoint could not be kept: {first_line(error)}")
@@ -434,11 +445,3 @@ class Engine:
         self._batch.close()
         mx.clear_cache()
         self._make_batch(depth)
-
-
-def _random_key(seed: int | None) -> int:
-    """The key of a request's random numbers."""
-    if seed is None:
-        return secrets.randbits(31)
-    mx.random.seed(seed)
-    return draw_key()

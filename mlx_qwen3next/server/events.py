@@ -41,6 +41,23 @@ class CallEnded(NamedTuple):
 Event = Reasoning | Text | CallBegun | ArgumentText | CallEnded
 
 
+class End(NamedTuple):
+    """How an answer has ended.
+
+    Args:
+        reason: "stop" or "length".
+        stop_word: the one that has ended it, if one has.
+        has_whole_calls: whether its last call may be run.
+        generated, reasoning: the number of its tokens, and of those in its reasoning.
+    """
+
+    reason: str
+    stop_word: str | None
+    has_whole_calls: bool
+    generated: int
+    reasoning: int
+
+
 @dataclass
 class ToolCall:
     """A call of a tool."""

@@ -21,12 +21,12 @@ from ..cli import (
     positive_seconds,
     seconds,
 )
+from .access import Settings
 from .checks import MAX_INTEGER
-from .handler import Settings
+from .schema import ALIASES
 
 # Flags of mlx_lm.server that would have no effect here, with the reasons.
 UNSUPPORTED = {
-    "draft_model": "the model drafts with its own MTP head: use --mtp",
     "num_draft_tokens": "use --mtp",
 }
 
@@ -63,6 +63,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="Name of the model in /v1/models and in answers; requests may use it as well "
         "(default: the repository, or the name of the directory).",
+    )
+    essential.add_argument(
+        "--alias",
+        type=lambda text: [name.strip().lower() for name in text.split(",") if name.strip()],
+        default=list(ALIASES),
+        metavar="NAMES",
+        help="Other names that requests may use, separated by commas; * stands for any characters "
+        f"(default: {','.join(ALIASES)}).",
     )
     essential.add_argument(
         "--max-tokens",
@@ -192,7 +200,13 @@ def parser() -> argparse.ArgumentParser:
         choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
         help="The least important messages that are logged (default: %(default)s).",
     )
-    other.add_argument("--draft-model", help=_unsupported("draft_model"))
+    other.add_argument(
+        "--log-requests",
+        type=Path,
+        metavar="DIR",
+        help="Directory in which to store every request with its answer, for reproducing a report "
+        "(default: none is stored).",
+    )
     other.add_argument(
         "--num-draft-tokens", type=int, default=3, help=_unsupported("num_draft_tokens")
     )

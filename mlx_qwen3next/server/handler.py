@@ -1,23 +1,20 @@
-"""The handler of HTTP requests: OpenAI's completions and chat completions.
+"""The handler of HTTP requests.
 
-:class:`Handler` checks a request, reads reasoning and calls from the text as it is generated
-(:mod:`mlx_qwen3next.server.answers`), sends them in OpenAI's form, and stops the generation once
-the client has gone.
+:class:`Handler` has a request checked, sends the answer as it is read
+(:mod:`mlx_qwen3next.server.reading`) in the form of the request's protocol
+(:mod:`mlx_qwen3next.server.protocols`), and stops the generation once the client has gone.
 """
 
 from __future__ import annotations
 
-import hmac
 import io
 import json
 import logging
 import socket
 import threading
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -27,14 +24,20 @@ from urllib.parse import unquote
 from jinja2 import TemplateError
 
 from ..errors import ContextLengthError, QueueFullError, first_line
-from . import logprobs
-from .answers import Reader, call_format
-from .arguments import Arguments, Chat, Prompt, arguments_of, prompt_of
+from . import discovery, metrics
+from .access import OPEN, Settings, check_key, check_origin, cors_headers
+from .arguments import Arguments, Prompt, arguments_of, prompt_of
 from .body import read_body
 from .events import Event, Text
+from .exchange import GONE, Exchange, RequestLog
 from .http_server import RETRY, Incoming
-from .prompt import template_of
-from .protocols.openai import Completion
+from .page import HEADERS, PAGE
+from .protocols.anthropic import Message as AnthropicMessage
+from .protocols.form import About, Form
+from .protocols.openai import ChatCompletion, TextCompletion
+from .protocols.openai_responses import ModelResponse
+from .protocols.stored import Stored
+from .reading import Reading
 from .responses import Context, Response
 from .schema import RequestError, normalise, parse, served_name
 
@@ -43,33 +46,20 @@ _large_bodies = threading.Semaphore(2)  # how many large bodies are parsed at a 
 _SILENCE = 3.0  # seconds of a stream in which nothing is sent, at most
 _LINGER = 2.0  # seconds for a refused client to send the rest of its body and read the answer
 
-_MODELS = "/v1/models"
-_ROUTES = {
-    "/v1/completions": "POST",
-    "/v1/chat/completions": "POST",
-    "/chat/completions": "POST",
-    _MODELS: "GET",
-    "/health": "GET",
+_MODELS, _RESPONSES, _COUNT = "/v1/models", "/v1/responses", "/v1/messages/count_tokens"
+_FORMS: dict[str, type[Form]] = {
+    "/v1/chat/completions": ChatCompletion,
+    "/v1/completions": TextCompletion,
+    "/v1/messages": AnthropicMessage,
+    _COUNT: AnthropicMessage,
+    _RESPONSES: ModelResponse,
+    "/chat/completions": ChatCompletion,
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of the HTTP side.
-
-    Args:
-        names: the names of the model that a request may use; the server itself uses the first.
-        adapter: the name of the adapter that a request may use.
-        allowed_origins: the origins of web pages that may use the server; ``*`` allows all.
-        api_key: the key that requests must carry; None requires none.
-        max_body_bytes: the size of the largest body that is read.
-    """
-
-    names: tuple[str, ...]
-    adapter: str | None = None
-    allowed_origins: tuple[str, ...] = ()
-    api_key: str | None = None
-    max_body_bytes: int = 32 * 2**20
+# Path -> the methods that it takes; HEAD goes with GET.
+_ROUTES = {path: ("POST",) for path in (*_FORMS, "/api/pull")}
+_ROUTES |= {path: ("GET",) for path in (_MODELS, "/health", "/metrics", "/")}
+_ROUTES |= {path: ("GET",) for path in ("/api/version", "/api/tags")}
+_BELOW = {f"{_MODELS}/": ("GET",), f"{_RESPONSES}/": ("GET", "DELETE")}  # paths that go on
 
 
 class ClientGone(ConnectionError):
@@ -82,8 +72,10 @@ class Handler(BaseHTTPRequestHandler):
     Args:
         generator: an :class:`mlx_qwen3next.server.engine.Engine`.
         settings: the settings of the HTTP side.
+        stored: the responses that requests may continue.
         connection: the arguments of ``socketserver``: request, client_address, server.
         system_fingerprint: of the versions and the machine, in answers.
+        log: where requests are stored; None stores none.
     """
 
     timeout = 60  # seconds to receive a request, and for each write of the answer
@@ -94,20 +86,19 @@ class Handler(BaseHTTPRequestHandler):
         self,
         generator: Any,
         settings: Settings,
+        stored: Stored,
         *connection: Any,
         system_fingerprint: str,
+        log: RequestLog | None = None,
     ):
-        self.generator, self.settings = generator, settings
-        self.created = int(time.time())
-        self._fingerprint = system_fingerprint
+        self.generator, self.settings, self._log = generator, settings, log
+        self._exchange = Exchange()
+        created = int(time.time())
+        self._about = About(settings.names[0], created, system_fingerprint, stored)
+        self._error = Form.error  # the form of errors
         self._streams = False  # whether the answer is to be an event stream
-        self._is_streaming = False  # whether the headers of an event stream are sent
+        self._stream: Form | None = None  # of the event stream whose headers are sent
         self._is_unread = True  # whether the body, if there is one, is still to be read
-        self._sampled: list[Response] = []  # tokens whose log-probabilities are still to be sent
-        self._wants_logprobs = False
-        self._context: Context | None = None
-        self._generated = 0  # tokens
-        self._text_offset = 0  # characters
         self._sent = 0.0  # when the last chunk was sent
         super().__init__(*connection)
 
@@ -123,157 +114,169 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(self.path.partition("?")[0])
         except RequestError as error:
             self._refuse(error)
-        except OSError:  # of the connection; those of the generator have become RequestErrors
+        except OSError as error:  # of the connection; the generator's have become RequestErrors
+            self._exchange.status, self._exchange.error = GONE, first_line(error)
             raise
         except Exception as error:
             self._refuse(_server_error(error))
 
+    def finish(self) -> None:
+        """Tells of the exchange, however it has ended, and closes it."""
+        exchange, asked = self._exchange, getattr(self, "path", "").partition("?")[0]
+        if exchange.status:
+            below = next((start for start in _BELOW if asked.startswith(start)), "other")
+            path = asked if asked in _ROUTES else below
+            exchange.tell(self.requestline, path, self.address_string(), self.generator.metrics)
+            if self._log is not None and exchange.body is not None:
+                self._log.write(exchange, path)
+        super().finish()
+
     do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
 
     def _answer(self, path: str) -> None:
-        self._check_origin()
-        is_model = path.startswith(f"{_MODELS}/")
-        method = "GET" if is_model else _ROUTES.get(path)
-        if self.command == "OPTIONS" and method:
+        form = _FORMS.get(path)
+        self._error = (form or Form).error
+        check_origin(self.headers, self.settings)
+        below = next((start for start in _BELOW if path.startswith(start)), None)
+        methods = _BELOW[below] if below else _ROUTES.get(path, ())
+        if self.command == "OPTIONS" and methods:
             self._send(204)
             return
-        self._check_key(path)
-        if method is None:
+        if path not in OPEN:
+            check_key(self.headers, self.settings)
+        if not methods:
             known = ", ".join(_ROUTES)
             raise RequestError(f"there is no {path[:80]} here; the paths are {known}", status=404)
-        if self.command != method and (self.command, method) != ("HEAD", "GET"):
-            allow = {"Allow": f"{method}, OPTIONS"}
-            message = f"{path[:80]} takes {method}, not {self.command}"
+        if self.command not in methods and (self.command != "HEAD" or "GET" not in methods):
+            allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
+            message = f"{path[:80]} takes {' and '.join(methods)}, not {self.command}"
             raise RequestError(message, status=405, headers=allow)
-        if is_model:
-            self._send(200, self._model(unquote(path[len(_MODELS) + 1 :])))
-        elif path == _MODELS:
-            self._send(200, {"object": "list", "data": [self._model(self.settings.names[0])]})
-        elif path == "/health":
-            health = self.generator.health
-            self._send(200 if health == "ok" else 503, {"status": health})
+        if form is not None:
+            self._complete(form, path)
+        elif path == "/":
+            self._send_bytes(200, PAGE, "text/html; charset=utf-8", HEADERS)
+        elif path == "/metrics":
+            text = self.generator.metrics.text(self.generator.gauges())
+            self._send_bytes(200, text.encode(), metrics.TYPE, {})
+        elif below:
+            self._send(200, self._find(below, unquote(path[len(below) :])))
         else:
-            self._complete(path)
+            self._send(*self._told(path))
 
-    def _check_origin(self) -> None:
-        origin = self.headers.get("Origin")
-        if origin is not None and not self._is_allowed(origin):
-            message = f"web pages of {origin[:80]} may not use this server; see --allowed-origins"
-            raise RequestError(message, status=403)
+    def _told(self, path: str) -> tuple[int, dict[str, Any]]:
+        """Status and answer of a path that tells of the server."""
+        about, health = self._about, self.generator.health
+        match path:
+            case "/v1/models":
+                return 200, discovery.models(self._model(about.model))
+            case "/api/version":
+                return 200, discovery.OLLAMA
+            case "/api/tags":
+                return 200, discovery.tags(about.model, about.created)
+            case "/api/pull":
+                body = parse(self._read_body())
+                self._model(str(body.get("model") or body.get("name")))
+                return 200, discovery.PULLED
+        return 200 if health == "ok" else 503, {"status": health}
 
-    def _is_allowed(self, origin: str) -> bool:
-        return bool({origin, "*"} & set(self.settings.allowed_origins))
-
-    def _check_key(self, path: str) -> None:
-        key = self.settings.api_key
-        if key is None or path == "/health":
-            return
-        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), key.encode())
-        if scheme.lower() != "bearer" or not right:
-            raise RequestError(
-                "the API key is missing or wrong; send the header Authorization: Bearer KEY",
-                status=401,
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+    def _find(self, below: str, name: str) -> dict[str, Any]:
+        """The model, or the response kept, of a name."""
+        if below.startswith(_MODELS):
+            return self._model(name)
+        kept = self._about.stored.get(name)
+        if self.command != "DELETE":
+            return kept.response
+        self._about.stored.delete(name)
+        return {"id": name, "object": "response", "deleted": True}
 
     def _model(self, name: str) -> dict[str, Any]:
-        name = served_name(name, self.settings.names)
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "local"}
+        name = served_name(name, self.settings.names, self.settings.aliases)
+        return discovery.model(name, self._about.created, self.generator.context_length)
 
-    def _complete(self, path: str) -> None:
-        """Checks the body and answers it."""
-        names, adapter = self.settings.names, self.settings.adapter
+    def _read_body(self) -> bytes:
         raw = read_body(self.headers, self.rfile, self.settings.max_body_bytes)
         self._is_unread = False
-        is_chat = "chat" in path
+        return raw
+
+    def _complete(self, protocol: type[Form], path: str) -> None:
+        """Checks the body and answers it."""
+        settings = self.settings
+        raw = self._read_body()
         with _large_bodies if len(raw) > _LARGE else nullcontext():
-            fields = normalise(parse(raw), chat=is_chat, names=names, adapter=adapter)
+            body = parse(raw)
+            if self._log is not None:
+                self._exchange.body = body = self._log.seeded(body)
+            form = protocol(body, self._about)
+            fields = normalise(
+                form.request,
+                chat=form.is_chat,
+                names=settings.names,
+                aliases=settings.aliases,
+                adapter=settings.adapter,
+            )
         del raw
-        prompt = prompt_of(fields, is_chat=is_chat)
+        prompt = prompt_of(fields, is_chat=form.is_chat)
         try:
             arguments = arguments_of(fields, self.generator.args)
         except ValueError as error:  # the flags' values: those of the request are checked
             raise _server_error(error) from error
+        if path == _COUNT:
+            count = self._asked(lambda: self.generator.count_tokens(prompt, arguments))
+            self._send(200, {"input_tokens": count})
+            return
         self._streams = fields.get("stream", False)
-        with_usage = fields.get("stream_options", {}).get("include_usage", False)
         try:
             context, responses = self._generate(prompt, arguments)
-            reader = None
-            if isinstance(prompt, Chat):
-                name = arguments.template_options.get("chat_template")
-                template = template_of(context.tokenizer, name, prompt.tools)
-                reader = Reader(
-                    format=call_format(template),
-                    tools=prompt.tools,
-                    reasoning_open=context.reasoning_open,
-                )
+            one_call = not fields.get("parallel_tool_calls", True)
+            reading = Reading(prompt, arguments, context, one_call)
             if self._streams:
-                self._begin_stream()
-            form = Completion(self._common(is_chat), is_chat=is_chat, is_streamed=self._streams)
-            self._send_answer(form, reader, context, responses, with_usage)
+                self._begin_stream(form)
+            self._send_answer(form, fields, reading, self._checked(responses))
         finally:
-            if self._context is not None:
-                self._context.stop()
+            if self._exchange.context is not None:
+                self._exchange.context.stop()
 
     def _send_answer(
         self,
-        form: Completion,
-        reader: Reader | None,
-        context: Context,
+        form: Form,
+        fields: dict[str, Any],
+        reading: Reading,
         responses: Iterator[Response],
-        with_usage: bool,
     ) -> None:
         """Sends the answer in chunks as it comes, or as a whole."""
         events: list[Event] = []
-        reason, by_itself = "stop", True
-        for response in self._checked(responses):
-            events += [Text(response.text)] if reader is None else reader.add(response.text)
-            reason = response.finish_reason or reason
-            by_itself = response.token in context.tokenizer.eos_token_ids
+        sampled: list[Response] = []  # tokens that no chunk has told of
+        beginning: bytes | None = None  # of a stream, still to be sent
+        for response in responses:
+            if beginning is None:  # the first token tells how much of the prompt was known
+                assert self._exchange.context is not None
+                beginning = form.begin(self._exchange.context, fields)
+            self._exchange.add(response)
+            events += reading.add(response)
+            sampled.append(response)
+            if reading.is_over:
+                break
             if self._streams and any(event != Text("") for event in events):
-                self._send_chunk(self._with_logprobs(form.choice(events)))
-                events = []
+                self._send_chunk(beginning + form.chunk(events, sampled))
+                events, sampled, beginning = [], [], b""
             elif self._streams:
                 self._keep_alive()
-        events += [] if reader is None else reader.end()
-        # A call that is unfinished where the model ends by itself is mended; a stop string cuts it.
-        is_cut = reader is not None and reader.is_cut and not by_itself
-        last = self._with_logprobs(form.choice(events, reason, is_cut=is_cut))
-        counts = len(context.prompt), context.cached, self._generated
-        if not self._streams:
-            self._send(200, last | form.usage(*counts))
-            return
-        self._send_chunk(last)
-        if with_usage:
-            self._send_chunk(form.last_chunk(form.usage(*counts)))
-        self.wfile.write(b"data: [DONE]\n\n")
+        events += reading.end()
+        if self._streams:
+            self._send_chunk((beginning or b"") + form.end(events, sampled, reading.ending))
+        else:
+            self._send(200, form.whole(events, sampled, reading.ending))
 
-    def _send_chunk(self, content: dict[str, Any]) -> None:
-        self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
+    def _send_chunk(self, chunk: bytes) -> None:
+        self.wfile.write(chunk)
         self._sent = time.monotonic()
 
     def _keep_alive(self, comment: str = "keepalive") -> None:
         """Sends a comment if nothing was sent for a while: part of the answer is held back."""
         if time.monotonic() > self._sent + _SILENCE:
-            self.wfile.write(f": {comment}\n\n".encode())
-            self._sent = time.monotonic()
-
-    def _common(self, is_chat: bool) -> dict[str, Any]:
-        """The fields that all objects of an answer have."""
-        kind = "chat.completion" if is_chat else "text_completion"
-        return {
-            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4()}",
-            "system_fingerprint": self._fingerprint,
-            "object": f"{kind}.chunk" if is_chat and self._streams else kind,
-            "model": self.settings.names[0],
-            "created": self.created,
-        }
+            self._send_chunk(f": {comment}\n\n".encode())
 
     def _generate(self, prompt: Prompt, arguments: Arguments) -> tuple[Context, Iterator[Response]]:
-        self._wants_logprobs = arguments.logprobs
-
         def progress(processed: int, total: int) -> None:
             self._check_client()
             if not self._streams:
@@ -283,8 +286,16 @@ class Handler(BaseHTTPRequestHandler):
             except OSError as error:
                 raise ClientGone(first_line(error)) from None
 
+        context, responses = self._asked(
+            lambda: self.generator.generate(prompt, arguments, progress)
+        )
+        self._exchange.context = context
+        return context, responses
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        """What the generator answers at once; its errors become those of the request."""
         try:
-            context, responses = self.generator.generate(prompt, arguments, progress)
+            return ask()
         except ContextLengthError as error:
             raise RequestError(first_line(error), code="context_length_exceeded") from error
         except (ValueError, TemplateError) as error:
@@ -294,36 +305,17 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(first_line(error), status=429, code=code, headers=RETRY) from error
         except Exception as error:
             raise self._failure(error) from error
-        self._context = context
-        return context, responses
 
     def _checked(self, responses: Iterator[Response]) -> Iterator[Response]:
         """Passes the responses on while the client is there."""
         try:
             for response in responses:
                 self._check_client()
-                self._generated += 1
-                if self._wants_logprobs:
-                    self._sampled.append(response)
                 yield response
         except ClientGone:
             raise
         except Exception as error:
             raise self._failure(error) from error
-
-    def _with_logprobs(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Adds the log-probabilities that are still to be sent, in OpenAI's form."""
-        if self._wants_logprobs:
-            assert self._context is not None
-            tokenizer = self._context.tokenizer
-            sampled, self._sampled = self._sampled, []
-            content["choices"][0]["logprobs"] = (
-                logprobs.chat_form(tokenizer, sampled)
-                if content["object"].startswith("chat")
-                else logprobs.text_form(tokenizer, sampled, self._text_offset)
-            )
-            self._text_offset += sum(len(token.text) for token in sampled)
-        return content
 
     def _failure(self, error: Exception) -> RequestError:
         health = self.generator.health
@@ -351,55 +343,58 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.connection.settimeout(self.timeout)
 
-    def _begin_stream(self) -> None:
+    def _begin_stream(self, form: Form) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-cache")
-        self._set_cors_headers()
+        self._send_headers(cors_headers(self.headers, self.settings))
         self.end_headers()
-        self._is_streaming = True
-
-    def _set_cors_headers(self) -> None:
-        origin, allowed = self.headers.get("Origin"), self.settings.allowed_origins
-        if origin is None or not self._is_allowed(origin):
-            return
-        self.send_header("Access-Control-Allow-Origin", "*" if "*" in allowed else origin)
-        self.send_header("Vary", "Origin")
-        self.send_header("Access-Control-Allow-Methods", "GET, POST, OPTIONS")
-        # The star does not include Authorization.
-        self.send_header("Access-Control-Allow-Headers", "*, Authorization")
+        self._stream = form
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Sends an error of ``http.server``, such as an unreadable request, in OpenAI's form."""
+        """Sends an error of ``http.server``, such as an unreadable request."""
         self._refuse(RequestError(message or HTTPStatus(code).phrase, status=code))
 
     def _refuse(self, error: RequestError) -> None:
+        self._exchange.status, self._exchange.error = error.status, str(error)
         if error.status >= 500:
             logging.error("%s: %s", error.status, error, exc_info=error.__cause__)
         elif error.status in (401, 403):  # applications seldom show these
             logging.warning("%s: %s", error.status, ascii(str(error)))
-        if self._is_streaming:
-            self.wfile.write(f"data: {json.dumps(error.body)}\n\n".encode())
+        if self._stream is not None:
+            self.wfile.write(self._stream.failed(error))
             return
-        self._send(error.status, error.body, *error.headers.items())
+        self._send(error.status, self._error(error), error.headers)
         if self._is_unread and ("Content-Length" in self.headers or self.command == "POST"):
             self._discard()
 
     def _send(
-        self, status: int, content: dict[str, Any] | None = None, *headers: tuple[str, str]
+        self,
+        status: int,
+        content: dict[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        raw = b"" if content is None else json.dumps(content).encode()
+        self._send_bytes(status, raw, "application/json", headers or {})
+
+    def _send_bytes(self, status: int, raw: bytes, kind: str, headers: Mapping[str, str]) -> None:
+        """Sends a whole answer.
+
+        Args:
+            raw: the body, which has no headers if it is empty.
+            kind: its media type.
+        """
         self.send_response(status)
-        self._set_cors_headers()
-        for name, value in headers:
-            self.send_header(name, value)
-        raw = b""
-        if content is not None:
-            raw = json.dumps(content).encode()
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(raw)))
+        self._send_headers({**cors_headers(self.headers, self.settings), **headers})
+        if raw:
+            self._send_headers({"Content-Type": kind, "Content-Length": str(len(raw))})
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(raw)
+
+    def _send_headers(self, headers: Mapping[str, str]) -> None:
+        for name, value in headers.items():
+            self.send_header(name, value)
 
     def _discard(self) -> None:
         """Reads the rest of the body, without which the client might not get the answer."""
@@ -408,6 +403,10 @@ class Handler(BaseHTTPRequestHandler):
             self._incoming.deadline = time.monotonic() + _LINGER
             while self.rfile.read1(2**16):
                 pass
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Notes the status, which is told at the end."""
+        self._exchange.status = int(code)
 
     def log_message(self, format: str, *args: Any) -> None:
         logging.info("%s %s", self.address_string(), ascii(format % args))

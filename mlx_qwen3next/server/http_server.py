@@ -89,10 +89,10 @@ class Server(ThreadingHTTPServer):
         self.shutdown_request(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Logs the error that ended a connection, as an error unless the client has gone."""
+        """Logs the error that ended a connection, for debugging if the client has gone."""
         error = sys.exception()
         if isinstance(error, OSError):
-            logging.info("%s is gone: %s", client_address[0], error)
+            logging.debug("%s is gone: %s", client_address[0], error)
         else:
             logging.error("%s: the connection failed", client_address[0], exc_info=error)
 

@@ -26,6 +26,15 @@ Responses = tuple[list[Prompted], list[Generated]]
 
 
 @dataclass
+class Drafted(Generated):
+    """A token of a round that began with drafts."""
+
+    source: str = ""  # who drafted
+    is_draft: bool = False  # whether the token was one of the drafts
+    drafted: int = 0  # how many drafts there were, told with the round's first token
+
+
+@dataclass
 class Entry:
     """A sequence of the batch, wherever it is computed."""
 
@@ -78,7 +87,7 @@ class LoneSequence(TokenSequence):
             held,
             segments,
             depth=depth,
-            drafter=cache[-1].rows[0].drafter,
+            drafters=cache[-1].rows[0].drafters,
             step_size=step_size,
             quantization=quantization,
         )
@@ -86,7 +95,7 @@ class LoneSequence(TokenSequence):
         self.matcher = entry.stop.matcher() if matcher is None else matcher
         self._full_size, self._pace = step_size, pace
         self._steps: Generator[Token] | None = None
-        self.finished = False
+        self.finished = self._is_in_round = False
 
     @property
     def is_decoding(self) -> bool:
@@ -174,6 +183,12 @@ class LoneSequence(TokenSequence):
         if self.matcher.advance(token.token):
             reason = "stop"
         response = Generated(entry.uid, token.token, token.logprobs, reason, None, None)
+        if token.source is not None:
+            drafted = 0 if self._is_in_round else token.drafted
+            response = Drafted(
+                **vars(response), source=token.source, is_draft=token.from_draft, drafted=drafted
+            )
+        self._is_in_round = token.from_draft
         if reason is not None:
             self.close()
             response.prompt_cache = without_drafters(self.cache)

@@ -28,12 +28,12 @@ def message(path: str, value: Any) -> dict[str, Any]:
     role = roles(f"{path}.role", fields.get("role"))
     fields["role"] = {"developer": "system", "function": "tool"}.get(role, role)
     is_assistant = role == "assistant"
-    content = fields.get("content", "")
-    fields["content"], thought = _content(f"{path}.content", content, thinks=is_assistant)
+    given = fields.get("content", "")
+    fields["content"], thought = content(f"{path}.content", given, thinks=is_assistant)
     if is_assistant:
         names = [name for name in ("reasoning_content", "reasoning") if name in fields]
-        given = [string(f"{path}.{name}", fields.pop(name)) for name in names]
-        if reasoning := next(filter(None, [*given, thought]), ""):
+        thoughts = [string(f"{path}.{name}", fields.pop(name)) for name in names]
+        if reasoning := next(filter(None, [*thoughts, thought]), ""):
             fields["reasoning_content"] = reasoning
     if "tool_calls" in fields:
         fields["tool_calls"] = list_of(_tool_call)(f"{path}.tool_calls", fields["tool_calls"])
@@ -43,7 +43,7 @@ def message(path: str, value: Any) -> dict[str, Any]:
     return fields
 
 
-def _content(path: str, value: Any, *, thinks: bool) -> tuple[str, str]:
+def content(path: str, value: Any, *, thinks: bool) -> tuple[str, str]:
     """Checks a content and returns its text and its reasoning.
 
     Args:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .answers import call_format
 from .arguments import Chat, Prompt
+from .call_grammar import call_opening
 
 _MARK = re.compile("(\ue000[0-9]+\ue001)")
 # What stands before a message of each role, and after every message, without a chat template.
@@ -20,23 +22,44 @@ _ROLES = {
 }
 
 
+class Rendered(NamedTuple):
+    """A prompt's tokens.
+
+    Args:
+        tokens: their ids.
+        reasoning_open: whether the answer begins within reasoning that the template has opened.
+        opening: the text at the prompt's end that is the beginning of the answer.
+    """
+
+    tokens: list[int]
+    reasoning_open: bool = False
+    opening: str = ""
+
+
 def tokenized_prompt(
     prompt: Prompt, tokenizer: TokenizerWrapper, template_options: dict[str, Any]
-) -> tuple[list[int], bool]:
+) -> Rendered:
     """Tokenizes the prompt.
 
-    Returns:
-        The token ids, and whether the answer begins within reasoning that the prompt has opened.
+    With ``enable_thinking`` false, reasoning that the template has opened nevertheless is closed
+    again. An answer that must call a tool is begun with the call.
+
+    Raises:
+        ValueError: the template cannot do what the request asks for.
     """
     if isinstance(prompt, list):
-        return prompt, False
+        return Rendered(prompt)
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt), False
+        return Rendered(tokenizer.encode(prompt))
     arguments = _template_arguments(prompt, tokenizer, template_options)
     if not tokenizer.has_chat_template:
         if arguments["continue_final_message"]:
             raise ValueError("without a chat template this model can continue no message")
-        return tokenizer.encode(_without_template(prompt)), False
+        if prompt.forced is not None:
+            raise ValueError("without a chat template this model can be forced to no call")
+        return Rendered(tokenizer.encode(_without_template(prompt)))
+    if prompt.forced is not None and not arguments["add_generation_prompt"]:
+        raise ValueError("an answer that goes on with a message cannot be forced to begin a call")
     plain = _PlainText(tokenizer)
     messages, tools = plain.mark(prompt.messages), plain.mark(prompt.tools)
 
@@ -46,7 +69,15 @@ def tokenized_prompt(
         )
 
     text = render()
-    return plain.encode(text), _opens_reasoning(text, render, arguments)
+    reasoning_open = _opens_reasoning(text, render, arguments)
+    opening = ""
+    if arguments["add_generation_prompt"] and reasoning_open:
+        is_off = prompt.forced is not None or arguments.get("enable_thinking") is False
+        opening = "\n</think>\n\n" if is_off else ""
+    if prompt.forced is not None:
+        template = template_of(tokenizer, template_options.get("chat_template"), prompt.tools)
+        opening += call_opening(call_format(template), prompt.forced)
+    return Rendered(plain.encode(text + plain.mark(opening)), reasoning_open, opening)
 
 
 def _without_template(chat: Chat) -> str:

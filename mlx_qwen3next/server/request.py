@@ -8,23 +8,28 @@ into the responses that the HTTP side reads from a queue.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, Queue
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..decoding.detokenize import StopWords, TextDecoder
+from ..decoding.sampling import draw_key
 from ..decoding.validation import token_budget
 from ..errors import ContextLengthError, first_line
 from ..model.qwen3_next import Model
 from .arguments import Arguments, Chat, Prompt
 from .batching import Generated
 from .logprobs import most_probable
+from .lone_sequence import Drafted
+from .metrics import Metrics
 from .prompt import tokenized_prompt
 from .responses import Context, Response
 
@@ -52,6 +57,7 @@ class Request:
     stop: StopSequences
     decoder: TextDecoder
     stop_words: StopWords
+    metrics: Metrics
     key: int | None = None  # of the random numbers
     generated: int = 0  # number of tokens
     failures: int = 0  # failed forwards that this request may have caused
@@ -65,18 +71,31 @@ class Request:
         self.tokens.append(response.token)
         self.generated += 1
         self.fresh = self.on_trial = False
+        self._count(response)
         reason = response.finish_reason
-        text, stopped = self.stop_words.add(self.decoder.add(response.token, reason), reason)
+        text, stop_word = self.stop_words.add(self.decoder.add(response.token, reason), reason)
         logprob: Any = 0.0
         top = most_probable(response.logprobs, self.arguments.top_logprobs)
         if self.arguments.logprobs or top:
             logprob = response.logprobs[response.token].item()
-        sent = "stop" if stopped else reason
-        self.queue.put(Response(text, response.token, logprob, sent, top))
-        if reason is None and not stopped:
+        sent = "stop" if stop_word else reason
+        self.queue.put(Response(text, response.token, logprob, sent, top, stop_word))
+        if sent is None:
             return False
         self.queue.put(None)
         return True
+
+    def _count(self, response: Generated) -> None:
+        self.metrics.add("generation_tokens")
+        if not isinstance(response, Drafted):
+            return
+        source = response.source
+        if response.drafted:
+            self.metrics.add("draft_rounds", source=source)
+            self.metrics.add("draft_tokens", response.drafted, source=source)
+        self.metrics.add("draft_tokens_accepted", response.is_draft, source=source)
+        if response.is_draft:
+            self.context.accepted[source] += 1
 
     def responses(
         self, progress: Callable[[int, int], None], ended: threading.Event
@@ -120,18 +139,21 @@ def read_request(
     queue: Queue[Any],
     model: Model,
     tokenizer: TokenizerWrapper,
+    metrics: Metrics,
 ) -> Request:
     """Checks a request and tokenizes its prompt.
 
     Args:
         queue: receives the responses.
+        metrics: counts its tokens.
 
     Raises:
         ContextLengthError: the prompt is longer than the model's context.
         ValueError: the request cannot be answered. The chat template and the tokenizer may raise
             other exceptions.
     """
-    tokens, reasoning_open = tokenized_prompt(prompt, tokenizer, arguments.template_options)
+    rendered = tokenized_prompt(prompt, tokenizer, arguments.template_options)
+    tokens = rendered.tokens
     if not tokens:
         raise ValueError("the prompt is empty")
     _check_length(tokens, model, prompt)
@@ -144,7 +166,7 @@ def read_request(
     return Request(
         queue,
         arguments,
-        Context(tokenizer, tokens, reasoning_open),
+        Context(tokenizer, tokens, rendered.reasoning_open, rendered.opening),
         list(tokens),
         token_budget(model, len(tokens), arguments.max_tokens),
         sampling.sampler(),
@@ -152,7 +174,16 @@ def read_request(
         StopSequences([(token,) for token in tokenizer.eos_token_ids]),
         TextDecoder(tokenizer),
         StopWords(arguments.stop_words),
+        metrics,
     )
+
+
+def random_key(seed: int | None) -> int:
+    """The key of a request's random numbers."""
+    if seed is None:
+        return secrets.randbits(31)
+    mx.random.seed(seed)
+    return draw_key()
 
 
 def _check_length(tokens: list[int], model: Model, prompt: Prompt) -> None:
@@ -166,5 +197,7 @@ def _check_length(tokens: list[int], model: Model, prompt: Prompt) -> None:
         given = "messages" if isinstance(prompt, Chat) else "prompt"
         raise ContextLengthError(
             f"This model's maximum context length is {limit} tokens. However, your {given} "
-            f"resulted in {len(tokens)} tokens. Please reduce the length of the {given}."
+            f"resulted in {len(tokens)} tokens. Please reduce the length of the {given}.",
+            len(tokens),
+            limit,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -14,15 +15,19 @@ class Context:
     Args:
         tokenizer: the model's.
         prompt: the prompt's token ids.
-        reasoning_open: whether the answer begins within reasoning that the prompt has opened.
+        reasoning_open: whether the answer begins within reasoning that the template has opened.
+        opening: the answer's beginning, if the prompt holds it already.
         cached: how many of the prompt's tokens were in the prompt cache; None until that is known.
+        accepted: the right drafts among the tokens of the answer so far, by their source.
         stopped: whether the client has gone.
     """
 
     tokenizer: TokenizerWrapper
     prompt: list[int]
     reasoning_open: bool = False
+    opening: str = ""
     cached: int | None = None
+    accepted: Counter[str] = field(default_factory=Counter)
     stopped: bool = False
 
     def stop(self) -> None:
@@ -41,6 +46,7 @@ class Response:
         finish_reason: "stop" or "length" with the last token, otherwise None.
         top_tokens: the most probable tokens at its place and their log-probabilities, as many as
             were asked for, in any order.
+        stop_word: the one that has ended the answer, if one has.
     """
 
     text: str
@@ -48,3 +54,4 @@ class Response:
     logprob: float = 0.0
     finish_reason: str | None = None
     top_tokens: tuple[tuple[int, float], ...] = ()
+    stop_word: str | None = None

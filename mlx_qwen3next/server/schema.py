@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
@@ -33,9 +34,8 @@ from .checks import (
 from .messages import message, tool
 
 DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of the server
-# Names of other models that clients use unless they are told another one, and beginnings of such.
-_FIXED_NAMES = (DEFAULT_MODEL, "default", "local-model")
-_FIXED_PREFIXES = ("gpt-", "o3", "o4", "claude-", "qwen")
+# Names of other models that clients use unless they are told another one.
+ALIASES = ("default", "local-model", "gpt-*", "o3*", "o4*", "claude-*", "qwen*")
 
 _MAX_TOP_LOGPROBS = 11  # mlx-lm's limit
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 1000
@@ -67,14 +67,19 @@ def parse(raw: bytes) -> dict[str, Any]:
 
 
 def normalise(
-    body: dict[str, Any], *, chat: bool, names: Sequence[str], adapter: str | None = None
+    body: dict[str, Any],
+    *,
+    chat: bool,
+    names: Sequence[str],
+    aliases: Sequence[str] = ALIASES,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """Checks a request and returns the fields for mlx-lm's handler.
 
     Args:
         body: the result of :func:`parse`.
         chat: whether the request completes the messages of a chat, or else a prompt.
-        names: the names of the model, for :func:`served_name`.
+        names, aliases: those of the model, for :func:`served_name`.
         adapter: the name of the adapter that a request may use.
 
     Returns:
@@ -87,7 +92,7 @@ def normalise(
     model = body.get("model", DEFAULT_MODEL)
     if not isinstance(model, str):
         raise unfit("model", model, "a name")
-    served_name(model, names)
+    served_name(model, names, aliases)
     one_of(DEFAULT_MODEL)("draft_model", body.get("draft_model", DEFAULT_MODEL))
     adapters = (DEFAULT_MODEL,) if adapter is None else (DEFAULT_MODEL, adapter)
     one_of(*adapters)("adapters", body.get("adapters", DEFAULT_MODEL))
@@ -98,8 +103,10 @@ def normalise(
     checks = _CHAT if chat else _TEXT
     fields = {name: check(name, body[name]) for name, check in checks.items() if name in body}
 
-    if fields.get("tool_choice") == "none":
+    if (choice := fields.get("tool_choice")) == "none":
         fields.pop("tools", None)
+    elif choice not in (None, "auto"):
+        _check_forced(choice, fields.get("tools", []))
     if ending := {name: fields.pop(name) for name in _ENDING if name in fields}:
         fields["chat_template_kwargs"] = fields.get("chat_template_kwargs", {}) | ending
     # In OpenAI's completions `logprobs` itself is the number.
@@ -110,27 +117,28 @@ def normalise(
     return fields
 
 
-def served_name(model: str, names: Sequence[str]) -> str:
+def served_name(model: str, names: Sequence[str], aliases: Sequence[str] = ALIASES) -> str:
     """Returns the name under which the server has the model that a client asks for.
 
     Args:
-        model: one of ``names``, or a name that clients have built in: ``default``,
-            ``default_model``, ``local-model``, ``gpt-…``, ``o3…``, ``o4…``, ``claude-…``,
-            ``qwen…``. These stand for the first of ``names``.
+        model: one of ``names``, or mlx-lm's name for a server's model or a name that an alias fits,
+            which stand for the first of them.
         names: the names of the model.
+        aliases: names in lower case, in which ``*`` stands for any characters.
 
     Raises:
         RequestError: it is another name.
     """
     if model in names:
         return model
-    if model in _FIXED_NAMES or model.lower().startswith(_FIXED_PREFIXES):
+    if model == DEFAULT_MODEL or any(fnmatchcase(model.lower(), alias) for alias in aliases):
         return names[0]
     message = f"the model {shown(model)} is not served here; use {' or '.join(names)}"
     raise RequestError(message, "model", status=404, code="model_not_found")
 
 
-def _limit(path: str, value: Any) -> int:
+def token_limit(path: str, value: Any) -> int:
+    """Checks the most tokens of an answer."""
     if type(value) is not int or (value < 1 and value != -1):
         raise unfit(path, value, "an integer of at least 1, or -1 for no limit")
     return MAX_INTEGER if value == -1 else min(value, MAX_INTEGER)
@@ -173,7 +181,8 @@ def _logit_bias(path: str, value: Any) -> dict[str, float]:
     return bias
 
 
-def _stop(path: str, value: Any) -> list[str]:
+def stop_words(path: str, value: Any) -> list[str]:
+    """Checks one text or several that end an answer."""
     stops = list_of(string)(path, [value] if isinstance(value, str) else value)
     stops = [stop for stop in stops if stop]
     if len(stops) > _MAX_STOPS or any(len(stop) > _MAX_STOP_LENGTH for stop in stops):
@@ -183,8 +192,9 @@ def _stop(path: str, value: Any) -> list[str]:
 
 
 def _stream_options(path: str, value: Any) -> dict[str, bool]:
-    usage = mapping(path, value).get("include_usage", False)
-    return {"include_usage": boolean(f"{path}.include_usage", usage)}
+    given = mapping(path, value)
+    names = ("include_usage", "continuous_usage_stats")
+    return {name: boolean(f"{path}.{name}", given.get(name, False)) for name in names}
 
 
 def _text_logprobs(path: str, value: Any) -> bool | int:
@@ -223,17 +233,34 @@ def _template_options(path: str, value: Any) -> dict[str, Any]:
     return options
 
 
+def _tool_choice(path: str, value: Any) -> str | dict[str, Any]:
+    if not isinstance(value, dict):
+        hint = ", or an object that names a function"
+        return one_of("auto", "none", "required", hint=hint)(path, value)
+    one_of("function")(f"{path}.type", value.get("type"))
+    function = mapping(f"{path}.function", value.get("function"))
+    name = filled_string(f"{path}.function.name", function.get("name"))
+    return {"type": "function", "function": {"name": name}}
+
+
+def _check_forced(choice: str | dict[str, Any], tools: list[dict[str, Any]]) -> None:
+    names = [tool["function"]["name"] for tool in tools]
+    if not names:
+        raise RequestError("tool_choice forces a call, but the request has no tools", "tool_choice")
+    if isinstance(choice, dict) and choice["function"]["name"] not in names:
+        raise unfit("tool_choice", choice["function"]["name"], f"one of {', '.join(names)}")
+
+
 _ONE_CHOICE = one_of(1, hint=": a request has one choice")
-_NO_TOOL_FORCED = one_of("auto", "none", hint=": the server cannot force a call")
 
 _COMMON: dict[str, Check] = {
     "stream": boolean,
     "stream_options": _stream_options,
-    "max_tokens": _limit,
-    "max_completion_tokens": _limit,
+    "max_tokens": token_limit,
+    "max_completion_tokens": token_limit,
     "num_draft_tokens": integer(0),
     "seed": _seed,
-    "stop": _stop,
+    "stop": stop_words,
     "logit_bias": _logit_bias,
     "logprobs": boolean,
     "top_logprobs": integer(0, _MAX_TOP_LOGPROBS),
@@ -255,9 +282,10 @@ _COMMON: dict[str, Check] = {
 _CHAT = _COMMON | {
     "messages": list_of(message, least=1),
     "tools": list_of(tool),
-    "tool_choice": _NO_TOOL_FORCED,
+    "tool_choice": _tool_choice,
+    "parallel_tool_calls": boolean,
     "functions": one_of([], hint="; use tools"),
-    "function_call": _NO_TOOL_FORCED,
+    "function_call": one_of("auto", "none", hint="; use tool_choice"),
     "modalities": one_of(["text"], hint=": the model generates only text"),
     "audio": _unsupported,
     "response_format": one_of({"type": "text"}, hint=": the server cannot enforce other formats"),

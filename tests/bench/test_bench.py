@@ -69,7 +69,7 @@ class Fake:
     fixed = lambda self: 0.001  # noqa: E731
     bandwidth = lambda self: 1e9  # noqa: E731
     findings = lambda self: {}  # noqa: E731
-    chosen = lambda self: [[0.004, 1.0, True], [0.01, 1.5, True]]  # noqa: E731
+    chosen = lambda self: [[0, 0.004, 1.0, True], [1, 0.01, 1.5, True]]  # noqa: E731
 
 
 @pytest.fixture

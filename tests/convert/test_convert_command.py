@@ -88,6 +88,7 @@ def test_flags_reach_the_function(run, monkeypatch):
         "mtp": "drop",
         "mtp_bits": 16,
         "attach_mtp": True,
+        "any_trunk": True,
         "stream": True,
         "dry_run": True,
         "verify": True,
@@ -117,7 +118,7 @@ def test_help(run, monkeypatch, columns):
 def test_examples_in_the_help_are_understood(run):
     _, out, _ = run("--help")
     examples = re.findall(r"^  python -m mlx_qwen3next.convert (.*)$", out, re.M)
-    assert len(examples) == 4
+    assert len(examples) == 5
     for example in examples:
         parser().parse_args(example.split())
 

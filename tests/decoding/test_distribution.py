@@ -9,7 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qwen3next.decoding.draft_depth import FixedDepth
+from mlx_qwen3next.decoding.draft_depth import FixedDepth, Offer
+from mlx_qwen3next.decoding.drafters import Drafter
+from mlx_qwen3next.decoding.drafters.lookup import LookupDrafter
 from mlx_qwen3next.decoding.sampling import Chooser, Sampling
 from mlx_qwen3next.decoding.speculative import Decoding
 
@@ -42,36 +44,34 @@ class Chain:
         return self.table[hidden]
 
 
-class ChainDrafter(Chain):
+class ChainDrafter(Drafter, Chain):
+    source = "chain"
+
+    def offer(self, ahead=False):
+        return Offer(self.source, [0.5] * 3, (1, 2, 3))
+
     def propose(self, token, depth, choose):
         drafts = []
         for _ in range(depth):
             drafts.append(choose(self.logits(drafts[-1] if drafts else token), drafts))
         return drafts
 
-    def expect(self, tokens, hidden, token, depth, choose):
-        pass
-
-    def committed(self, tokens, hidden):
-        pass
-
-    def settle(self):
-        pass
-
 
 def context(options):
     return 2 if "repetition_penalty" in options else 1
 
 
-def sample(options, chooser=Chooser, n=SAMPLES):
+def sample(options, chooser=Chooser, n=SAMPLES, drafter=None):
     mx.random.seed(len(str(options)))  # not the same numbers for all options
     n = n * 3 // 2 if context(options) == 2 else n
     sampling, tokens = Sampling(**options), [0]
     while len(tokens) <= n:
         last = mx.array(tokens[-2:], mx.uint32)
         choices = chooser(sampling.sampler(), sampling.logits_processors(), last)
-        drafter = ChainDrafter(DRAFTER)
-        steps = Decoding(Chain(TRUNK), [], last[-1:], choices, FixedDepth(3), drafter)
+        drafter = drafter or ChainDrafter(DRAFTER)
+        drafter.follow(tokens)
+        depth = FixedDepth(3, lookup=3)
+        steps = Decoding(Chain(TRUNK), [], last[-1:], choices, depth, [drafter])
         tokens += [step.token for step in steps.tokens(PIECE)]
     return tokens
 
@@ -118,6 +118,15 @@ def test_frequencies(options):
     tokens = sample(options)
     assert excess(tokens, options) < BOUND
     assert excess(tokens, options, moved=0.02) > BOUND  # so an error of 2 % would be seen
+
+
+@pytest.mark.parametrize("temp", [0.7, 1.5])
+def test_frequencies_with_copies(temp):
+    copying = LookupDrafter()
+    tokens = sample({"temp": temp}, n=SAMPLES // 2, drafter=copying)
+    assert copying.offer().shares  # five tokens leave no pair that is new
+    assert excess(tokens, {"temp": temp}) < BOUND
+    assert excess(tokens, {"temp": temp}, moved=0.03) > BOUND
 
 
 class Typical(Chooser):

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from mlx_qwen3next.decoding.draft_depth import MAX_DEPTH, FixedDepth, MeasuredDepth
+from mlx_qwen3next.decoding.drafters.mtp import MTPDrafter, new_shares
 
 # Seconds of a round at depth 0…8, in plain steps.
 CHEAP = [1.0] + [1.2 + 0.15 * k for k in range(1, 9)]  # a large model on a GPU
@@ -18,6 +19,8 @@ class Machine:
 
     def __init__(self, controller, times, acceptance, noise=0.1, seed=0):
         self.controller, self.times, self.acceptance = controller, times, acceptance
+        self.drafter = MTPDrafter.__new__(MTPDrafter)  # what it knows of its drafts, no head
+        self.drafter._shares = new_shares()
         self.noise, self.random = noise, random.Random(seed)
         self.depths, self.seconds, self.tokens = [], 0.0, 0
 
@@ -25,17 +28,24 @@ class Machine:
         """The share of the time that plain decoding would have taken."""
         goal, since = self.tokens + tokens, self.seconds
         while self.tokens < goal:
-            depth = self.controller.choose(goal - self.tokens - 1)
+            depth = self.choose(goal - self.tokens - 1)
             accepted = 0
             while accepted < depth and self.random.random() < self.acceptance:
                 accepted += 1
             seconds = self.times[depth] * (1 + self.noise * self.random.expovariate(1))
             changed = not self.depths or (depth > 0) != (self.depths[-1] > 0)
-            self.controller.record(depth, accepted, None if changed else seconds)
+            self.drafter.judged(depth, accepted)
+            for _ in range(accepted + 1):
+                self.drafter.extend(0)
+            self.controller.record("mtp", depth, None if changed else seconds)
             self.depths.append(depth)
             self.seconds += seconds
             self.tokens += accepted + 1
         return (self.seconds - since) / tokens / (self.times[0] * (1 + self.noise))
+
+    def choose(self, room):
+        """The depth that the controller chooses."""
+        return self.controller.choose([self.drafter.offer()], room)[1]
 
     def best(self):
         """The least share at any fixed depth."""
@@ -59,14 +69,14 @@ def test_where_it_cannot_pay_it_settles_at_nothing(acceptance):
     controller = MeasuredDepth()
     machine = Machine(controller, DEAR, acceptance)
     assert machine.run(256) < 1.03
-    assert controller.idle
+    assert controller.idle("mtp")
     tried = len(machine.depths)
     machine.run(3000)
     assert set(machine.depths[tried:]) == {0}
     # And looks again, once in a long while.
     machine.times = CHEAP
     machine.run(3000)
-    assert not controller.idle
+    assert not controller.idle("mtp")
     assert max(machine.depths[-50:]) > 0
 
 
@@ -115,35 +125,35 @@ def test_one_slow_round_does_not_decide():
     controller = MeasuredDepth()
     machine = Machine(controller, CHEAP, 0.8)
     machine.run(500)
-    depth, other = controller.choose(8), copy.deepcopy(controller)
+    depth, other = machine.choose(8), copy.deepcopy(machine)
     assert depth > 0
-    controller.record(depth, 0, machine.times[depth])
-    other.record(depth, 0, 100.0)
-    assert 0 < controller.choose(8) - 1 <= other.choose(8) <= controller.choose(8) + 1
+    controller.record("mtp", depth, machine.times[depth])
+    other.controller.record("mtp", depth, 100.0)
+    assert 0 < machine.choose(8) - 1 <= other.choose(8) <= machine.choose(8) + 1
 
 
 def test_rounds_that_tell_nothing_of_time_count_for_acceptance_alone():
     controller = MeasuredDepth()
     for _ in range(20):
-        controller.record(0, 0, None)
-    assert controller.choose(8) == 0  # still nothing to compare with
+        controller.record("", 0, None)
+    assert Machine(controller, CHEAP, 0.8).choose(8) == 0  # still nothing to compare with
 
 
 @pytest.mark.parametrize("depth", range(MAX_DEPTH + 1))
 @pytest.mark.parametrize("room", [0, 1, 5, 100])
 def test_no_draft_beyond_the_last_token(depth, room):
-    assert FixedDepth(depth).choose(room) == min(depth, room)
     machine = Machine(MeasuredDepth(), CHEAP, 0.9)
+    assert FixedDepth(depth).choose([machine.drafter.offer()], room) == (0, min(depth, room))
     machine.run(300)
-    assert machine.controller.choose(room) <= room
+    assert machine.choose(room) <= room
 
 
 def test_it_says_what_the_depths_promise():
     controller = MeasuredDepth()
-    assert controller.explain() == []
     machine = Machine(controller, CHEAP, 0.8, noise=0)
+    assert controller.explain(machine.drafter.offer()) == []
     machine.run(2000)
-    promises = controller.explain()
+    promises = controller.explain(machine.drafter.offer())
     timed = [promise for promise in promises if promise.timed]
     assert [promise.seconds for promise in timed] == CHEAP[: len(timed)]
     assert len(timed) > 3 and len(promises) in (len(timed), len(timed) + 1)

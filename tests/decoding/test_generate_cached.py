@@ -106,7 +106,7 @@ def test_generation_with_a_prompt_cache():
 
 def test_generation_that_is_stopped_leaves_what_it_has(monkeypatch):
     model, tokenizer = bundled()
-    prompt = tokenizer.encode("import os\n" * 160)
+    prompt = tokenizer.encode("import os\n" * 110)
     cache = PromptCache(max_bytes=10**9)
     monkeypatch.setattr(prompt_cache, "EVERY", 100)
     steps = generate_step(prompt, model, prompt_cache=cache, max_tokens=50)

@@ -116,8 +116,8 @@ def test_responses_have_mlx_lms_fields():
     for count, response in enumerate(responses, start=1):
         assert isinstance(response, MLXGenerationResponse)
         fields = dataclasses.asdict(response)
-        ours = ["rounds", "mean_accept_length", "acceptance", "cached_tokens"]
-        assert list(fields) == [*FIELDS, *ours]
+        drafts = ["rounds", "mean_accept_length", "acceptance", "drafted", "accepted"]
+        assert list(fields) == [*FIELDS, *drafts, "cached_tokens"]
         assert response.logprobs.shape == (bundled()[0].args.vocab_size,)
         assert response.prompt_tokens == len(tokenizer.encode("def f(x):"))
         assert response.generation_tokens == count

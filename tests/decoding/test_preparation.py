@@ -39,21 +39,24 @@ def said(model, chunk=CHUNK, **options):
     return lines
 
 
-def answer(model, prompt=TEXT[:10], tokens=6, mtp=3):
-    steps = generate_step(prompt, model, max_tokens=tokens, mtp=mtp, prefill_step_size=CHUNK)
+def answer(model, prompt=TEXT[:10], tokens=6, mtp=3, lookup=None):
+    options = {"max_tokens": tokens, "mtp": mtp, "lookup": lookup, "prefill_step_size": CHUNK}
+    steps = generate_step(prompt, model, **options)
     return [step.token for step in steps]
 
 
-@pytest.mark.parametrize("mtp", ["auto", "off", 1, 3, 8])
-def test_an_answer_leaves_nothing_to_prove(model, proved, mtp):
+@pytest.mark.parametrize(
+    "mtp, lookup", [("auto", None), ("off", None), (1, None), (8, None), ("off", 15)]
+)
+def test_an_answer_leaves_nothing_to_prove(model, proved, mtp, lookup):
     """Whatever the length of the prompt; whether drafts are right, and wherever the answer ends."""
-    (line,) = said(model, mtp=mtp)
+    (line,) = said(model, mtp=mtp, lookup=lookup)
     before = len(proved)
     assert re.match(rf"kernels: {before} proved in [\d.]+ s, {before} not used \(", line)
     for length, tokens in ((1, 5), (2, 12), (3, 1), (8, 12), (17, 2), (140, 12)):
-        answer(model, TEXT[:length], tokens, mtp)
+        answer(model, TEXT[:length], tokens, mtp, lookup)
     for tokens in range(1, 9):  # stopped, often between drafts that are right
-        steps = generate_step(SURE, model, mtp=mtp)
+        steps = generate_step(SURE, model, mtp=mtp, lookup=lookup)
         assert len([*islice(steps, tokens)]) == tokens
         steps.close()
     assert len(proved) == before
@@ -74,8 +77,10 @@ def test_rounds_are_proved_only_as_far_as_there_will_be_any(model, proved):
     proof.forget()
     headless = load_model(dtype=mx.float32)
     headless.mtp = None
-    said(headless)
+    said(headless, mtp="off")
     assert proof.findings() and not any(" round" in key for key in proof.findings())
+    said(headless)  # rounds of copies
+    assert any("rows=9-16 " in key and " round" in key for key in proof.findings())
 
 
 def test_a_head_of_other_weights_is_proved_too(proved):
@@ -141,13 +146,13 @@ def test_kernels_as_they_are(model, machine, monkeypatch):
     """Executed, as if they took half the time: each is right and used."""
     monkeypatch.setattr(proof, "_time", lambda form, *_: 2.0 - (form.__name__ == "kernel"))
     proof.set_kernels("off")
-    expected = answer(model)
+    expected = answer(model, TEXT[:4], mtp=1)
     with executed() as launches:
         proof.set_kernels("auto")
-        (line,) = said(model, chunk=16, mtp=3)
+        (line,) = said(model, chunk=4, mtp=1)
         findings = proof.findings()
         launched = launches.total()
-        assert answer(model) == expected
+        assert answer(model, TEXT[:4], mtp=1) == expected
     assert launches.total() > launched
     assert re.fullmatch(rf"kernels: {len(findings)} proved in [\d.]+ s", line)
     assert all(of.used for of in findings.values())
@@ -221,7 +226,8 @@ def test_bad_input(model, proved, options, message):
 
 
 def test_several_processes_prove_at_first_use(proved):
-    assert said(SimpleNamespace(group=SimpleNamespace(size=2))) == [] and proved == []
+    model = SimpleNamespace(drafts=False, dflash=None, group=SimpleNamespace(size=2))
+    assert said(model) == [] and proved == []
 
 
 @by_host
@@ -240,7 +246,8 @@ def test_the_place_where_mlx_keeps_what_it_has_built(tmp_path, monkeypatch):
         "from mlx_qwen3next.decoding import preparation\n"
         "function = mx.compile(lambda x: mx.exp(x) + x)\n"
         "preparation.rehearsal = lambda *_: [lambda: function(mx.ones(2))]\n"
-        "model = SimpleNamespace(mtp=None, group=SimpleNamespace(size=1))\n"
+        "of = {'mtp': None, 'drafts': False, 'dflash': None}\n"
+        "model = SimpleNamespace(**of, group=SimpleNamespace(size=1))\n"
         "for _ in range(2):\n"
         "    preparation.prepare(model, say=print)\n"
     )

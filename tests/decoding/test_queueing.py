@@ -55,7 +55,7 @@ def test_so_many_layers_of_a_step_are_handed_over(monkeypatch, layers, starts):
     started = []
     monkeypatch.setattr(speculative, "layers_at_once", lambda: layers)
     monkeypatch.setattr(mx, "async_eval", started.append)
-    speculative.forward(model, model.make_cache(), mx.array([5]))
+    speculative.forward(model, model.make_cache(), mx.array([5]), [])
     assert len(started) == starts
 
 

@@ -7,8 +7,8 @@ from helpers_generate import golden, golden_tokens, tokens_of
 from helpers_speculative import Cycle
 
 from mlx_qwen3next import generate_step
+from mlx_qwen3next.decoding.drafters.mtp import MTPDrafter
 from mlx_qwen3next.decoding.speculation import Speculation
-from mlx_qwen3next.decoding.speculative import Decoding
 from mlx_qwen3next.model.mtp_head import MTPHead
 
 
@@ -52,20 +52,20 @@ def test_what_was_expected_or_not(case, came, depth):
 
 
 def events(monkeypatch, depths, prompt, expected, model):
-    """Calls of the head, and ``(drafted, accepted)`` whenever the host has waited, in order."""
+    """Calls of the head, and ``(drafted, accepted)`` of rounds when they are judged, in order."""
     log = []
-    call, record = MTPHead.__call__, Decoding._record
+    call, judged = MTPHead.__call__, MTPDrafter.judged
 
     def called(*args):
         log.append("head")
         return call(*args)
 
-    def recorded(self, drafted, accepted, **options):
+    def recorded(self, drafted, accepted):
         log.append((drafted, accepted))
-        return record(self, drafted, accepted, **options)
+        judged(self, drafted, accepted)
 
     monkeypatch.setattr(MTPHead, "__call__", called)
-    monkeypatch.setattr(Decoding, "_record", recorded)
+    monkeypatch.setattr(MTPDrafter, "judged", recorded)
     monkeypatch.setattr(Speculation.of(model), "measured", Cycle(*depths))
     assert tokens_of(generate_step(prompt, model, max_tokens=len(expected))) == expected
     return log

@@ -91,6 +91,7 @@ def test_flags_reach_the_library(request_of, model_dir):
     given = {
         "max_tokens": 3,
         "mtp": 2,
+        "lookup": 3,
         "prefill_step_size": 5,
         "kv_bits": 4,
         "kv_group_size": 32,
@@ -208,7 +209,7 @@ def test_a_recommendation_that_cannot_be_used_is_refused_before_loading(
         (["--adapter-path", "/no/such/adapter"], "/no/such/adapter"),
         (["--prompt-cache-file", "/no/such/cache.safetensors"], "there is no such directory"),
         (["--image", "cat.png"], "--image is not supported"),
-        (["--draft-model", "x"], "--draft-model is not supported"),
+        (["--draft-model", "x"], "x does not exist"),
         (["--num-draft-tokens", "5"], "--num-draft-tokens is not supported"),
         (["--quantize-activations"], "--quantize-activations is not supported"),
         (["--max-kv-size", "9"], "--max-kv-size is not supported"),

@@ -7,17 +7,17 @@ import pytest
 from mlx_lm.generate import setup_arg_parser
 
 from mlx_qwen3next.compute.proof import Mode
-from mlx_qwen3next.decoding.draft_depth import MAX_DEPTH
+from mlx_qwen3next.decoding.draft_depth import MAX_DEPTH, MOST_COPIED
 from mlx_qwen3next.decoding.sampling import Sampling
-from mlx_qwen3next.decoding.speculation import check_depth
+from mlx_qwen3next.decoding.speculation import check_depth, check_lookup
 from mlx_qwen3next.generate import DEFAULT_PROMPT, UNSUPPORTED, main, parser
 
 STOCK = {action.dest: action for action in setup_arg_parser()._actions}
 OURS = {action.dest: action for action in parser()._actions}
 
 
-def test_the_flags_are_mlx_lms_and_five_of_ours():
-    ours = {"mtp", "kernels", "rope_scaling", "pipeline", "expert_parallel"}
+def test_the_flags_are_mlx_lms_and_seven_of_ours():
+    ours = {"mtp", "mtp_from", "lookup", "kernels", "rope_scaling", "pipeline", "expert_parallel"}
     assert OURS.keys() == STOCK.keys() | ours
 
 
@@ -48,6 +48,12 @@ def test_flags_of_ours_take_the_values_of_the_library():
     for text in ("auto", "off", "1", str(MAX_DEPTH)):
         depth = parser().parse_args(["--mtp", text]).mtp
         assert check_depth(depth) == depth and str(depth) == text
+    for text in ("auto", "off", "1", str(MOST_COPIED)):
+        lookup = parser().parse_args(["--lookup", text]).lookup
+        assert check_lookup(lookup, "auto") == lookup and str(lookup) == text
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--lookup", str(MOST_COPIED + 1)])
+    assert parser().parse_args([]).lookup is None
     defaults = parser().parse_args([])
     assert (defaults.mtp, defaults.kernels) == ("auto", "auto")
 

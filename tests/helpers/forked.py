@@ -8,6 +8,7 @@ like one. Its PYTHON* variables and LD_PRELOAD are the server's, and so is its h
 import atexit
 import ctypes
 import functools
+import gc
 import json
 import os
 import runpy
@@ -110,6 +111,8 @@ def forks(requests):
 def main():
     import mlx.core as mx
     import mlx_lm.server  # noqa: F401
+
+    gc.freeze()  # what is imported stays; forked processes need not look through it again
 
     first, *rest = forks(socket.socket(fileno=int(sys.argv[1])))
     mx.random.seed(int.from_bytes(os.urandom(4)))  # by the time, in a process that was started

@@ -196,9 +196,9 @@ def _request(messages, seed, fields):
 
 
 @contextlib.contextmanager
-def scripted(**options):
-    """A running :class:`Scripted`; ``options`` are of OpenAI's client."""
-    with running(load=_tiny, engine=ScriptedEngine) as engine, served(engine) as listening:
+def scripted(*flags, **options):
+    """A running :class:`Scripted`; ``flags`` are the command's, ``options`` of OpenAI's client."""
+    with running(*flags, load=_tiny, engine=ScriptedEngine) as engine, served(engine) as listening:
         url = "http://{}:{}/v1".format(*listening.server_address[:2])
         options = {"api_key": "any", "max_retries": 0, "timeout": 60} | options
         with openai.OpenAI(base_url=url, **options) as client:

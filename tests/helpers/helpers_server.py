@@ -16,7 +16,9 @@ from mlx_lm.tokenizer_utils import load
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.server.handler import Handler, Settings
 from mlx_qwen3next.server.http_server import Server
+from mlx_qwen3next.server.metrics import Metrics
 from mlx_qwen3next.server.prompt import tokenized_prompt
+from mlx_qwen3next.server.protocols.stored import Stored
 from mlx_qwen3next.server.responses import Context, Response
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -62,7 +64,8 @@ class Fake:
         defaults = {"max_tokens": 64, "temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
         defaults |= {"allowed_origins": "*", "chat_template_args": {}}
         self.args = SimpleNamespace(**defaults | options)
-        self.tokenizer = tokenizer()
+        self.tokenizer, self.context_length = tokenizer(), 4096
+        self.metrics, self.gauges = Metrics(), dict
         self.requests = []
         self.contexts = []
 
@@ -70,10 +73,13 @@ class Fake:
         self.requests.append((prompt, args))
         if self.before is not None:
             raise self.before
-        tokens, reasoning_open = tokenized_prompt(prompt, self.tokenizer, args.template_options)
-        ctx = Context(self.tokenizer, tokens, reasoning_open, cached=1)
+        rendered = tokenized_prompt(prompt, self.tokenizer, args.template_options)
+        ctx = Context(self.tokenizer, *rendered, cached=1)
         self.contexts.append(ctx)
         return ctx, self._responses(args, progress)
+
+    def count_tokens(self, prompt, args):
+        return len(tokenized_prompt(prompt, self.tokenizer, args.template_options).tokens)
 
     def _responses(self, args, progress):
         tokens = tokenizer().encode(self.text, add_special_tokens=False)
@@ -100,10 +106,16 @@ class Fake:
 
 
 @contextlib.contextmanager
-def serving(generator=None, settings=None):
-    """A server with a generator; checks at the end that none of its threads hangs."""
+def serving(generator=None, settings=None, **options):
+    """A server with a generator; checks at the end that none of its threads hangs.
+
+    Args:
+        options: others of the handler.
+    """
     settings = settings or Settings(names=NAMES)
-    handler = functools.partial(Handler, generator or Fake(), settings, system_fingerprint="test")
+    handler = functools.partial(
+        Handler, generator or Fake(), settings, Stored(), system_fingerprint="test", **options
+    )
     with Server("127.0.0.1", 0, handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -189,6 +201,17 @@ def events(server, path=CHAT, **fields):
     return [x if x == "[DONE]" else strict_json(x) for x in data], comments
 
 
+def counted(server):
+    """The metrics of a server: a name with its labels -> the value."""
+    status, headers, raw = exchange(server, "GET", "/metrics")
+    assert (status, headers["Content-Type"].partition(";")[0]) == (200, "text/plain")
+    lines = [line for line in raw.decode().splitlines() if not line.startswith("#")]
+    return {
+        name.removeprefix("qwen3next_"): float(value)
+        for name, value in (line.rsplit(" ", 1) for line in lines)
+    }
+
+
 def strict_json(raw):
     """Parses JSON, without NaN and Infinity."""
 
@@ -264,14 +287,18 @@ _ODD = (
 )
 
 
-def bodies(seed, count):
+def bodies(seed, count, valid=_VALID):
     """Yields `count` pairs of path and body: valid requests, spoiled in up to four places, and
-    some of them in their bytes."""
+    some of them in their bytes.
+
+    Args:
+        valid: path -> a valid request with all its fields.
+    """
     rng = random.Random(seed)
     for _ in range(count):
-        path = rng.choice((CHAT, TEXT))
-        body = copy.deepcopy(_VALID[path])
-        for name in [name for name in body if name not in ("messages", "prompt")]:
+        path = rng.choice(list(valid))
+        body = copy.deepcopy(valid[path])
+        for name in [name for name in body if name not in ("messages", "prompt", "input")]:
             if rng.random() < 0.5:
                 del body[name]
         for _ in range(rng.choice((0, 1, 1, 2, 4))):

@@ -20,7 +20,7 @@ from helpers_metal import (
 
 from mlx_qwen3next import metal_kernels as kernels
 from mlx_qwen3next.compute import reference
-from mlx_qwen3next.metal_kernels import Experts, Routing
+from mlx_qwen3next.metal_kernels import Experts
 
 pytestmark = pytest.mark.metal
 
@@ -73,6 +73,13 @@ LIMITS = [  # the most pairs, of the most experts; the model's own shape for the
 ]
 
 
+class Routing(NamedTuple):
+    experts: mx.array  # [N]
+    rows: mx.array  # [N]
+    weights: mx.array  # [N] float32
+    starts: mx.array  # [N + 1]
+
+
 def routing_of(logits, case):
     """The routing by the reference."""
     chosen, weights = reference.route(logits[:, : case.E], case.top, case.normalise)
@@ -95,16 +102,28 @@ def routing_of_choice(chosen, weights):
     unused = N - len(distinct)
     return Routing(
         mx.array(distinct + [0] * unused, mx.uint32),
-        mx.array(starts + [N] * (unused + 1), mx.uint32),
         mx.array([row for _, row, _ in pairs], mx.uint32),
         mx.array([weight for *_, weight in pairs]),
+        mx.array(starts + [N] * (unused + 1), mx.uint32),
     )
+
+
+def packed(routing):
+    """The routing as the experts' kernels take it."""
+    experts, rows, weights, starts = routing
+    return mx.concatenate([experts, rows, weights.view(mx.uint32), starts])
+
+
+def unpacked(routing):
+    N = routing.size // 4
+    experts, rows, weights, starts = mx.split(routing, [N, 2 * N, 3 * N])
+    return Routing(experts, rows, weights.view(mx.float32), starts)
 
 
 def prove_router(case, dtype, builds):
     logits = case.logits(dtype)
     expected = routing_of(logits, case)._asdict()
-    got = prove(lambda: kernels.route(logits, **case.options), expected, builds)
+    got = prove(lambda: unpacked(kernels.route(logits, **case.options)), expected, builds)
     for name in ("experts", "starts", "rows"):
         assert got[name].tolist() == expected[name].tolist(), name
 
@@ -124,7 +143,8 @@ def test_router_at_the_limits(case):
 @pytest.mark.parametrize(
     ("rows", "experts", "top", "taken"),
     [
-        *((1, 8, 1, True), (0, 8, 1, False), (16, 8, 1, True), (17, 8, 1, False)),
+        *((1, 8, 1, False), (2, 8, 1, True), (16, 8, 1, True), (17, 8, 1, False)),
+        *((1, 8, 2, True), (0, 8, 2, False)),
         *((1, 1024, 31, True), (1, 1025, 31, False), (1, 1024, 32, False)),
         *((1, 8, 8, True), (1, 8, 9, False), (1, 7, 2, False), (2, 7, 2, True)),
     ],
@@ -141,8 +161,8 @@ def test_a_row_without_numbers_does_not_spoil_another(spoiled, width, normalise)
     logits = case.logits(mx.float32)
 
     def pairs():
-        routing = kernels.route(logits, **case.options)
-        experts, starts, rows, weights = (np.array(x) for x in routing)
+        routing = unpacked(kernels.route(logits, **case.options))
+        experts, rows, weights, starts = (np.array(x) for x in routing)
         assert starts[-1] == 15 and sorted(rows.tolist()) == [0] * 5 + [1] * 5 + [2] * 5
         used = int((starts < 15).sum())
         owners = np.repeat(experts[:used], np.diff(starts[: used + 1]))
@@ -177,7 +197,7 @@ class Stack(NamedTuple):
         return 1 + max(max(row) for row in self.chosen)
 
 
-ALONE = ((1,),)
+ALONE = ((3, 6),)
 ALIKE = ((0, 2),) * 3
 APART = ((4, 0), (1, 3), (2, 5))
 MIXED = ((0, 1, 6), (1, 3, 6), (1, 5, 6), (4, 1, 6), (2, 3, 6))  # by one to five rows
@@ -220,8 +240,8 @@ class Layer:
 
     def __call__(self):
         if self.stack.gated:
-            return [kernels.expert_gate_up(self.x, self.weights, self.routing)]
-        return [kernels.expert_down(self.x, self.weights, self.routing, self.residual)]
+            return [kernels.expert_gate_up(self.x, self.weights, packed(self.routing))]
+        return [kernels.expert_down(self.x, self.weights, packed(self.routing), self.residual)]
 
     def expected(self):
         x = self.x.astype(mx.float32)

@@ -157,7 +157,7 @@ def test_in_bfloat16():
 
 @by_host
 def test_the_check_finds_nothing():
-    """A step, a round and a round after it, with races, bounds and initial values checked."""
+    """Steps and rounds after each other, with races, bounds and initial values checked."""
     model = demo(4)
     cache = model.make_cache()
     mx.eval(model(mx.array([prompt()]), cache))
@@ -167,6 +167,10 @@ def test_the_check_finds_nothing():
             with Round(cache, 3) as last:
                 mx.eval(model(mx.array([[7, 8, 9]]), cache))
                 last.commit(2)
+        mx.eval(model(mx.array([[5]]), cache))
+        with Round(cache, 2) as last:
+            mx.eval(model(mx.array([[7, 8]]), cache))
+            last.commit(1)
         mx.eval([c.state for c in cache])
     assert launches.keys() == {of.name for of in KERNELS}
 

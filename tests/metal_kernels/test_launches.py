@@ -4,7 +4,7 @@ import launches
 import pytest
 
 
-@pytest.mark.parametrize("rows, speculating", [(1, False), (4, True)])
+@pytest.mark.parametrize("rows, speculating", [(1, False), (4, True), (9, True), (16, True)])
 def test_a_period_with_kernels(rows, speculating):
     counted = launches.per_period(launches.ours, rows, kernels=True, speculating=speculating)
     assert counted.total() == 40

@@ -245,7 +245,7 @@ def train(model, directory, **changes):
         "num_layers": len(model.layers),
         "lora_parameters": {"rank": 4, "dropout": 0.0, "scale": 10.0},
         "batch_size": 2,
-        "iters": 5,
+        "iters": 3,
         "learning_rate": 3e-3,
         "steps_per_report": 1,
         "val_batches": 1,

@@ -1,5 +1,8 @@
 """What ``import mlx_qwen3next`` gives, and when it imports the rest."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 from helpers_generate import process
 
@@ -49,3 +52,15 @@ def test_on_a_mac_commands_ask_for_larger_buffers_before_mlx_is_imported(monkeyp
         "print('mlx' in sys.modules)\n"
     )
     assert said == ["1024", "7", "False"]
+
+
+def test_every_file_is_in_the_wheel():
+    root = Path(mlx_qwen3next.__file__).parents[1]
+    setup = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    moved = {name: root / folder for name, folder in setup["package-dir"].items()}
+    folders = {n: moved.get(n, root.joinpath(*n.split("."))) for n in setup["packages"]}
+    there = {file for folder in folders.values() for file in folder.iterdir() if file.is_file()}
+    patterns = {name: [*setup["package-data"].get(name, ()), "*.py"] for name in folders}
+    taken = {f for name in folders for p in patterns[name] for f in folders[name].glob(p)}
+    assert there == {file for file in taken if file.is_file()}
+    assert all([*folders[name].glob(p)] for name in folders for p in patterns[name])

@@ -10,7 +10,7 @@ import mlx_qwen3next
 PACKAGE = Path(mlx_qwen3next.__file__).parent
 # From the top down; the rooms of a line do not import each other.
 FLOORS = [
-    {"convert", "bench", "server", "generate"},
+    {"convert", "bench", "server", "launch", "generate"},
     {"terminal"},
     {"cli"},
     {"decoding"},

@@ -17,6 +17,7 @@ from helpers_serving import (
     encode,
     expected,
     expected_text,
+    narrow,
     running,
     served,
     user,
@@ -212,7 +213,7 @@ def test_the_cache_and_the_running_requests_keep_to_the_budget(monkeypatch):
     monkeypatch.setattr(store, "EVERY", 100)
     budget, sums = 4 * 2**20, []
     cache = PromptCache(max_bytes=budget)
-    with running("--prefill-step-size", 256, cache=cache) as engine:
+    with running("--prefill-step-size", 256, load=narrow, cache=cache) as engine:
         for i in range(3):
             ask(engine, [5 + i] * 300, max_tokens=1)
             assert cache.nbytes <= budget
@@ -233,7 +234,7 @@ def test_the_cache_and_the_running_requests_keep_to_the_budget(monkeypatch):
 def test_a_request_waits_until_there_is_memory_for_it():
     """A batch pads all sequences to the longest one."""
     cache = PromptCache(max_bytes=3 * 2**20)
-    with running(cache=cache) as engine:
+    with running(load=narrow, cache=cache) as engine:
         first = Asked(engine, [9] * 300, max_tokens=8000, logit_bias=ENDLESS).read(1)
         long = Asked(engine, [3] * 900, max_tokens=1)
         until(lambda: waits(engine) == 1)
@@ -257,16 +258,20 @@ def steps(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(("mtp", "temperature"), [("off", 0.8), (3, 0.0)])
-def test_answers_that_outgrow_the_memory_wait_in_turn(steps, monkeypatch, mtp, temperature):
+# Of the two, only the bundled model's head drafts what the trunk accepts.
+MODELS = pytest.mark.parametrize(("mtp", "load"), [("off", narrow), (3, bundled)])
+
+
+@MODELS
+def test_answers_that_outgrow_the_memory_wait_in_turn(steps, monkeypatch, mtp, load):
     """The youngest waits first, and goes on where it was. Two sequences of 512 tokens do not fit,
     nor do three of 256."""
     monkeypatch.setattr(serving, "AHEAD", 1)
-    budget = 3 * 2**20
+    budget, temperature = 3 * 2**20, 0.8 if mtp == "off" else 0.0
     prompts = [encode(TEXTS[1] * 60)[-n:] for n in (500, 240, 240)]
-    want = [tokens_of(expected(p, 20, seed=4, temp=temperature)) for p in prompts]
+    want = [tokens_of(expected(p, 20, load=load, seed=4, temp=temperature)) for p in prompts]
     options = {"seed": 4, "temperature": temperature, "max_tokens": 20}
-    with running(cache=PromptCache(max_bytes=budget), mtp=mtp) as engine:
+    with running(load=load, cache=PromptCache(max_bytes=budget), mtp=mtp) as engine:
         asked = [Asked(engine, prompt, **options) for prompt in prompts]
         assert [answer.read().tokens for answer in asked] == want
     at = next(i for i, (lengths, _) in enumerate(steps) if max(lengths) == 512)
@@ -279,12 +284,12 @@ def test_answers_that_outgrow_the_memory_wait_in_turn(steps, monkeypatch, mtp, t
 
 def test_the_cache_makes_room_for_an_answer_that_grows(steps):
     cache = PromptCache(max_bytes=2**30)
-    with running(cache=cache) as engine:
+    with running(load=narrow, cache=cache) as engine:
         for token in (5, 6):
             ask(engine, [token] * 300, max_tokens=1)
         until(lambda: len(cache) == 4)  # at the end of each prompt and each answer
         # Enough for the answer and the checkpoint of its prompt with 256 tokens, not with 512.
-        engine._budget = budget = cache.nbytes + 1_100_000
+        engine._memory.budget = budget = cache.nbytes + 1_100_000
         answer = Asked(engine, [9] * 250, max_tokens=12, logit_bias=ENDLESS).read(2)
         assert len(cache) == 5
         assert len(answer.read().tokens) == 12
@@ -412,11 +417,11 @@ def test_a_client_that_closes_is_noticed_at_the_next_chunk(monkeypatch, company)
         until(lambda: engine._batch.prompt_cache_nbytes == 0)
 
 
-@pytest.mark.parametrize("mtp", ["off", 3])
-def test_a_long_prompt_is_read_in_small_chunks_beside_a_stream(chunks, mtp):
+@MODELS
+def test_a_long_prompt_is_read_in_small_chunks_beside_a_stream(chunks, mtp, load):
     prompts = [encode(text * 30) for text in TEXTS[:2]]
-    want = [tokens_of(expected(prompt, 12)) for prompt in prompts]
-    with running("--max-stall", 1e-9, mtp=mtp) as engine:
+    want = [tokens_of(expected(prompt, 12, load=load)) for prompt in prompts]
+    with running("--max-stall", 1e-9, load=load, mtp=mtp) as engine:
         first = TEXTS[0] * 10  # enough to tell the pace
         live = Asked(engine, first, max_tokens=8000, logit_bias=ENDLESS).read(2)
         chunks.clear()
@@ -424,11 +429,12 @@ def test_a_long_prompt_is_read_in_small_chunks_beside_a_stream(chunks, mtp):
         assert [answer.read().tokens for answer in asked] == want
         assert max(n for _, n in chunks) == LEAST
         live.read(20).leave()
-    assert live.text.startswith(expected_text(first, 12))
+    assert live.text.startswith(expected_text(first, 12, load=load))
 
 
 def test_with_quantized_keys_and_values_chunks_have_full_size(chunks):
     """The tokens depend on the chunks then."""
-    with running("--kv-bits", 8, "--max-stall", 1e-9, "--prefill-step-size", 100) as engine:
+    flags = ("--kv-bits", 8, "--max-stall", 1e-9, "--prefill-step-size", 100)
+    with running(*flags, load=narrow) as engine:
         ask(engine, [7] * 231, max_tokens=1)
     assert [n for _, n in chunks] == [100, 100, 30]

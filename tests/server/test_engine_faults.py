@@ -262,7 +262,7 @@ def test_a_depth_the_model_cannot_draft_to_is_an_error_of_loading():
 
     def load():
         model, tokenizer = bundled()
-        return type("Headless", (), {"mtp": None, "layers": model.layers})(), tokenizer
+        return type("Headless", (), {"drafts": False, "layers": model.layers})(), tokenizer
 
     with running(load=load, mtp=2, failed=errors.append, dies=True) as engine:
         engine.ended.wait()

@@ -54,7 +54,9 @@ def test_the_routes_of_get():
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("POST", "/", 405),
+        ("GET", "/v1", 404),
+        ("PUT", "/v1/responses/x", 405),
         ("GET", "/v1/modelsx", 404),
         ("POST", "/v1", 404),
         ("GET", "/v1/models/other", 404),
@@ -136,7 +138,7 @@ def test_few_large_bodies_are_parsed_at_a_time(monkeypatch):
 
     monkeypatch.setattr(handler, "parse", held)
     with serving() as server, contextlib.ExitStack() as stack:
-        raw = post(TEXT, prompt="x" * 2**20)
+        raw = post(TEXT, user="x" * 2**20)
         clients = [stack.enter_context(connected(server, raw)) for _ in range(4)]
         until(lambda: len(large) == 2)
         assert ask(server)[0] == 200  # while they are parsed
@@ -275,7 +277,7 @@ def test_nothing_is_generated_for_a_client_that_is_gone(text, fields, caplog):
         hold.set()
     assert len(tokens) <= 3  # two if the second was sent already
     assert generator.contexts[0].stopped
-    assert [r for r in caplog.records if "is gone" in r.message]
+    assert [r for r in caplog.records if " 499 in " in r.message]
     assert not [r for r in caplog.records if r.levelno > logging.INFO or r.exc_info]
 
 

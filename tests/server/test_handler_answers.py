@@ -286,7 +286,7 @@ def test_errors_before_the_first_token(error, health, status, streamed, caplog):
 
 
 def test_a_prompt_beyond_the_context_has_openais_code():
-    with serving(Fake(before=ContextLengthError("shorten it"))) as server:
+    with serving(Fake(before=ContextLengthError("shorten it", 9, 8))) as server:
         status, answer = ask(server)
     assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
     assert answer["error"]["message"] == "shorten it"

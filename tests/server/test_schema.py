@@ -68,7 +68,7 @@ def test_valid_json_is_parsed():
     ("field", "values"),
     [
         ("stream", [1, 0, "true", []]),
-        ("stream_options", [True, [], {"include_usage": 1}]),
+        ("stream_options", [True, [], {"include_usage": 1}, {"continuous_usage_stats": 1}]),
         ("max_tokens", [0, -2, -1.0, True, 1.0, "5"]),
         ("max_completion_tokens", [0, 2.5]),
         ("num_draft_tokens", [-1, True]),
@@ -157,6 +157,12 @@ def test_tools_are_kept_unless_none_is_to_be_called():
     assert chat(tools=[TOOL | {"function": nulls}])["tools"] == [TOOL]
     assert chat(tools=[TOOL], tool_choice="auto")["tools"] == [TOOL]
     assert "tools" not in chat(tools=[TOOL], tool_choice="none")
+    name = {"name": TOOL["function"]["name"]}
+    for choice in ("required", {"type": "function", "function": name}):
+        assert chat(tools=[TOOL], tool_choice=choice)["tool_choice"] == choice
+        assert refused(chat, tool_choice=choice).param == "tool_choice"
+    other = {"type": "function", "function": {"name": "other"}}
+    assert "one of" in str(refused(chat, tools=[TOOL], tool_choice=other))
 
 
 def test_options_for_the_end_of_the_prompt_are_the_template_s():
@@ -177,7 +183,7 @@ def test_null_is_the_same_as_absent(check):
 
 @pytest.mark.parametrize("check", [chat, text])
 def test_hints_and_unknown_fields_are_ignored(check):
-    hints = {"parallel_tool_calls": False, "verbosity": "low", "reasoning_effort": "high"}
+    hints = {"verbosity": "low", "reasoning_effort": "high"}
     hints |= {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex"}
     hints |= {"prompt_cache_key": "x", "safety_identifier": "s"}
     hints |= {"prediction": {"type": "content", "content": "x"}, "web_search_options": {}}
@@ -254,10 +260,11 @@ def test_forms_of_other_servers_are_accepted(field, given, taken):
 
 def test_stops_and_stream_options_have_one_form():
     assert chat(stop="x")["stop"] == chat(stop=["x"])["stop"] == ["x"]
-    assert chat(stream_options={})["stream_options"] == {"include_usage": False}
-    assert chat(stream_options={"include_usage": True, "x": 1})["stream_options"] == {
-        "include_usage": True
-    }
+    names = ("include_usage", "continuous_usage_stats")
+    for given in ((False, False), (True, False), (True, True)):
+        options = dict(zip(names, given, strict=True))
+        taken = chat(stream_options={name: True for name in names if options[name]} | {"x": 1})
+        assert taken["stream_options"] == options
 
 
 def test_log_probabilities_have_one_form():

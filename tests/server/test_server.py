@@ -379,12 +379,21 @@ def test_a_server_that_is_told_to_stop_answers_first_and_keeps_what_it_has_read(
         assert '"finish_reason": "length"' in rest
         assert child.wait(60) == 0, child.stderr.read()
     assert any(cached.rglob("*.safetensors"))
-    with command(*given) as (child, at):
+    stored = tmp_path / "stored"
+    with command(*given, "--log-requests", stored) as (child, at):
         get_ready(child, at)
         _, answer = ask(at, messages=messages, max_tokens=2)
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 5
         child.send_signal(signal.SIGINT)
         assert child.wait(60) == 0
+        log = child.stderr.read().decode()
+    (file,) = stored.iterdir()
+    record = json.loads(file.read_text())
+    assert (record["model"], len(record["tokens"])) == ("model", 2)
+    assert record["system_fingerprint"] == answer["system_fingerprint"]
+    assert re.search(f"--log-requests {stored}: .* no headers", log)
+    assert re.search(f"127.0.0.1 POST {CHAT} HTTP/1.1 200 in .* answer 2 tokens;", log)
+    assert "/health" not in log
 
 
 def test_a_server_that_is_told_twice_to_stop_does_at_once(tmp_path):

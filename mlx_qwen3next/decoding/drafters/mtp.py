@@ -7,20 +7,23 @@ alone: whatever recursion wrote for drafts is overwritten.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
 from ...model.cache import Cache, MTPCache
 from ...model.qwen3_next import Model
-from ..draft_depth import MAX_DEPTH
+from ...model.tracing import MOST_ROWS
+from ..draft_depth import MAX_DEPTH, Offer, Shares
 from ..sampling import Choose
+from . import Drafter
 
+ACCEPTANCE = 0.8  # the share of first drafts that is expected to be right before anything is known
 CATCH_UP = 64  # verified hidden states that wait at most, when nothing is drafted
 
 
-class MTPDrafter:
-    """Drafts a sequence's next tokens (a :class:`mlx_qwen3next.decoding.drafters.Drafter`).
+class MTPDrafter(Drafter):
+    """Drafts a sequence's next tokens.
 
     Verified hidden states wait until there is a use for them, so that the head catches up with
     those of a round in the same call that gives the next first draft.
@@ -28,10 +31,14 @@ class MTPDrafter:
     Args:
         model: has an MTP head.
         cache: made by ``model.mtp.make_cache()``; drafting goes on from there. None for a new one.
+        shares: how often drafts were right, by depth; None to begin anew.
     """
 
-    def __init__(self, model: Model, cache: Cache | None = None):
+    source: ClassVar[str] = "mtp"
+
+    def __init__(self, model: Model, cache: Cache | None = None, shares: Shares | None = None):
         self._head, self._logits = model.mtp, model.logits
+        self._shares = shares or new_shares()
         self._cache = cache = model.mtp.make_cache() if cache is None else cache
         self._entry: MTPCache = cache[0]
         # Pairs (h_i, t_{i+1}) that are not in the cache yet: [1, n, H] and [1, n] each, in order.
@@ -42,8 +49,20 @@ class MTPDrafter:
         # The number of committed tokens that was expected, and the state that belongs to it.
         self._ahead: tuple[int, dict[str, Any]] | None = None
 
+    def offer(self, ahead: bool = False) -> Offer:
+        shares = [ACCEPTANCE]
+        for depth in range(MAX_DEPTH):  # one of which little is known is as good as the one before
+            shares.append(self._shares.of(depth, shares[-1]))
+        return Offer(self.source, shares[1:], range(1, MAX_DEPTH + 1))
+
+    def judged(self, drafted: int, accepted: int) -> None:
+        for depth in range(min(accepted + 1, drafted)):
+            self._shares.add(depth, depth < accepted)
+
+    def extend(self, token: int) -> None:
+        self._shares.fade()
+
     def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
-        """Up to ``depth`` drafts ``[1]`` of what follows ``token`` ``[1]``, the sequence's last."""
         if self._ready:
             ready, self._ready = self._ready[:depth], []
             return ready
@@ -52,7 +71,7 @@ class MTPDrafter:
         self._wait((self._entry.hidden, token[None]))
         self._paired = True
         hidden, tokens = self._joined()
-        if tokens.size > MAX_DEPTH + 1:  # more than a round leaves
+        if tokens.size > MOST_ROWS:  # more than a round leaves
             # Nobody looks at the result, so only keys and values are made.
             self._read(hidden[:, :-1], tokens[:, :-1])
             hidden, tokens = hidden[:, -1:], tokens[:, -1:]
@@ -87,7 +106,6 @@ class MTPDrafter:
         self._ahead = ahead
 
     def committed(self, tokens: mx.array, hidden: mx.array) -> None:
-        """The sequence grew by ``tokens`` ``[n]``; the trunk's states at them are ``[1, n, H]``."""
         ahead, self._ahead, self._ready = self._ahead, None, []
         if ahead is not None and ahead[0] == tokens.size:
             self._restore(ahead[1])
@@ -102,7 +120,6 @@ class MTPDrafter:
             self.settle()
 
     def settle(self) -> None:
-        """Brings the cache up to date, for the next user of it."""
         self._ahead, self._ready = None, []
         if self._paired:  # with a token that did not come to stay
             if self._waiting:
@@ -139,3 +156,8 @@ class MTPDrafter:
     def _joined(self) -> tuple[mx.array, mx.array]:
         hidden, tokens = zip(*self._waiting, strict=True)
         return mx.concatenate(list(hidden), axis=1), mx.concatenate(list(tokens), axis=1)
+
+
+def new_shares() -> Shares:
+    """What is known of the head's drafts at first."""
+    return Shares(MAX_DEPTH)

@@ -1,0 +1,1 @@
+"""Coding agents, set up for this package's server."""

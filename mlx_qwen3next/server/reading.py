@@ -1,0 +1,74 @@
+"""From the engine's responses to the events of an answer, and how the answer has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .answers import Reader, call_format
+from .arguments import Arguments, Chat, Prompt
+from .events import CallEnded, End, Event, Text
+from .prompt import template_of
+from .responses import Context, Response
+
+
+class Reading:
+    """Reads one answer.
+
+    Args:
+        prompt, arguments, context: of the request.
+        one_call: whether the answer ends after its first call.
+
+    Attributes:
+        is_over: whether no more is to be read, though the engine may generate more.
+    """
+
+    def __init__(self, prompt: Prompt, arguments: Arguments, context: Context, one_call: bool):
+        self._reader: Reader | None = None
+        self._opening: list[Event] = []
+        if isinstance(prompt, Chat):
+            name = arguments.template_options.get("chat_template")
+            template = template_of(context.tokenizer, name, prompt.tools)
+            self._reader = Reader(
+                format=call_format(template),
+                tools=prompt.tools,
+                reasoning_open=context.reasoning_open,
+            )
+            self._opening = self._reader.add(context.opening)
+        self._context, self._one_call = context, one_call
+        self._reason, self._by_itself = "stop", True
+        self._stop_word: str | None = None
+        self._generated = self._reasoning = 0  # tokens
+        self.is_over = False
+
+    def add(self, response: Response) -> list[Event]:
+        """The events that are certain once another token has come."""
+        self._generated += 1
+        self._reason = response.finish_reason or self._reason
+        self._by_itself = response.token in self._context.tokenizer.eos_token_ids
+        self._stop_word = response.stop_word
+        if self._reader is None:
+            return [Text(response.text)]
+        self._reasoning += self._reader.is_reasoning
+        opening, self._opening = self._opening, []
+        return self._up_to_a_call([*opening, *self._reader.add(response.text)])
+
+    def end(self) -> list[Event]:
+        """The events that remain when the answer has ended."""
+        if self._reader is None or self.is_over:
+            return []
+        return self._up_to_a_call([*self._opening, *self._reader.end()])
+
+    @property
+    def ending(self) -> End:
+        """How the answer has ended, for certain after :meth:`end`."""
+        # A call that a stop string has cut off must not be run.
+        is_cut = not self._by_itself and self._reader is not None and self._reader.is_cut
+        return End(self._reason, self._stop_word, not is_cut, self._generated, self._reasoning)
+
+    def _up_to_a_call(self, events: Sequence[Event]) -> list[Event]:
+        """The events, and no more after the end of a call if there is to be only one."""
+        ends = [i for i, event in enumerate(events) if isinstance(event, CallEnded)]
+        if not (self._one_call and ends):
+            return [*events]
+        self.is_over, self._reason = True, "stop"
+        return [*events[: ends[0] + 1]]
