@@ -27,7 +27,7 @@ from .source import Source
 EFFECT = "drafts are less often right than with the head's own trunk, the text stays the same"
 
 # The config's fields that may differ between two checkpoints of one model.
-_MAY_DIFFER = {"quantization", "max_position_embeddings"}
+_MAY_DIFFER = {"quantization", "max_position_embeddings", "rope_scaling"}
 
 
 def find_model(path_or_repo: str | Path) -> Path:

@@ -41,10 +41,11 @@ def complete(conversion: Conversion, files: Sequence[File], folder: Path, title:
 def _write_config(folder: Path, conversion: Conversion) -> None:
     """Writes the source's config in the hub's dialect (mlx-lm reads no other) and the recipe."""
     source = conversion.source
-    raw: dict[str, Any] = {**source.raw_config, **source.config.to_dict()}
+    config = source.config.to_dict()
+    raw: dict[str, Any] = {**source.raw_config, "rope_scaling": None, **config}
     for key in ("_name_or_path", "quantization", "quantization_config", "rope_parameters", "dtype"):
         raw.pop(key, None)
-    raw |= {"rope_scaling": None, "torch_dtype": str(conversion.dtype).rpartition(".")[2]}
+    raw["torch_dtype"] = str(conversion.dtype).rpartition(".")[2]
     if interval := _interval(source.config):
         del raw["layer_types"]
         raw["full_attention_interval"] = interval

@@ -4,12 +4,13 @@
 // head and RoPE on its first Rd elements (half-split) for q and k, a copy for v.
 //
 // x: [B, L, P]; q_weight, k_weight: [D] float32; eps: [1]; inverse_frequencies: [Rd / 2] float32;
-// offsets: [B], the position of each sequence's first token; q: [B, Nq, L, D], k and v:
-// [B, Nkv, L, D]. shared: [D]. head counts q's heads, then k's, then v's.
+// attention_factor: [1], of sine and cosine; offsets: [B], the position of each sequence's first
+// token; q: [B, Nq, L, D], k and v: [B, Nkv, L, D]. shared: [D]. head counts q's heads, then k's,
+// then v's.
 template <typename T, int Nq, int Nkv, int D, int Rd, typename E, typename F, typename O>
 inline void attention_heads(
     const device T* x, const device float* q_weight, const device float* k_weight, E eps,
-    F inverse_frequencies, O offsets, device T* q, device T* k, device T* v,
+    F inverse_frequencies, E attention_factor, O offsets, device T* q, device T* k, device T* v,
     threadgroup float* shared, uint L, uint head, uint token, uint batch, uint lane) {
   constexpr uint P = (2 * Nq + 2 * Nkv) * D;
   const device T* from = x + (batch * L + token) * P + head * D;
@@ -38,8 +39,8 @@ inline void attention_heads(
   const float position = static_cast<float>(offsets[batch] + static_cast<int>(token));
   for (uint d = lane; d < Rd / 2; d += 32) {
     const float angle = position * load(inverse_frequencies, d);
-    const float c = metal::precise::cos(angle);
-    const float s = metal::precise::sin(angle);
+    const float c = metal::precise::cos(angle) * load(attention_factor, 0);
+    const float s = metal::precise::sin(angle) * load(attention_factor, 0);
     const float first = shared[d];
     const float second = shared[d + Rd / 2];
     to[d] = static_cast<T>(first * c - second * s);

@@ -9,13 +9,16 @@ from .kernel import LANES, Kernel, constant
 ATTENTION_HEADS = Kernel(
     "attention_heads",
     "attention",
-    inputs=("x", "q_weight", "k_weight", "eps", "inverse_frequencies", "offsets"),
+    inputs=(
+        *("x", "q_weight", "k_weight", "eps", "inverse_frequencies"),
+        *("attention_factor", "offsets"),
+    ),
     outputs=("q", "k", "v"),
     body="""
     threadgroup float shared[D];
     attention_heads<T, NQ, NKV, D, RD>(
-        x, q_weight, k_weight, eps, inverse_frequencies, offsets, q, k, v, shared, x_shape[1],
-        threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
+        x, q_weight, k_weight, eps, inverse_frequencies, attention_factor, offsets, q, k, v, shared,
+        x_shape[1], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
         threadgroup_position_in_grid.z, thread_index_in_simdgroup);
     """,
 )
@@ -40,6 +43,7 @@ def attention_heads(
     offsets: mx.array,
     *,
     eps: float,
+    attention_factor: float,
     heads: int,
     kv_heads: int,
 ) -> tuple[mx.array, mx.array, mx.array]:
@@ -50,6 +54,7 @@ def attention_heads(
         q_weight, k_weight: ``[hd]`` float32, hd at least 8.
         inverse_frequencies: ``[rotary / 2]`` float32, radians a position.
         offsets: ``[B]`` int32, the position of each sequence's first token.
+        attention_factor: of sine and cosine, 1 without YaRN.
 
     Returns:
         q ``[B, nh, L, hd]``, k and v ``[B, nkv, L, hd]``, all T.
@@ -59,7 +64,7 @@ def attention_heads(
     q, k, v = ATTENTION_HEADS.launch(
         inputs=[
             *(x, q_weight, k_weight, constant(eps, mx.float32)),
-            *(inverse_frequencies, offsets),
+            *(inverse_frequencies, constant(attention_factor, mx.float32), offsets),
         ],
         template=[
             *(("T", x.dtype), ("NQ", heads), ("NKV", kv_heads), ("D", hd)),

@@ -130,6 +130,15 @@ def copied_tokens(text: str) -> str | int:
     return draft_depth(text, MOST_COPIED)
 
 
+def rope_scaling(text: str) -> dict[str, Any]:
+    """Parses a scaling of positions such as yarn:4, into ``rope_scaling`` as in config files."""
+    kind, _, factor = text.partition(":")
+    if kind != "yarn":
+        raise argparse.ArgumentTypeError(f"must be yarn:FACTOR, such as yarn:4, got {text!r}")
+    expected = "yarn:FACTOR with a number of at least 1"
+    return {"rope_type": kind, "factor": _number(factor, float, lambda f: f >= 1, expected)}
+
+
 def _number(
     text: str, convert: Callable[[str], Any], fits: Callable[[Any], bool], expected: str
 ) -> Any:
@@ -189,6 +198,18 @@ def add_speed_options(group: Any) -> None:
         default="auto",
         help="Use of this package's Metal kernels: 'auto' uses each kernel that has proved right "
         "and fast on this machine, 'on' uses all of them, 'off' none (default: %(default)s).",
+    )
+
+
+def add_rope_scaling(group: Any) -> None:
+    """Adds ``--rope-scaling`` to a group of flags."""
+    group.add_argument(
+        "--rope-scaling",
+        type=rope_scaling,
+        metavar="yarn:FACTOR",
+        help="Stretch the model's positions by YaRN for texts of up to FACTOR times its length; "
+        "Qwen recommends yarn:4 for more than 262,144 tokens, and none for less, since it may "
+        "cost quality in short texts (default: as the checkpoint's config says).",
     )
 
 
@@ -326,8 +347,8 @@ def fingerprint_of(args: argparse.Namespace) -> str:
     """Computes the fingerprint of a prompt cache, which is the same for arguments that make the
     same cache of a prompt.
 
-    It covers the model, the adapter, the head of another checkpoint, the dtype and the quantization
-    of keys and values.
+    It covers the model, the adapter, the head of another checkpoint, the dtype, the scaling of
+    positions and the quantization of keys and values.
 
     Raises:
         ValueError: the model, its adapter or the head cannot be read.
@@ -340,6 +361,8 @@ def fingerprint_of(args: argparse.Namespace) -> str:
     options = [adapter_digest(args.adapter_path), str(default_dtype())]
     if args.kv_bits is not None:
         options.append(f"{args.kv_bits} {args.kv_group_size} {args.quantized_kv_start}")
+    if args.rope_scaling is not None:
+        options.append(str(args.rope_scaling))
     if args.mtp_from is not None:
         options.append(head_digest(find_head(args.mtp_from, read_config(args.model))))
     return fingerprint(resolve(args.model), *options)

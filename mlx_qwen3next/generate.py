@@ -13,6 +13,7 @@ from .cli import (
     Parser,
     add_group_options,
     add_kv_options,
+    add_rope_scaling,
     add_sampling_options,
     add_speed_options,
     guarded,
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     essential = result.add_argument_group("essential options")
     add_essential_flags(essential)
     add_speed_options(essential)
+    add_rope_scaling(essential)
     add_group_options(result)
     return result
 

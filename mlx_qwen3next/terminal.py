@@ -76,6 +76,11 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         raise ValueError("--prompt-cache-file is not supported on several machines")
     of_mlx_lm = file is not None and file.exists() and not is_ours(file)
     if file is not None and of_mlx_lm:
+        if args.rope_scaling is not None:
+            raise ValueError(
+                f"{file} was made by mlx-lm, whose keys have the checkpoint's own positions; "
+                "--rope-scaling needs a new --prompt-cache-file"
+            )
         cache, metadata = _load_cache(file)
         args.model = _cached_model(args.model, metadata)
         tokenizer_config = json.loads(metadata.get("tokenizer_config", "{}"))
@@ -93,6 +98,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         draft_model=args.draft_model,
         tokenizer_config=tokenizer_config,
         adapter_path=args.adapter_path,
+        rope_scaling=args.rope_scaling,
         group=group,
         **divided,
     )
@@ -179,14 +185,26 @@ def _print(
 
 
 class _PromptProgress:
-    """A bar on a terminal's stderr while a long prompt is processed; a short one ends before."""
+    """A bar on a terminal's stderr while a long prompt is processed; a short one ends before.
+
+    It shows the tokens a second and the time left, by what is read and not by what was known. A
+    prompt of more than ``LONG`` unread tokens has it at once, since its first chunk may take long.
+    """
+
+    LONG = 8192
 
     _bar: tqdm | None = None
 
     def __call__(self, processed: int, total: int) -> None:
         if self._bar is None:
             self._bar = tqdm(
-                desc="prompt", total=total, unit="token", leave=False, delay=2, disable=None
+                desc="prompt",
+                total=total,
+                initial=processed,
+                unit="token",
+                leave=False,
+                delay=0 if total - processed > self.LONG else 2,
+                disable=None,
             )
         self._bar.update(processed - self._bar.n)
         if processed >= total:

@@ -2,7 +2,8 @@
 
 A head's parameters fit every trunk of its shapes. A trunk that has none, Coder-Next's, may take a
 sister's: its drafts are less often right then, and the tokens stay the same. The head computes with
-its own checkpoint's config, whose ``rope_theta`` may differ from the trunk's.
+its own checkpoint's config, whose ``rope_theta`` may differ from the trunk's; only the scaling of
+positions is the trunk's.
 """
 
 from __future__ import annotations

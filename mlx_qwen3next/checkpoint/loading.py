@@ -51,6 +51,7 @@ def load(
     draft_model: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     adapter_path: str | Path | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
     pack: bool = True,
     group: Group = ALONE,
     mode: Mode | None = None,
@@ -60,7 +61,8 @@ def load(
 
     Args:
         path_or_repo: a local directory, a hub repository id, or None for the bundled demo model.
-        dtype, context, mtp_from, draft_model, pack, group, mode, layers: see :func:`load_model`.
+        dtype, context, mtp_from, draft_model, rope_scaling, pack, group, mode, layers: see
+            :func:`load_model`.
         revision: branch, tag or commit of a hub repository.
         tokenizer_config: further arguments of transformers' ``AutoTokenizer``.
         adapter_path: the directory of a LoRA, DoRA or full fine-tune made by ``mlx_lm.lora``.
@@ -70,14 +72,16 @@ def load(
     """
     drafts = _find_drafts(mtp_from, draft_model, path_or_repo, revision, group)
     directory = resolve(path_or_repo, revision)
-    Config.from_file(directory / "config.json")  # its errors come before the tokenizer's
+    _read_config(directory, rope_scaling)  # its errors come before the tokenizer's
     tokenizer = _load_tokenizer(directory, tokenizer_config)
     if adapter_path is None:
-        return _load(directory, drafts, dtype, context, pack, group, mode, layers), tokenizer
+        return _load(
+            directory, drafts, rope_scaling, dtype, context, pack, group, mode, layers
+        ), tokenizer
     if group.size > 1:
         raise ValueError("an adapter cannot be divided among ranks; fuse it with mlx_lm.fuse first")
     adapter = read_adapter(adapter_path)  # a fault in it shows before the model is read
-    model = _load(directory, drafts, dtype, context, pack=False)
+    model = _load(directory, drafts, rope_scaling, dtype, context, pack=False)
     add_adapter(model, adapter)
     return _for_inference(model) if pack else model, tokenizer
 
@@ -90,6 +94,7 @@ def load_model(
     revision: str | None = None,
     mtp_from: str | Path | None = None,
     draft_model: str | Path | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
     pack: bool = True,
     group: Group = ALONE,
     mode: Mode | None = None,
@@ -109,6 +114,9 @@ def load_model(
             change; drafts are less often right than a head's that was trained with this model.
         draft_model: a DFlash drafter trained for this model, a directory or a hub repository. It
             drafts instead of an MTP head. The tokens do not change.
+        rope_scaling: instead of the config's, as it stands in a config file; for example
+            ``{"rope_type": "yarn", "factor": 4.0}`` for four times the original length. It holds
+            for the MTP head as well, but not for a DFlash drafter.
         pack: whether to pack the weights for inference
             (:func:`mlx_qwen3next.model.packing.pack`). To train, save or inspect the model under
             the checkpoint's names, pass False.
@@ -121,7 +129,7 @@ def load_model(
     """
     drafts = _find_drafts(mtp_from, draft_model, path_or_repo, revision, group)
     directory = resolve(path_or_repo, revision)
-    return _load(directory, drafts, dtype, context, pack, group, mode, layers)
+    return _load(directory, drafts, rope_scaling, dtype, context, pack, group, mode, layers)
 
 
 class _Drafts(NamedTuple):
@@ -158,6 +166,7 @@ def _find_drafts(
 def _load(
     directory: Path,
     drafts: _Drafts,
+    rope_scaling: Mapping[str, Any] | None,
     dtype: mx.Dtype | None,
     context: int,
     pack: bool,
@@ -167,7 +176,7 @@ def _load(
 ) -> Model:
     """Loads a model from a directory, and what drafts from another if one is given."""
     head = drafts.head
-    config = Config.from_file(directory / "config.json")
+    config = _read_config(directory, rope_scaling)
     context = min(context, config.max_position_embeddings)
     tensors = files.read_headers(files.find_files(directory))
     foreign.refuse_foreign(tensors, directory)
@@ -197,7 +206,7 @@ def _load(
         origins = _match(parameters, tensors, config, directory)
         origins |= _match(of_head, head.tensors, head.config, head.directory)
     if group.size > 1:
-        _check_same(directory, head, group, dtype)
+        _check_same(directory, head, group, dtype, config)
     part = divide(model, group, mode, layers)
     _check_memory(model, dtype, context)
 
@@ -211,6 +220,11 @@ def _load(
     if drafts.drafter is not None:
         attach_drafter(model, drafts.drafter, dtype)
     return _for_inference(model) if pack else model
+
+
+def _read_config(directory: Path, rope_scaling: Mapping[str, Any] | None) -> Config:
+    config = Config.from_file(directory / "config.json")
+    return config if rope_scaling is None else config.with_rope_scaling(rope_scaling)
 
 
 def _for_inference(model: Model) -> Model:
@@ -285,8 +299,10 @@ def _check_memory(model: Model, dtype: mx.Dtype, context: int) -> None:
     capacity.check(weights, cache, context)
 
 
-def _check_same(directory: Path, head: Head | None, group: Group, dtype: mx.Dtype) -> None:
-    """Checks that this rank has the same model, dtype and packages as rank 0.
+def _check_same(
+    directory: Path, head: Head | None, group: Group, dtype: mx.Dtype, config: Config
+) -> None:
+    """Checks that this rank has the same model, options and packages as rank 0.
 
     Raises:
         ValueError: it does not.
@@ -295,6 +311,7 @@ def _check_same(directory: Path, head: Head | None, group: Group, dtype: mx.Dtyp
         "the files' fingerprint": fingerprint(directory),
         "the head's digest": head_digest(head),
         "dtype": str(dtype),
+        "rope_scaling": str(config.rope_scaling),
         "mlx": version("mlx"),
         "mlx-qwen3next": version("mlx-qwen3next"),
     }

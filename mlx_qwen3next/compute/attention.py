@@ -7,6 +7,7 @@ from functools import partial
 import mlx.core as mx
 
 from .norms import rms_norm
+from .rope import Rope, head_factors, wavelengths
 
 
 def attention_heads(
@@ -18,8 +19,7 @@ def attention_heads(
     eps: float,
     heads: int,
     kv_heads: int,
-    rotary_dims: int,
-    base: float,
+    rope: Rope,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Returns attention's q and k, normalised and rotated, and v, from the packed projection.
 
@@ -27,14 +27,19 @@ def attention_heads(
         x: ``[B, L, (2 nh + 2 nkv) hd]``, rows ``[q | k | v | gate]``, head after head.
         q_weight, k_weight: ``[hd]``, effective (1 + w).
         offset: the position of the first token, one or ``[B]``.
-        base: rope_theta, for the first ``rotary_dims`` of each head.
 
     Returns:
         q ``[B, nh, L, hd]``, k and v ``[B, nkv, L, hd]``.
     """
+    if rope.attention_factor != 1:  # a rotation may be scaled before it as well
+        factors = head_factors(rope, q_weight.shape[0])
+        q_weight, k_weight = q_weight * factors, k_weight * factors
     q, k, v = normalised_heads(x, q_weight, k_weight, eps=eps, heads=heads, kv_heads=kv_heads)
+    freqs = wavelengths(rope)
     q, k = (
-        mx.fast.rope(y, rotary_dims, traditional=False, base=base, scale=1.0, offset=offset)
+        mx.fast.rope(
+            *(y, rope.dims), traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs
+        )
         for y in (q, k)
     )
     return q, k, v

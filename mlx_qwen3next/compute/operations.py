@@ -9,7 +9,7 @@ model's own, since it is the layer's equations.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ from ..metal_kernels import Experts
 from . import attention, experts, gated_delta, norms
 from .gated_delta import DeltaWeights, LayerState, Tape
 from .proof import Operation
+from .rope import Rope, inverse_frequencies
 
 Shape = tuple[int, ...]
 
@@ -140,13 +141,6 @@ gated_delta_replay = Operation(
 
 
 # --- attention -----------------------------------------------------------------------------------
-@cache
-def inverse_frequencies(rotary_dims: int, base: float) -> mx.array:
-    """Returns RoPE's radians a position, ``[rotary_dims / 2]`` float32, rounded once."""
-    exponents = np.arange(0, rotary_dims, 2, dtype=np.float64) / rotary_dims
-    return mx.array((base**-exponents).astype(np.float32))
-
-
 @lru_cache(maxsize=8)  # all layers have the same
 def _positions(offset: int, B: int) -> mx.array:
     return mx.array([offset] * B, mx.int32)
@@ -158,14 +152,16 @@ def _heads_kernel(
     k_weight: mx.array,
     offset: int | mx.array,
     *,
-    rotary_dims: int,
-    base: float,
+    rope: Rope,
     **options: Any,
 ) -> tuple[mx.array, mx.array, mx.array]:
     B = x.shape[0]
     offsets = _positions(offset, B) if isinstance(offset, int) else mx.broadcast_to(offset, (B,))
-    frequencies = inverse_frequencies(rotary_dims, base)
-    return kernels.attention_heads(x, q_weight, k_weight, frequencies, offsets, **options)
+    return kernels.attention_heads(
+        *(x, q_weight, k_weight, inverse_frequencies(rope), offsets),
+        attention_factor=rope.attention_factor,
+        **options,
+    )
 
 
 def _heads_facts(
@@ -176,12 +172,12 @@ def _heads_facts(
     *,
     heads: int,
     kv_heads: int,
-    rotary_dims: int,
+    rope: Rope,
     **_: Any,
 ) -> tuple[Any, ...]:
     positions = mx.int32 if isinstance(offset, int) else offset.dtype
     types = q_weight.dtype, k_weight.dtype, positions
-    return x.shape, x.dtype, q_weight.shape[0], heads, kv_heads, rotary_dims, types
+    return x.shape, x.dtype, q_weight.shape[0], heads, kv_heads, rope.dims, types
 
 
 def _heads_kind(
@@ -206,18 +202,17 @@ def _exact_heads(
     k_weight: mx.array,
     offset: int | mx.array,
     *,
-    rotary_dims: int,
-    base: float,
+    rope: Rope,
     **options: Any,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Computes the composition with angles from exact frequencies; MLX's RoPE is less exact."""
     q, k, v = attention.normalised_heads(x, q_weight, k_weight, **options)
     positions = mx.array(offset).reshape(-1, 1, 1, 1) + mx.arange(x.shape[1])[:, None]
-    angles = positions.astype(mx.float32) * inverse_frequencies(rotary_dims, base)
-    cos, sin = mx.cos(angles), mx.sin(angles)  # [B, 1, L, rotary / 2]
+    angles = positions.astype(mx.float32) * inverse_frequencies(rope)
+    cos, sin = (rope.attention_factor * f(angles) for f in (mx.cos, mx.sin))  # [B, 1, L, dims / 2]
 
     def rotated(y: mx.array) -> mx.array:
-        first, second, rest = mx.split(y, [rotary_dims // 2, rotary_dims], axis=-1)
+        first, second, rest = mx.split(y, [rope.dims // 2, rope.dims], axis=-1)
         parts = [first * cos - second * sin, second * cos + first * sin, rest]
         return mx.concatenate(parts, axis=-1)
 

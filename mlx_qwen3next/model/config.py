@@ -1,18 +1,21 @@
 """The model's configuration: one frozen dataclass from either config dialect.
 
-The hub's files (``rope_theta``, ``partial_rotary_factor``, ``full_attention_interval``) and
-transformers 5's (``rope_parameters``, ``layer_types``) describe the same model, and both become
-a :class:`Config`. A model that cannot be run is refused here, by the value's name.
+The hub's files (``rope_theta``, ``rope_scaling``, ``full_attention_interval``) and transformers
+5's (``rope_parameters``, ``layer_types``) describe the same model, and both become a
+:class:`Config`. A model that cannot be run is refused here, by the value's name.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from ..compute.rope import Rope, Yarn
 
 MODEL_TYPE = "qwen3_next"
 
@@ -50,7 +53,8 @@ class Config:
     Names are the checkpoint's. ``layer_types`` holds ``"linear_attention"`` or
     ``"full_attention"`` per layer; ``quantization`` is mlx-lm's mapping (``group_size``, ``bits``,
     ``mode`` and per-path entries) or None. Other libraries' ``quantization_config`` is not read:
-    whether weights are quantized shows in the tensors.
+    whether weights are quantized shows in the tensors. With ``rope_scaling``,
+    ``max_position_embeddings`` is the stretched length.
 
     Raises:
         ValueError: a value is missing, of the wrong kind, or impossible; the message names it.
@@ -81,6 +85,7 @@ class Config:
     mlp_only_layers: tuple[int, ...]
     norm_topk_prob: bool
     tie_word_embeddings: bool
+    rope_scaling: Yarn | None = None
     quantization: Mapping[str, Any] | None = None
     model_type: str = MODEL_TYPE
 
@@ -102,21 +107,26 @@ class Config:
             raise ValueError(f"hidden_act is {act!r}; Qwen3-Next uses 'silu'")
 
         layers = read_integer(raw, "num_hidden_layers")
-        theta, rotary = read_rope(raw)
+        rope = read_rope(raw)
+        positions = read_integer(raw, "max_position_embeddings", default=32768)
+        scaling = _yarn(rope, positions) if rope["rope_type"] == "yarn" else None
         counts: dict[str, Any] = dict.fromkeys(_MOE_REQUIRED, 0)
         counts |= {key: read_integer(raw, key) for key in required if key != "rms_norm_eps"}
         return cls(
             **counts,
             rms_norm_eps=read_number(raw, "rms_norm_eps"),
             layer_types=_layer_types(raw, layers),
-            rope_theta=theta,
-            partial_rotary_factor=rotary,
-            max_position_embeddings=read_integer(raw, "max_position_embeddings", default=32768),
+            rope_theta=read_number(rope, "rope_theta"),
+            partial_rotary_factor=read_number(rope, "partial_rotary_factor", default=0.25),
+            max_position_embeddings=positions
+            if scaling is None
+            else max(positions, scaling.length),
             intermediate_size=read_integer(raw, "intermediate_size", default=0),
             decoder_sparse_step=read_integer(raw, "decoder_sparse_step", default=1),
             mlp_only_layers=_layer_list(raw, "mlp_only_layers", layers),
             norm_topk_prob=_flag(raw, "norm_topk_prob", default=True),
             tie_word_embeddings=_flag(raw, "tie_word_embeddings", default=False),
+            rope_scaling=scaling,
             quantization=_quantization(raw),
         )
 
@@ -152,9 +162,26 @@ class Config:
                 f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds "
                 f"num_experts ({self.num_experts})"
             )
+        if self.rope_scaling and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta ({self.rope_theta}) must be above 1 for YaRN")
         dense = [i for i in range(self.num_hidden_layers) if not self.is_sparse(i)]
         if dense and not self.intermediate_size:
             raise ValueError(f"layer {dense[0]} is dense, but the config lacks intermediate_size")
+
+    def with_rope_scaling(self, scaling: Mapping[str, Any]) -> Config:
+        """Returns this config with another scaling of the original length.
+
+        Args:
+            scaling: as ``rope_scaling`` in a config file, such as
+                ``{"rope_type": "yarn", "factor": 4.0}``.
+
+        Raises:
+            ValueError: a value of it is wrong.
+        """
+        before, positions = self.rope_scaling, self.max_position_embeddings
+        original = positions if before is None else before.original_max_position_embeddings
+        changes = {"max_position_embeddings": original, "rope_scaling": scaling}
+        return Config.from_dict(self.to_dict() | changes)
 
     def is_linear(self, layer: int) -> bool:
         """Returns whether the layer mixes tokens by Gated DeltaNet (else by gated attention)."""
@@ -167,6 +194,11 @@ class Config:
             and self.num_experts > 0
             and (layer + 1) % self.decoder_sparse_step == 0
         )
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary position embedding."""
+        return Rope(self.rotary_dims, self.rope_theta, self.rope_scaling)
 
     @property
     def rotary_dims(self) -> int:
@@ -211,21 +243,57 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def read_rope(raw: Mapping[str, Any]) -> tuple[float, float]:
-    """Returns (theta, rotary factor) of either dialect; only the default rope type exists."""
-    merged = dict(raw)
-    for key in ("rope_scaling", "rope_parameters"):
+def read_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns RoPE's options of either dialect by name; ``rope_scaling`` wins, as there."""
+    merged = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    merged["rope_type"] = "default"
+    for key in ("rope_parameters", "rope_scaling"):
         rope = raw.get(key) or {}
         if not isinstance(rope, Mapping):
             raise ValueError(f"{key} is {rope!r}, not an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"rope_type of {key} is {kind!r}; Qwen3-Next uses 'default'")
+        if kind not in ("default", "yarn"):
+            raise ValueError(
+                f"rope_type of {key} is {kind!r}; 'default' and 'yarn' are what this package runs"
+            )
         merged |= {name: value for name, value in rope.items() if value is not None}
-    if merged.get("rope_theta") is None:
+        merged["rope_type"] = kind if rope else merged["rope_type"]
+    if merged["rope_theta"] is None:
         raise ValueError("the config lacks rope_theta")
-    return read_number(merged, "rope_theta"), read_number(
-        merged, "partial_rotary_factor", default=0.25
+    return merged
+
+
+def _yarn(rope: Mapping[str, Any], positions: int) -> Yarn:
+    """Returns YaRN's options, with transformers' defaults; ``positions`` of the config."""
+    original = read_integer(rope, "original_max_position_embeddings", default=positions)
+    factor = read_number(rope, "factor", default=positions / original)
+    fast, slow = (
+        read_number(rope, key, default=turns)
+        for key, turns in (("beta_fast", 32), ("beta_slow", 1))
+    )
+    if factor < 1 or factor * original > _LARGEST:
+        raise ValueError(
+            f"factor must be at least 1, and {original} positions times it at most {_LARGEST}, "
+            f"got {factor}"
+        )
+    if fast < slow:
+        raise ValueError(f"beta_fast ({fast}) must be at least beta_slow ({slow})")
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1
+
+    attention = magnitude(1)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention = magnitude(read_number(rope, "mscale")) / magnitude(
+            read_number(rope, "mscale_all_dim")
+        )
+    return Yarn(
+        factor=factor,
+        original_max_position_embeddings=original,
+        attention_factor=read_number(rope, "attention_factor", default=attention),
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=_flag(rope, "truncate", default=True),
     )
 
 

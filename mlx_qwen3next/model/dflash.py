@@ -91,6 +91,9 @@ class DFlashConfig:
             raise ValueError(f"hidden_act is {act!r}; a DFlash drafter of Qwen3's form uses 'silu'")
         if set(raw.get("layer_types") or ()) - {"full_attention"}:
             raise ValueError("layer_types has others than full_attention, which alone is supported")
+        rope = read_rope(raw)
+        if rope["rope_type"] != "default":
+            raise ValueError(f"rope_type is {rope['rope_type']!r}; a DFlash drafter uses 'default'")
         sizes = {key: read_integer(raw, key) for key in _SIZES}
         layers = own.get("target_layer_ids")
         if layers is None:
@@ -107,7 +110,7 @@ class DFlashConfig:
         return cls(
             **sizes,
             rms_norm_eps=read_number(raw, "rms_norm_eps"),
-            rope_theta=read_rope(raw)[0],
+            rope_theta=read_number(rope, "rope_theta"),
             mask_token_id=mask,
             target_layer_ids=tuple(layers),
         )

@@ -13,6 +13,7 @@ and lm_head are the trunk's. Follows vLLM's and SGLang's ``qwen3_next_mtp``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,9 +64,11 @@ def attach(model: Model, config: Config | None = None) -> MTPHead:
     """Gives the model a head with unset weights, and returns the head.
 
     Args:
-        config: the head's, where it is not the model's own.
+        config: the head's, where it is not the model's own. Positions are scaled as in the trunk,
+            whatever it says of that.
     """
+    config = replace(config or model.args, rope_scaling=model.args.rope_scaling)
     # A closure, not the module: the embedding's parameters belong to the trunk alone, and
     # quantization may replace it.
-    model.mtp = MTPHead(config or model.args, lambda tokens: model.model.embed(tokens))
+    model.mtp = MTPHead(config, lambda tokens: model.model.embed(tokens))
     return model.mtp

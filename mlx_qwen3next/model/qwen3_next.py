@@ -73,7 +73,7 @@ class GatedAttention(nn.Module):
         self.o_proj = nn.Linear(self.nh * self.hd, H, bias=False)
         self.q_norm = RMSNorm(self.hd, eps)
         self.k_norm = RMSNorm(self.hd, eps)
-        self.rotary_dims, self.rope_theta = config.rotary_dims, config.rope_theta
+        self.rope = config.rope
 
     def project(self, x: mx.array) -> mx.array:
         """Returns ``[q | k | v | gate]``, head after head, ``[B, L, (2 nh + 2 nkv) hd]``."""
@@ -107,8 +107,7 @@ class GatedAttention(nn.Module):
             eps=self.q_norm.eps,
             heads=self.nh,
             kv_heads=self.nkv,
-            rotary_dims=self.rotary_dims,
-            base=self.rope_theta,
+            rope=self.rope,
         )
         return row, q, k, v
 

@@ -216,6 +216,7 @@ def _load(
         draft_model=args.draft_model,
         tokenizer_config=config,
         adapter_path=args.adapter_path,
+        rope_scaling=args.rope_scaling,
         group=group,
         **divided,
     )

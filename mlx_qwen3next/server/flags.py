@@ -13,6 +13,7 @@ from ..cli import (
     LineParser,
     add_group_options,
     add_kv_options,
+    add_rope_scaling,
     add_sampling_options,
     add_speed_options,
     byte_count,
@@ -85,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         help="Directory of an adapter made by mlx_lm.lora, which is applied to the model.",
     )
     add_speed_options(essential)
+    add_rope_scaling(essential)
     add_group_options(result)
     add_sampling_options(result.add_argument_group("sampling, where a request does not say"))
     _add_chat_options(result.add_argument_group("chats"))

@@ -69,6 +69,22 @@ def test_a_sisters_head_is_loaded_as_in_its_own_model(coder, tmp_path):
     assert checkpoints.relative_error(outputs(other), outputs(own)) > 1e-3  # rope_theta matters
 
 
+def test_a_sisters_head_has_the_trunks_scaling(coder, tmp_path):
+    """And not its own config's: positions are the same in both."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    directory = sister(tmp_path / "sister")
+    scaled = sister(tmp_path / "scaled", SISTER | {"rope_scaling": yarn})
+    own = load_model(directory, dtype=mx.float32)
+    for head in directory, scaled:
+        assert_same_head(load_model(coder, dtype=mx.float32, mtp_from=head), own)
+    model, own = (
+        load_model(trunk, dtype=mx.float32, mtp_from=head, rope_scaling=yarn)
+        for trunk, head in ((coder, directory), (directory, None))
+    )
+    assert model.mtp.layers[0].self_attn.rope.scaling == model.args.rope_scaling
+    assert_same_head(model, own)
+
+
 def test_of_a_local_sister_only_the_heads_shard_need_be_there(coder, tmp_path):
     directory = sister(tmp_path / "sister")
     whole = load_model(coder, mtp_from=directory)

@@ -5,6 +5,7 @@ import pytest
 
 from mlx_qwen3next.compute import attention, operations
 from mlx_qwen3next.compute.gated_delta import DeltaWeights, LayerState, Tape
+from mlx_qwen3next.compute.rope import Rope, Yarn
 from mlx_qwen3next.metal_kernels import Experts
 from mlx_qwen3next.model.packed import PackedGatedDeltaNet
 
@@ -36,7 +37,7 @@ def delta(x=HALF, before=HALF, state=FULL, norm_weight=FULL, L=2, Dk=32, tape=No
 
 def heads(x=HALF, q=FULL, k=FULL, offset=7, L=2, hd=32):
     arguments = mx.zeros((1, L, 6 * hd), x), mx.ones((hd,), q), mx.ones((hd,), k), offset
-    sizes = {"heads": 2, "kv_heads": 1, "rotary_dims": 16, "base": 1e4, "eps": 1e-6}
+    sizes = {"heads": 2, "kv_heads": 1, "rope": Rope(16, 1e4, Yarn(4.0, 100, 1.25)), "eps": 1e-6}
     return arguments, sizes
 
 

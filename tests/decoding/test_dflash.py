@@ -228,7 +228,7 @@ def test_the_models_own_parameters_are_without_the_drafters(model):
         ({"dflash_config": {"mask_token_id": 96}}, "mask_token_id must be a token id, got 96"),
         ({"dflash_config": {"mask_token_id": 0, "target_layer_ids": [3]}}, "target_layer_ids must"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types has others than full_attention"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type of rope_scaling is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'; a DFlash"),
         ({"block_size": 1}, "block_size must be at least 2, got 1"),
         ({"attention_bias": True}, "attention_bias is true"),
     ],

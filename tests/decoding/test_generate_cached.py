@@ -8,6 +8,7 @@ import pytest
 from helpers_generate import bundled, greedy
 
 from mlx_qwen3next import generate_step, stream_generate
+from mlx_qwen3next.decoding import sequence
 from mlx_qwen3next.prompt_cache import store as prompt_cache
 from mlx_qwen3next.prompt_cache.store import PromptCache
 
@@ -114,12 +115,49 @@ def test_generation_that_is_stopped_leaves_what_it_has(monkeypatch):
     assert cache.fetch([*prompt, *told, 0])[1] == len(prompt) + 3
     assert cache.fetch(prompt[:250])[1] == 200
 
-    def stop(processed, total):
-        if processed >= 300:
-            raise KeyboardInterrupt
 
-    cache.clear()
-    with pytest.raises(KeyboardInterrupt):
-        list(generate_step(prompt, model, prompt_cache=cache, prompt_progress_callback=stop))
-    assert cache.fetch(prompt)[1] == 300
-    assert greedy(model, prompt, 10, prompt_cache=cache) == greedy(model, prompt, 10)
+@pytest.mark.parametrize("mtp", ["off", 2])
+@pytest.mark.parametrize("chunks", [0, 1, 3])
+def test_a_prompt_that_is_interrupted_is_kept_as_far_as_it_was_read(monkeypatch, chunks, mtp):
+    """Within a chunk, far from the prompt's own checkpoints; the head follows, if it drafts."""
+    model, tokenizer = bundled()
+    prompt = tokenizer.encode("import os\n" * 160)
+    cache, forward, calls = PromptCache(max_bytes=10**9), sequence.forward, []
+    options = {"prompt_cache": cache, "prefill_step_size": 50, "mtp": mtp}
+
+    def interrupted(*args):
+        hidden = forward(*args)
+        calls.append(hidden)
+        if len(calls) > chunks:
+            raise KeyboardInterrupt
+        return hidden
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sequence, "forward", interrupted)
+        greedy(model, prompt, 10, **options)
+    known, held = cache.fetch(prompt)
+    assert (held, len(cache)) == (50 * chunks, chunks > 0)
+    if chunks and mtp != "off":
+        assert known[-1].offset == held - 1
+    assert greedy(model, prompt, 10, **options) == greedy(model, prompt, 10, mtp=mtp)
+
+
+def test_the_head_reads_a_prompt_only_if_somebody_will_draft(monkeypatch):
+    """With a prompt cache, too, whether that knows the head's part or not."""
+    model, tokenizer = bundled()
+    prompt = tokenizer.encode("import os\n" * 40)
+    cache, read, call = PromptCache(max_bytes=10**9), [], type(model.mtp).__call__
+
+    def counting(head, hidden, *rest):
+        read.append(hidden.shape[1])
+        return call(head, hidden, *rest)
+
+    monkeypatch.setattr(type(model.mtp), "__call__", counting)
+    known = [5, *prompt]
+    for text, mtp in (prompt, "off"), (known, 2), ([*known, 7], "off"):
+        expected = greedy(model, text, 5, mtp="off")
+        assert read == []
+        assert greedy(model, text, 5, mtp=mtp, prompt_cache=cache) == expected
+        assert sum(read) >= len(text) if mtp == 2 else read == []
+        read.clear()
+    assert len(cache.fetch(known)[0]) == len(model.layers) + 1  # what is known stays so

@@ -22,6 +22,14 @@ weights (L = 130 tokens, H hidden_size, V vocab_size):
     draft_logits [p, 5, V]
 
 `base_fused` is `base` as transformers 5 saves it: its config dialect, fused experts, no MTP head.
+
+`yarn` has no weights: `settings.json` names changes of the config of `base`, and
+`expected.safetensors` has for each of them, with the tokens of `base` (R rotary dimensions):
+
+    {name}.logits [L, V]    {name}.mtp_logits [L − 1, V]    {name}.inverse_frequencies [R / 2]
+    {name}.attention_factor []
+
+`80B` has the last two alone, for the published config and YaRN as Qwen recommends it.
 """
 
 import argparse
@@ -33,13 +41,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextDecoderLayer,
     Qwen3NextGatedDeltaNet,
     Qwen3NextRMSNorm,
+    Qwen3NextRotaryEmbedding,
 )
 from transformers.utils import logging
 
@@ -108,6 +117,58 @@ CASES = {
     # greedy decoding follows a permutation of the vocabulary that trunk and head see with noise
     "permutation": dims(48, 2, 224, 64, (2, 1, 32), (1, 2, 32, 16), (6, 2, 16, 16))
     | {"full_attention_interval": 2},
+}
+# Changes of the config of `base`: original lengths below those 130 tokens, so that positions lie on
+# both sides, and rotary widths with frequencies that are kept, mixed and divided.
+YARN = {
+    "plain": {
+        "max_position_embeddings": 48,
+        "partial_rotary_factor": 0.75,
+        "rope_theta": 100,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+    },
+    "betas": {
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 300,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 2.5,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 6.0,
+            "beta_slow": 0.4,
+            "truncate": False,
+        },
+    },
+    "mscale": {
+        "partial_rotary_factor": 1.0,
+        "rope_theta": 50,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 40,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 4,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.1,
+        },
+    },
+    "attention_factor": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 100,
+            "attention_factor": 1.6,
+        },
+    },
+}
+PUBLISHED = {  # of the 80B model, as far as RoPE depends on it
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "head_dim": 256,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 262144,
+    },
 }
 SEEDS = {"base": 2, "eps": 1, "dense": 0, "permutation": 2}  # without ties along greedy paths
 
@@ -354,6 +415,34 @@ def make_fused(directory):
     model.save_pretrained(directory / "base_fused", save_original_format=False)
 
 
+def make_yarn(directory):
+    """Writes `yarn`: the weights of `base` under other configs."""
+    folder = directory / "yarn"
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(YARN, indent=2) + "\n")
+    unscaled = load_file(directory / "base" / "expected.safetensors")
+    results = {}
+    for name, changes in YARN.items():
+        model, rng = build(HUB | CASES["base"] | changes, SEEDS["base"], None)
+        tokens = rng.integers(model.config.vocab_size, size=LENGTH).tolist()
+        assert tokens == unscaled["tokens"].tolist()
+        _, hidden, logits = trunk(model, tokens)
+        m = head(model, hidden[:-1], tokens[1:])
+        results |= {f"{name}.logits": logits, f"{name}.mtp_logits": model.lm_head(m)}
+        results |= rope_of(name, model.model.rotary_emb)
+    published = Qwen3NextRotaryEmbedding(Qwen3NextConfig(**HUB | CASES["base"] | PUBLISHED))
+    save_file(results | rope_of("80B", published), folder / "expected.safetensors")
+
+
+def rope_of(name, rotary):
+    """The frequencies and the factor of transformers' rotary embedding, as golden tensors."""
+    factor = torch.tensor(rotary.attention_scaling, dtype=torch.float32)
+    return {
+        f"{name}.inverse_frequencies": rotary.inv_freq.float().clone(),
+        f"{name}.attention_factor": factor,
+    }
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -366,6 +455,7 @@ def main():
         for name in CASES:
             make(name, directory)
         make_fused(directory)
+        make_yarn(directory)
         if check:
             made = [file.relative_to(directory) for file in directory.rglob("*.*")]
             _, differing, missing = filecmp.cmpfiles(HERE, directory, made, shallow=False)

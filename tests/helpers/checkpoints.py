@@ -99,8 +99,8 @@ def transformers5(config):
         "rope_type": "default",
         "rope_theta": config.pop("rope_theta"),
         "partial_rotary_factor": config.pop("partial_rotary_factor"),
+        **(config.pop("rope_scaling") or {}),
     }
-    del config["rope_scaling"]
     config["dtype"] = config.pop("torch_dtype")
     return config
 

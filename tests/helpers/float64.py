@@ -146,12 +146,35 @@ def rope(x, config):
     x [L, heads, head_dim], row i at position i. Returns the same shape.
     """
     dims = int(config["head_dim"] * config["partial_rotary_factor"])
-    frequency = float(config["rope_theta"]) ** (-np.arange(0, dims, 2) / dims)
+    frequency, factor = frequencies(dims, float(config["rope_theta"]), config)
     angle = np.arange(len(x))[:, None, None] * frequency
-    cos, sin = np.cos(angle), np.sin(angle)
+    cos, sin = factor * np.cos(angle), factor * np.sin(angle)
     first, second, rest = np.split(x, [dims // 2, dims], axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin, rest]
     return np.concatenate(rotated, axis=-1)
+
+
+def frequencies(dims, theta, config):
+    """RoPE's radians a position [dims / 2], and the factor of cosine and sine: 1 without YaRN.
+
+    YaRN's paper, sections 3.2 to 3.4. A dimension turns L · radians / 2π times within the original
+    length L; the ramp between beta_fast and beta_slow turns is linear in the dimension's index.
+    """
+    radians = theta ** (-np.arange(0, dims, 2) / dims)
+    yarn = config["rope_scaling"]
+    if yarn is None:
+        return radians, 1.0
+    s = yarn["factor"]
+    length = yarn.get("original_max_position_embeddings", config["max_position_embeddings"])
+    turns = np.array([yarn.get("beta_fast", 32), yarn.get("beta_slow", 1)])
+    first, last = np.log(length / (2 * np.pi * turns)) / np.log(theta) * dims / 2
+    if yarn.get("truncate", True):
+        first, last = np.floor(first), np.ceil(last)
+    first, last = max(first, 0), min(last, dims - 1)
+    kept = np.clip((last - np.arange(dims // 2)) / (last - first), 0, 1)
+    m, all_dim = yarn.get("mscale", 1), yarn.get("mscale_all_dim", 0)
+    factor = (0.1 * m * np.log(s) + 1) / (0.1 * all_dim * np.log(s) + 1)
+    return kept * radians + (1 - kept) * radians / s, yarn.get("attention_factor", factor)
 
 
 def attention(x, w, config):

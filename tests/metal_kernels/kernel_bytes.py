@@ -12,6 +12,7 @@ from helpers_metal import capture
 
 from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.compute import operations
+from mlx_qwen3next.compute.rope import Rope, inverse_frequencies
 
 H, I, EXPERTS, TOP = 2048, 512, 24, 10  # as many experts as are needed to choose from
 HK, HV, D, K = 16, 32, 128, 4
@@ -100,12 +101,13 @@ def norms(rows):
 def attention(rows):
     x = random(1, rows, (2 * HEADS + 2 * KV_HEADS) * HEAD_DIM)
     weight = mx.ones((HEAD_DIM,))
-    frequencies = operations.inverse_frequencies(64, 1e7)
+    frequencies = inverse_frequencies(Rope(64, 1e7))
     offsets = mx.array([1000], mx.int32)
 
     def call():
         q, _, _ = metal_kernels.attention_heads(
-            *(x, weight, weight, frequencies, offsets), eps=1e-6, heads=HEADS, kv_heads=KV_HEADS
+            *(x, weight, weight, frequencies, offsets),
+            **{"eps": 1e-6, "attention_factor": 1.0, "heads": HEADS, "kv_heads": KV_HEADS},
         )
         metal_kernels.attention_gate(q, x, kv_heads=KV_HEADS)
 

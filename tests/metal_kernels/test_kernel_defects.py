@@ -102,7 +102,8 @@ def heads(dtype):
     x, weights = normal(2, 2, 6 * 128), normal(2, 128, kind=mx.float32)
     frequencies = mx.array(10.0 ** -np.arange(0, 4, 0.25), mx.float32)
     metal_kernels.attention_heads(
-        *(x, *weights, frequencies, mx.array([5, 0])), eps=EPS, heads=2, kv_heads=1
+        *(x, *weights, frequencies, mx.array([5, 0])),
+        **{"eps": EPS, "attention_factor": 1.25, "heads": 2, "kv_heads": 1},
     )
 
 
@@ -399,6 +400,8 @@ position that is too large | heads | run | signed integer overflow in [*]
 offsets[batch] + => offsets[batch] * 1000000000 +
 neighbours rotated | heads | numbers | q is wrong
 second = shared[d + Rd / 2]; => second = shared[d + 1];
+sine without the attention factor | heads | numbers | q is wrong
+metal::precise::sin(angle) * load(attention_factor, 0) => metal::precise::sin(angle)
 sum of squares in T | heads | rounded | q was rounded
 squares += value * value; => squares = static_cast<T>(squares + value * value);
 device memory for constant memory | heads | types | cannot initialize a variable

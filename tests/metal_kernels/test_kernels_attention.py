@@ -110,12 +110,14 @@ class Attention:
         self.o = normal(self.B, self.nh, self.T, self.hd, dtype=dtype)
         self.q_weight, self.k_weight = 1 + normal(self.hd), 1 + normal(self.hd)
         self.frequencies = mx.array(100.0) ** -(mx.arange(0, self.rd, 2) / self.rd)
-        self.offsets = mx.array([7, 0, 260_000][: self.B], mx.int32)
+        self.factor = 1.25 if self.B > 1 else 1.0  # of sine and cosine: with YaRN, and without
+        self.offsets = mx.array([7, 0, 1_009_000][: self.B], mx.int32)
 
     def heads(self):
         return kernels.attention_heads(
             *(self.x, self.q_weight, self.k_weight, self.frequencies, self.offsets),
             eps=EPS,
+            attention_factor=self.factor,
             heads=self.nh,
             kv_heads=self.nkv,
         )
@@ -133,7 +135,10 @@ class Attention:
         positions = self.offsets[:, None] + mx.arange(self.T)
         # The angle is a product in float32; its sine and cosine are exact.
         angles = np.array(positions.astype(mx.float32)[..., None] * self.frequencies, np.float64)
-        cos, sin = (mx.array(f(angles).astype(np.float32))[:, :, None] for f in (np.cos, np.sin))
+        cos, sin = (
+            mx.array((self.factor * f(angles)).astype(np.float32))[:, :, None]
+            for f in (np.cos, np.sin)
+        )
 
         def rotated(y, weight):
             y = reference.rms_norm(y, weight, EPS)

@@ -1,6 +1,7 @@
 """Config: what either dialect says, and what is refused by name."""
 
 import dataclasses
+import json
 import math
 
 import checkpoints
@@ -63,7 +64,7 @@ def test_published_configs(raw, theta):
     assert config.rope_theta == theta
     assert config.quantization is None
     stated = {f.name for f in dataclasses.fields(config)} & set(raw) - {"mlp_only_layers"}
-    assert len(stated) == 24
+    assert len(stated) == 25
     assert {name: getattr(config, name) for name in stated} == {name: raw[name] for name in stated}
 
 
@@ -180,6 +181,44 @@ def test_not_a_flag(key, value):
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
 LINEAR = ["linear_attention"]
+
+
+def yarn(**changes):
+    return {"rope_scaling": YARN | changes}
+
+
+def test_yarn_is_read_and_written():
+    config = parse(rope_scaling=YARN)
+    options = config.rope_scaling
+    assert (options.factor, options.original_max_position_embeddings) == (4, 262144)
+    assert (options.beta_fast, options.beta_slow, options.truncate) == (32, 1, True)
+    assert options.attention_factor == pytest.approx(1 + 0.1 * math.log(4))
+    assert config.rope.scaling == options
+    assert config.max_position_embeddings == 4 * 262144
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for same in (
+        {"rope_scaling": {"type": "yarn", "factor": 4}},
+        {"rope_parameters": YARN, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN},
+        {"rope_scaling": YARN | dict.fromkeys(("beta_fast", "mscale", "attention_factor"))},
+        {"max_position_embeddings": 2**20, "rope_scaling": YARN | {"factor": None}},
+        yarn(mscale=3),  # both or none
+    ):
+        assert parse(**same) == config
+    assert parse(max_position_embeddings=2**21, rope_scaling=YARN).max_position_embeddings == 2**21
+    assert parse(rope_parameters=YARN, rope_scaling={"type": "default"}) == parse()
+
+
+def test_another_scaling_stretches_the_original_length():
+    asked = {"rope_type": "yarn", "factor": 2.5}
+    expected = parse(rope_scaling=asked)
+    assert expected.max_position_embeddings == 655360
+    assert parse().with_rope_scaling(asked) == expected
+    assert parse(rope_scaling=YARN).with_rope_scaling(asked) == expected
+    with pytest.raises(ValueError, match="rope_type of rope_scaling is 'linear'"):
+        parse().with_rope_scaling({"rope_type": "linear", "factor": 2})
+
+
 IMPOSSIBLE = {
     "another model": ({"model_type": "llama"}, "model_type is 'llama'"),
     "no model_type": ({"model_type": ...}, "model_type is None"),
@@ -195,12 +234,24 @@ IMPOSSIBLE = {
     "odd rotary dims": ({"partial_rotary_factor": 0.1}, "partial_rotary_factor (0.1) of head_dim"),
     "no rotary dims": ({"partial_rotary_factor": 0.01}, "partial_rotary_factor (0.01) of head_dim"),
     "rotary above 1": ({"partial_rotary_factor": 1.5}, "partial_rotary_factor (1.5) of head_dim"),
-    "yarn": ({"rope_scaling": YARN}, "rope_type of rope_scaling is 'yarn'"),
-    "yarn, old key": ({"rope_scaling": {"type": "yarn"}}, "rope_type of rope_scaling is 'yarn'"),
-    "yarn, transformers 5": ({"rope_parameters": YARN}, "rope_type of rope_parameters is 'yarn'"),
-    "yarn beside a default": (
-        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN},
-        "rope_type of rope_scaling is 'yarn'",
+    "linear": ({"rope_scaling": {"rope_type": "linear"}}, "rope_type of rope_scaling is 'linear'"),
+    "old key": ({"rope_scaling": {"type": "dynamic"}}, "rope_type of rope_scaling is 'dynamic'"),
+    "llama3": ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type of rope_parameters is 'll"),
+    "llama3 beside yarn": (
+        {"rope_parameters": {"rope_type": "llama3"}, "rope_scaling": YARN},
+        "rope_type of rope_parameters is 'llama3'",
+    ),
+    "yarn that shrinks": (yarn(factor=0.5), "factor must be at least 1, and 262144 positions"),
+    "yarn without end": (yarn(factor=1e5), "factor must be at least 1, and 262144 positions"),
+    "factor no number": (yarn(factor="4"), "factor must be a number"),
+    "original length": (yarn(original_max_position_embeddings=0), "original_max_position_embeddin"),
+    "betas": (yarn(beta_fast=1, beta_slow=2), "beta_fast (1.0) must be at least beta_slow (2.0)"),
+    "attention factor": (yarn(attention_factor=-1), "attention_factor must be positive"),
+    "mscale": (yarn(mscale=-1, mscale_all_dim=1), "mscale must be positive"),
+    "truncate": (yarn(truncate=1), "truncate must be true or false"),
+    "yarn without base": (
+        {"rope_theta": 1, "rope_scaling": YARN},
+        "rope_theta (1.0) must be above 1 for YaRN",
     ),
     "rope no object": ({"rope_parameters": "default"}, "rope_parameters is 'default'"),
     "too few layer_types": ({"layer_types": LINEAR * 3}, "layer_types must be a list of 4 names"),

@@ -140,6 +140,15 @@ def test_layers_that_differ_are_of_different_kinds():
     assert kind(first) != kind(second)
 
 
+def test_layers_of_other_positions_are_of_different_kinds():
+    """The frequencies of YaRN are constants of a trace."""
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    base = checkpoints.GOLDENS / "base"
+    plain, scaled = (load_model(base, rope_scaling=scaling) for scaling in (None, yarn))
+    assert kind(plain.layers[3]) != kind(scaled.layers[3])
+    assert kind(plain.layers[0]) == kind(scaled.layers[0])
+
+
 def test_what_runs_as_a_composition_is_not_traced(traces, monkeypatch):
     def compose(operation, *args, **options):
         return operation._compose(*args, **options)

@@ -342,8 +342,10 @@ def test_the_fingerprint_of_a_prompt_cache(tmp_path):
     seen.append(of("--adapter-path", adapter))
     (adapter / "adapters.safetensors").write_bytes(b"others")
     seen.append(of("--adapter-path", adapter))
+    seen += [of("--rope-scaling", "yarn:4"), of("--rope-scaling", "yarn:2")]
     assert len({*seen}) == len(seen)
     assert of("--kv-group-size", 32, "--temp", 1) == of()
+    assert of("--rope-scaling", "yarn:4.0") == of("--rope-scaling", "yarn:4")
 
 
 @contextlib.contextmanager
