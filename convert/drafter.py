@@ -10,12 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from mlx.utils import tree_flatten
 
 from mlx_qwen3next.checkpoint.drafters import load_drafter, read_drafter
-from mlx_qwen3next.checkpoint.hub import local_directory, resolve
+from mlx_qwen3next.checkpoint.hub import find_file, resolve
 from mlx_qwen3next.model.config import read_json
 from mlx_qwen3next.storage import safetensors
 from mlx_qwen3next.storage.replacing import replacing, write_text
@@ -26,13 +24,9 @@ from .quantize import Quantization
 def is_drafter(path_or_repo: str, revision: str | None) -> bool:
     """Whether a directory or repository is a DFlash drafter. What cannot be read is none."""
     try:
-        directory = local_directory(path_or_repo)
-        if directory is not None:
-            config: str | Path = directory / "config.json"
-        else:
-            config = hf_hub_download(path_or_repo, "config.json", revision=revision)
-        return "dflash_config" in read_json(config)
-    except (HfHubHTTPError, OSError, ValueError):
+        config = find_file(path_or_repo, "config.json", revision)
+        return config is not None and "dflash_config" in read_json(config)
+    except ValueError:
         return False
 
 

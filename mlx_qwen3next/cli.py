@@ -343,6 +343,19 @@ def division(args: argparse.Namespace, size: int) -> dict[str, Any]:
     return {"mode": "expert"} if args.expert_parallel else {}
 
 
+def load_options(args: argparse.Namespace, size: int) -> dict[str, Any]:
+    """Returns the options of :func:`mlx_qwen3next.load` that generate's and the server's flags set.
+
+    Args:
+        size: of the group of processes.
+
+    Raises:
+        ValueError: as for :func:`division`.
+    """
+    names = "adapter_path", "mtp_from", "draft_model", "rope_scaling"
+    return division(args, size) | {name: getattr(args, name) for name in names}
+
+
 def fingerprint_of(args: argparse.Namespace) -> str:
     """Computes the fingerprint of a prompt cache, which is the same for arguments that make the
     same cache of a prompt.

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from .checkpoint.loading import DEFAULT_CONTEXT, load
-from .cli import division, fingerprint_of, given, take_recommendation
+from .cli import fingerprint_of, given, load_options, take_recommendation
 from .compute.proof import set_kernels
 from .decoding.generation import GenerationResponse, statistics, stream_generate
 from .decoding.preparation import prepare
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
 
     cache: Cache | PromptCache | None = None
     tokenizer_config = {}
-    divided = division(args, group.size)
+    options = load_options(args, group.size)
     file = None if args.prompt_cache_file is None else Path(args.prompt_cache_file)
     if file is not None and group.size > 1:
         raise ValueError("--prompt-cache-file is not supported on several machines")
@@ -94,13 +94,9 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
     model, tokenizer = load(
         args.model,
         context=max(DEFAULT_CONTEXT, args.max_tokens),
-        mtp_from=args.mtp_from,
-        draft_model=args.draft_model,
         tokenizer_config=tokenizer_config,
-        adapter_path=args.adapter_path,
-        rope_scaling=args.rope_scaling,
         group=group,
-        **divided,
+        **options,
     )
     limit_cache()
     for token in args.extra_eos_token:

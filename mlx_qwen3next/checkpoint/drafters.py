@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..model import layouts
 from ..model.config import Config
 from ..model.dflash import DFlash, DFlashConfig
 from ..model.qwen3_next import Model
@@ -99,12 +98,9 @@ def load_drafter(drafter: Drafter, dtype: mx.Dtype) -> DFlash:
         stored |= files.open_file(file)
     for path, _ in leaves:
         value = stored.pop(path)
-        if mx.issubdtype(value.dtype, mx.floating):
-            value = value.astype(mx.float32 if layouts.is_float32(path) else dtype)
-            if not mx.isfinite(value).all().item():
-                raise ValueError(
-                    f"{drafter.tensors[path].file}: {path} holds NaN or infinite values"
-                )
+        value = value.astype(match.dtype_in_memory(path, value, dtype))
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+            raise ValueError(f"{drafter.tensors[path].file}: {path} holds NaN or infinite values")
         mx.eval(value)
         dflash.load_weights([(path, value)], strict=False)
     dflash.eval()

@@ -11,18 +11,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from ..model import layouts
 from ..model.config import Config
 from ..storage.safetensors import Tensor
 from . import foreign
 from .files import INDEX_FILE, MTP_FILE, read_headers, read_weight_map
-from .hub import hub_errors, local_directory
+from .hub import find_file
 
 HEAD_CONFIG = "head_config"  # entry of layouts.MARK: the config that a head computes with
 
@@ -65,17 +63,7 @@ def find_head(path_or_repo: str | Path, trunk: Config) -> Head:
     Raises:
         ValueError: there is no head, or it cannot be read, or does not fit the trunk.
     """
-    directory, name = local_directory(path_or_repo), str(path_or_repo)
-
-    def find(file: str) -> Path | None:
-        if directory is not None:
-            return directory / file if (directory / file).exists() else None
-        with hub_errors(name):
-            try:
-                return Path(hf_hub_download(name, file))
-            except EntryNotFoundError:
-                return None
-
+    find, name = partial(find_file, path_or_repo), str(path_or_repo)
     file = find("config.json")
     if file is None:
         raise ValueError(f"{name} is no model repository: it has no config.json")

@@ -284,15 +284,8 @@ def _parameters(model: Model) -> list[tuple[str, mx.array]]:
     return leaves
 
 
-def _dtype_in_memory(path: str, array: mx.array, dtype: mx.Dtype) -> mx.Dtype:
-    """The dtype in memory of a parameter of a model of ``dtype``."""
-    if not mx.issubdtype(array.dtype, mx.floating):
-        return array.dtype
-    return mx.float32 if layouts.is_float32(path) else dtype
-
-
 def _check_memory(model: Model, dtype: mx.Dtype, context: int) -> None:
-    weights = sum(a.size * _dtype_in_memory(p, a, dtype).size for p, a in _parameters(model))
+    weights = sum(a.size * match.dtype_in_memory(p, a, dtype).size for p, a in _parameters(model))
     cache = capacity.cache_bytes(
         model.args, context, mtp=model.mtp is not None, itemsize=dtype.size
     )
@@ -345,7 +338,7 @@ def _read(
         if value is None:
             value = origin.build([lazy[name] for name in origin.names])
             value = value if index is None else take(value, index)
-        value = value.astype(_dtype_in_memory(path, value, dtype))
+        value = value.astype(match.dtype_in_memory(path, value, dtype))
         mx.eval(value)
         # A stored form other than the parameter's must not stay in memory as well.
         uses.subtract(origin.names)

@@ -43,6 +43,13 @@ def stored_dtypes(array: mx.array) -> tuple[str, ...]:
     return ("U8",) if array.dtype == mx.uint8 else ("U32",)
 
 
+def dtype_in_memory(path: str, array: mx.array, dtype: mx.Dtype) -> mx.Dtype:
+    """The dtype in memory of a parameter of a model of ``dtype``."""
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return array.dtype
+    return mx.float32 if layouts.is_float32(path) else dtype
+
+
 def check_tensor(
     name: str,
     tensors: Mapping[str, Tensor],

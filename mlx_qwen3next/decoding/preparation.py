@@ -26,7 +26,7 @@ from ..compute.proof import Finding
 from ..model.cache import Round, settle
 from ..model.qwen3_next import Model
 from .draft_depth import MOST_COPIED
-from .drafters.mtp import CATCH_UP
+from .drafters.states import CATCH_UP
 from .sampling import check_integer
 from .speculation import MTP, Lookup, most_drafted
 

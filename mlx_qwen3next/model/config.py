@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..compute.rope import Rope, Yarn
+
+C = TypeVar("C")
 
 MODEL_TYPE = "qwen3_next"
 
@@ -133,11 +135,7 @@ class Config:
     @classmethod
     def from_file(cls, path: str | Path) -> Config:
         """Reads ``config.json``. Errors name the file."""
-        raw = read_json(path)
-        try:
-            return cls.from_dict(raw)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return from_json(path, cls.from_dict)
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -224,6 +222,19 @@ class Config:
         """Returns the config as a plain dict that :meth:`from_dict` reads back."""
         raw = {key: value for key, value in asdict(self).items() if value is not None}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in raw.items()}
+
+
+def from_json(path: str | Path, parse: Callable[[dict[str, Any]], C]) -> C:
+    """Returns what ``parse`` makes of the object in a JSON file.
+
+    Raises:
+        ValueError: the file cannot be read, or ``parse`` refuses it; the message names the file.
+    """
+    raw = read_json(path)
+    try:
+        return parse(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from .cache import Cache
-from .config import read_integer, read_json, read_number, read_rope
+from .config import from_json, read_integer, read_number, read_rope
 from .qwen3_next import MLP, RMSNorm
 
 _SIZES = (
@@ -71,11 +71,7 @@ class DFlashConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> DFlashConfig:
         """Reads ``config.json``. Errors name the file."""
-        raw = read_json(path)
-        try:
-            return cls.from_dict(raw)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return from_json(path, cls.from_dict)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> DFlashConfig:

@@ -25,7 +25,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.hub import read_config
 from ..checkpoint.loading import load
-from ..cli import division, fingerprint_of, given, guarded, refuse, take_recommendation
+from ..cli import fingerprint_of, given, guarded, load_options, refuse, take_recommendation
 from ..compute.proof import set_kernels
 from ..decoding.preparation import prepare
 from ..decoding.queueing import limit_cache
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, group: Group) -> int:
-    divided = division(args, group.size)
+    options = load_options(args, group.size)
     set_kernels(args.kernels)
     _allow_files()
     settings = Settings(
@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace, group: Group) -> int:
         stopping.set()
 
     def engine() -> Engine:
-        model = partial(_load, args, group, divided)
+        model = partial(_load, args, group, options)
         cache = partial(_prompt_cache, args, group=group)
         return Engine(args, model, cache, args.mtp, failed)
 
@@ -197,12 +197,12 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _load(
-    args: argparse.Namespace, group: Group, divided: dict[str, Any]
+    args: argparse.Namespace, group: Group, options: dict[str, Any]
 ) -> tuple[Model, TokenizerWrapper]:
     """Loads the model that the arguments name, and prepares it for the first answer.
 
     Args:
-        divided: how the group divides it, as options of :func:`mlx_qwen3next.load`.
+        options: those of :func:`mlx_qwen3next.load` that the flags set.
 
     Raises:
         ValueError: the model cannot be loaded, or not with these arguments.
@@ -210,16 +210,7 @@ def _load(
     config: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     if args.chat_template:
         config["chat_template"] = args.chat_template
-    model, tokenizer = load(
-        args.model,
-        mtp_from=args.mtp_from,
-        draft_model=args.draft_model,
-        tokenizer_config=config,
-        adapter_path=args.adapter_path,
-        rope_scaling=args.rope_scaling,
-        group=group,
-        **divided,
-    )
+    model, tokenizer = load(args.model, tokenizer_config=config, group=group, **options)
     limit_cache()
     if args.use_default_chat_template and tokenizer.chat_template is None:
         tokenizer.chat_template = tokenizer.default_chat_template

@@ -12,7 +12,7 @@ from helpers_generate import PROMPT, tokens_of
 
 from mlx_qwen3next import generate, generate_step, load, load_model
 from mlx_qwen3next.checkpoint.hub import BUNDLED
-from mlx_qwen3next.cli import fingerprint_of
+from mlx_qwen3next.cli import fingerprint_of, load_options
 from mlx_qwen3next.convert import convert
 from mlx_qwen3next.generate import main, parser
 from mlx_qwen3next.server import command
@@ -233,7 +233,7 @@ def test_the_commands_pass_the_sister_on(call, demo, monkeypatch):
     monkeypatch.setattr(command, "load", lambda *args, **options: calls.append(options) or (0, 0))
     monkeypatch.setattr(command, "prepare", lambda *args, **options: None)
     args = command.parser().parse_args(["--mtp-from", "owner/sister"])
-    command._load(args, None, {})
+    command._load(args, None, load_options(args, 1))
     assert calls[0]["mtp_from"] == "owner/sister"
 
 

@@ -12,6 +12,7 @@ from helpers_generate import bundled, endless, float32, forward_cache
 from mlx_lm.models.cache import save_prompt_cache
 
 from mlx_qwen3next import load_model
+from mlx_qwen3next.cli import load_options
 from mlx_qwen3next.convert import convert
 from mlx_qwen3next.generate import main
 from mlx_qwen3next.group import ALONE
@@ -68,7 +69,7 @@ def test_what_is_no_scaling_is_refused(run, value):
 
 def test_the_server_serves_the_longer_context(model_dir):
     args = parser().parse_args(["--model", model_dir, *YARN])
-    model, _ = _load(args, ALONE, {})
+    model, _ = _load(args, ALONE, load_options(args, 1))
     assert model.args.max_position_embeddings == 128
     assert model.model.layers[3].self_attn.rope.scaling.factor == 2
 

@@ -9,14 +9,12 @@ import mlx.core as mx
 from ...model.qwen3_next import Model
 from ..draft_depth import MOST_COPIED, Offer, Shares
 from ..sampling import Choose
-from . import Drafter
+from .states import CATCH_UP, StateDrafter
 
-ACCEPTANCE = 0.8  # the share of first drafts that is expected to be right before anything is known
 DEPTHS = (1, 3, 7)  # worth timing besides the deepest; the block takes the same time at all of them
-CATCH_UP = 64  # verified tokens whose states wait at most, when nothing is drafted
 
 
-class DFlashDrafter(Drafter):
+class DFlashDrafter(StateDrafter):
     """Drafts a sequence's next tokens.
 
     Args:
@@ -29,26 +27,16 @@ class DFlashDrafter(Drafter):
     source: ClassVar[str] = "dflash"
 
     def __init__(self, model: Model, position: int = 0, shares: Shares | None = None):
+        super().__init__(shares or new_shares())
         self._model, self._dflash = model, model.dflash
-        self._shares = shares or new_shares()
         self.layers = self._dflash.config.target_layer_ids
         self._most = min(self._dflash.config.block_size - 1, MOST_COPIED)
         self._cache, self._before = self._dflash.make_cache(), position
         self._waiting: tuple[mx.array, ...] = ()  # states [1, n, …] that are not in the cache yet
 
     def offer(self, ahead: bool = False) -> Offer:
-        shares = [ACCEPTANCE]
-        for depth in range(self._most):
-            shares.append(self._shares.of(depth, shares[-1]))
         depths = [depth for depth in DEPTHS if depth < self._most]
-        return Offer(self.source, shares[1:], [*depths, self._most])
-
-    def judged(self, drafted: int, accepted: int) -> None:
-        for depth in range(min(accepted + 1, drafted)):
-            self._shares.add(depth, depth < accepted)
-
-    def extend(self, token: int) -> None:
-        self._shares.fade()
+        return Offer(self.source, self._expected(self._most), [*depths, self._most])
 
     def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
         self._read()

@@ -16,13 +16,10 @@ from ...model.qwen3_next import Model
 from ...model.tracing import MOST_ROWS
 from ..draft_depth import MAX_DEPTH, Offer, Shares
 from ..sampling import Choose
-from . import Drafter
-
-ACCEPTANCE = 0.8  # the share of first drafts that is expected to be right before anything is known
-CATCH_UP = 64  # verified hidden states that wait at most, when nothing is drafted
+from .states import CATCH_UP, StateDrafter
 
 
-class MTPDrafter(Drafter):
+class MTPDrafter(StateDrafter):
     """Drafts a sequence's next tokens.
 
     Verified hidden states wait until there is a use for them, so that the head catches up with
@@ -37,8 +34,8 @@ class MTPDrafter(Drafter):
     source: ClassVar[str] = "mtp"
 
     def __init__(self, model: Model, cache: Cache | None = None, shares: Shares | None = None):
+        super().__init__(shares or new_shares())
         self._head, self._logits = model.mtp, model.logits
-        self._shares = shares or new_shares()
         self._cache = cache = model.mtp.make_cache() if cache is None else cache
         self._entry: MTPCache = cache[0]
         # Pairs (h_i, t_{i+1}) that are not in the cache yet: [1, n, H] and [1, n] each, in order.
@@ -50,17 +47,7 @@ class MTPDrafter(Drafter):
         self._ahead: tuple[int, dict[str, Any]] | None = None
 
     def offer(self, ahead: bool = False) -> Offer:
-        shares = [ACCEPTANCE]
-        for depth in range(MAX_DEPTH):  # one of which little is known is as good as the one before
-            shares.append(self._shares.of(depth, shares[-1]))
-        return Offer(self.source, shares[1:], range(1, MAX_DEPTH + 1))
-
-    def judged(self, drafted: int, accepted: int) -> None:
-        for depth in range(min(accepted + 1, drafted)):
-            self._shares.add(depth, depth < accepted)
-
-    def extend(self, token: int) -> None:
-        self._shares.fade()
+        return Offer(self.source, self._expected(MAX_DEPTH), range(1, MAX_DEPTH + 1))
 
     def propose(self, token: mx.array, depth: int, choose: Choose) -> list[mx.array]:
         if self._ready:
