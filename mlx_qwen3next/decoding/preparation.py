@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..checkpoint.loading import default_dtype
 from ..compute import proof
 from ..compute.proof import Finding
-from ..model.cache import Round, settle
+from ..model.cache import Round, reserve, settle
 from ..model.qwen3_next import Model
 from ..model.reading import Reading
 from .draft_depth import MOST_COPIED
@@ -36,6 +36,7 @@ from .speculation import MTP, Lookup, most_drafted
 # Numbers of tokens in a forward. The experts' kernels have a kind for each number up to 16, the
 # others for classes that end at powers of two (:func:`..compute.operations.rows_class`).
 LENGTHS = (*range(1, 17), 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+ROUNDS = 1024  # tokens of all steps and rounds together, at most
 NAMED = 3  # kernels that the line about the proofs names at most
 
 logger = logging.getLogger("mlx_qwen3next")
@@ -68,12 +69,13 @@ def prepare(
         ValueError: ``mtp``, ``lookup`` or ``chunk`` is out of range.
     """
     depth = most_drafted(mtp, lookup, model)
-    if chunk is None:
-        chunk = max(Reading.here(model.args, default_dtype().size).most(math.inf, 0), 1)
-    check_integer("chunk", chunk, least=1)
+    if chunk is not None:
+        check_integer("chunk", chunk, least=1)
     if model.group.size > 1:
         return
     if proof.uses_kernels() and proof.mode() == "auto":
+        if chunk is None:
+            chunk = max(Reading.here(model.args, default_dtype().size).most(math.inf, 0), 1)
         found, seconds = prove(model, depth=depth, chunk=chunk)
         if found:
             say(summary(found, seconds))
@@ -128,6 +130,7 @@ def rehearsal(
         depth: as for :func:`prove`.
     """
     cache = model.make_cache()
+    reserve(cache, ROUNDS)  # to grow would evaluate
 
     def forward(n: int) -> mx.array:
         return model.model(_tokens(model, n), cache)

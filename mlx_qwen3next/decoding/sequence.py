@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.generate import maybe_quantize_kv_cache
 
-from ..model.cache import AttentionCache, Cache, Undo, tokens_held
+from ..model.cache import Cache, Undo, reserve, tokens_held
 from ..model.qwen3_next import Model
 from .draft_depth import Depth
 from .drafters import Drafter
@@ -107,10 +107,7 @@ class TokenSequence:
         self.tokens = list(held)
         *unread, (self.last,) = segments
         self._unread = deque(list(segment) for segment in unread if len(segment))
-        prompt = tokens_held(self.trunk) + sum(map(len, self.segments))
-        for entry in self.trunk:
-            if isinstance(entry, AttentionCache):
-                entry.reserve(prompt)
+        reserve(self.trunk, tokens_held(self.trunk) + sum(map(len, self.segments)))
         self._decoding: Decoding | None = None
         self._handed_over = False
 

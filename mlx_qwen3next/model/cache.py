@@ -197,10 +197,6 @@ class _Growing:
     values: Any
     reserved = 0  # tokens for which there will be room at once; on the class, see MTPCache
 
-    def reserve(self, tokens: int) -> None:
-        """Makes the next growth large enough for so many tokens in all."""
-        self.reserved = max(self.reserved, tokens)
-
     def _make_room(self, held: int, keys: mx.array, values: mx.array) -> None:
         """Makes room for keys and values of more tokens, after ``held`` of them."""
         need = held + keys.shape[2]
@@ -247,9 +243,11 @@ class BatchAttentionCache(_Growing, BatchKVCache):
             vars(batch).update(vars(BatchKVCache.merge(caches)))
         elif not caches[0].empty():
             one = caches[0]
-            vars(batch).update(keys=one.keys, values=one.values, _idx=one.offset)
+            # In new objects, since an assignment to a slice changes the object.
+            vars(batch).update(keys=mx.array(one.keys), values=mx.array(one.values))
+            batch._idx = one.offset
             batch.offset = batch.offset + one.offset
-        batch.reserve(max(c.reserved for c in caches))
+        batch.reserved = max(c.reserved for c in caches)
         return batch._evaluated()
 
     def extend(self, other: BatchAttentionCache) -> None:
@@ -264,7 +262,9 @@ class BatchAttentionCache(_Growing, BatchKVCache):
 
     def extract(self, idx: int) -> AttentionCache:
         if self.offset.shape[0] == 1 and self.left_padding.item() == 0:
-            return AttentionCache.from_state((self.keys, self.values, self._idx))
+            return AttentionCache.from_state(
+                (mx.array(self.keys), mx.array(self.values), self._idx)
+            )
         return AttentionCache.from_state(super().extract(idx).state)
 
     def _evaluated(self) -> BatchAttentionCache:
@@ -389,6 +389,13 @@ class Undo:
                 vars(c).update(before)
             elif (extra := length(c) - before) > 0:
                 c.trim(extra)
+
+
+def reserve(cache: Cache, tokens: int) -> None:
+    """Makes the next growth of keys and values large enough for so many tokens in all."""
+    for c in cache:
+        if isinstance(c, _Growing):
+            c.reserved = max(c.reserved, tokens)
 
 
 def settle(cache: Cache) -> None:
