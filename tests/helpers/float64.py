@@ -179,6 +179,11 @@ def frequencies(dims, theta, config):
 
 def attention(x, w, config):
     """The full-attention mixer; x [L, H], w the weights below `self_attn.`. Returns [L, H]."""
+    return attention_of_last(x, w, config, len(x))[0]
+
+
+def attention_of_last(x, w, config, last):
+    """`attention` at the last positions alone [last, H], and its weights, [last, heads, L]."""
     length, dim, eps = len(x), config["head_dim"], config["rms_norm_eps"]
     q, gate = np.split((x @ w["q_proj.weight"].T).reshape(length, -1, 2 * dim), 2, axis=-1)
     k = (x @ w["k_proj.weight"].T).reshape(length, -1, dim)
@@ -186,11 +191,13 @@ def attention(x, w, config):
     q = rope(rms_norm(q, w["q_norm.weight"], eps), config)
     k = rope(rms_norm(k, w["k_norm.weight"], eps), config)
     k, v = (np.repeat(y, q.shape[1] // y.shape[1], axis=1) for y in (k, v))
-    o = np.empty(q.shape)
-    for t in range(length):
+    o, weights = np.empty((last, *q.shape[1:])), np.zeros((last, q.shape[1], length))
+    for i, t in enumerate(range(length - last, length)):
         scores = np.einsum("hd,shd->hs", q[t], k[: t + 1]) * dim**-0.5
-        o[t] = np.einsum("hs,shd->hd", softmax(scores), v[: t + 1])
-    return (o * sigmoid(gate)).reshape(length, -1) @ w["o_proj.weight"].T
+        weights[i, :, : t + 1] = softmax(scores)
+        o[i] = np.einsum("hs,shd->hd", weights[i, :, : t + 1], v[: t + 1])
+    o = o * sigmoid(gate[length - last :])
+    return o.reshape(last, -1) @ w["o_proj.weight"].T, weights
 
 
 def mlp(x, w):
