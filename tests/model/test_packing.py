@@ -74,11 +74,16 @@ def test_all_is_packed_where_all_is_alike():
         assert layer.mlp.down_proj.weight.shape[0] == layer.mlp.num_experts + 1
 
 
+def is_shared_expert_apart(mlp):
+    """Whether it has a stack of its own, for the launches of the others."""
+    return "gate_up_proj" in mlp.get("shared_expert", {}) and "shared_expert_gate" not in mlp
+
+
 MIXED = {
     "in_proj_ba": lambda layer: "in_proj" not in layer.linear_attn,
     "k_proj": lambda layer: "in_proj" not in layer.self_attn,
     "switch_mlp.up_proj": lambda layer: not isinstance(layer.mlp, PackedSparseMoE),
-    "switch_mlp.down_proj": lambda layer: "shared_expert" in layer.mlp,
+    "switch_mlp.down_proj": lambda layer: is_shared_expert_apart(layer.mlp),
     "shared_expert.up_proj": lambda layer: "shared_expert" in layer.mlp,
     "shared_expert_gate": lambda layer: "shared_expert" in layer.mlp,
 }
@@ -101,6 +106,20 @@ def test_parts_of_other_bits_stay_apart(other, how):
     model = pack(quantized(predicate))
     layers = [layer for layer in model.layers if layer.is_linear == (other != "k_proj")]
     assert all(MIXED[other](layer) for layer in layers)
+    assert_same(model, quantized(predicate))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_dense_parts_of_more_bits_than_the_experts(bits):
+    """As recipes choose them: the shared expert is apart, and all else is packed."""
+
+    def predicate(path, module):
+        return {"group_size": 32, "bits": bits if "switch_mlp" in path else 8}
+
+    model = pack(quantized(predicate))
+    for layer in [*model.layers, *model.mtp.layers]:
+        assert is_shared_expert_apart(layer.mlp)
+        assert "in_proj" in (layer.linear_attn if layer.is_linear else layer.self_attn)
     assert_same(model, quantized(predicate))
 
 
