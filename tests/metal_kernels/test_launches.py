@@ -10,6 +10,24 @@ def test_a_period_with_kernels(rows, speculating):
     assert counted.total() == 40
 
 
+MIXES = {
+    "experts 3, else 8": ({"switch_mlp": 3, "": 8}, 40),  # a shared expert of more bits costs none
+    "as mixed_4_6": ({"v_proj": 6, "down_proj": 6, "": 4}, 43),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_period_of_mixed_bits(mix):
+    bits, expected = MIXES[mix]
+
+    def make(layers):
+        return launches.ours(
+            layers, lambda path: next(n for part, n in bits.items() if part in path)
+        )
+
+    assert launches.per_period(make, 1, kernels=True).total() == expected
+
+
 def test_a_period_without_kernels():
     """MLX's own operations alone: fewer launches than mlx-lm's."""
     assert launches.per_period(launches.ours, 1).total() == 148
