@@ -11,7 +11,8 @@ permuted and stacked, quantized or not, which is exact: quantization groups run 
   router's last row. If the shared expert has other bits, it keeps its own stack, and the same
   launches read that one.
 
-Modules that cannot be stacked (other bits or group sizes, an adapter's layers) stay as they are.
+Modules of other bits or group sizes are stacked where the common quantization adds little memory.
+Modules that cannot be stacked (an adapter's layers, others) stay as they are.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from .packed import (
 from .parallel import ExpertParallelMoE, ParallelDecoderLayer, PipelineTrunk, recast
 from .qwen3_next import MLP, DecoderLayer, GatedAttention, Model, RMSNorm, SparseMoE, Trunk
 from .steps import PackedMTPHead, PackedPipelineTrunk, PackedTrunk, TracedRMSNorm, stretches
+from .widening import in_one_quantization
 
 _LINEAR = nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear
 
@@ -184,6 +186,8 @@ def _stack_inputs(layer: Any, *names: str) -> Any:
 
 def _stack(modules: Sequence[nn.Module], axis: int = 0) -> Any:
     """Returns one module with the rows of all; None if they are not of one kind."""
+    if any(_kind(module) != _kind(modules[0]) for module in modules):
+        modules = in_one_quantization(modules) or modules
     first = modules[0]
     alike = all(_kind(module) == _kind(first) for module in modules) and _has_rows(first)
     if not alike or not isinstance(first, _LINEAR):
