@@ -31,7 +31,7 @@ _NODE = "node@22"  # npm's package of it
 # Variables that a client needs to run and to install; all others stay here.
 _KEPT = ("PATH", "LANG", "TERM", "NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE")
 _KEPT_KINDS = ("PIP_", "SSL_", "npm_config_", "http_", "https_", "HTTP_", "HTTPS_", "no_", "NO_")
-_HEADER = ("client", "version", "step", "result", "prompt", "known", "processed", "new")
+_HEADER = ("client", "version", "step", "result", "prompt", "same", "known", "processed", "new")
 
 
 @dataclass
@@ -140,20 +140,20 @@ def check(client: Client, keep: bool) -> list[tuple[str, ...]]:
             version = place.install(client)
         except RuntimeError as error:
             print(error, file=sys.stderr)
-            return [(client.name, "", "", "not installed", *[""] * 4)]
+            return [(client.name, "", "", "not installed", *["-"] * 5)]
         for row in client.rows:
             with stage.serving(row.first, row.second) as (engine, url):
                 log = folder / f"{row.name}.log"
                 work, status = place.work(row, url, log)
                 outcome = result(row, engine, work, status)
-                counts = ["-"] * 4
+                counts = ["-"] * 5
                 if row.second is not None and engine.second_turn is not None:
                     counts = [str(count) for count in engine.counts()]
+            if row.needs and outcome != "passed":
+                outcome = f"needs {row.needs}"
             if outcome != "passed":
                 print(f"--- {client.name}, {row.name}: {outcome}", file=sys.stderr)
                 print(log.read_text(errors="replace")[-4000:], file=sys.stderr)
-                if row.needs:
-                    outcome += f" (needs {row.needs})"
             lines.append((client.name, version, row.name, outcome, *counts))
     finally:
         if keep:

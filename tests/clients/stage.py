@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -79,7 +81,7 @@ class ScriptedEngine(Engine):
         text = self._answer(prompt).removeprefix(request.context.opening)
         answer = tokenizer.encode(text, add_special_tokens=False)
         answer.append(tokenizer.eos_token_id)
-        request.processors = [*request.processors, forced(answer, len(request.tokens))]
+        request.processors = [forced(answer, len(request.tokens)), *request.processors]
         self.turns.append(Turn(prompt, request, answer))
         return request
 
@@ -111,16 +113,16 @@ class ScriptedEngine(Engine):
         """The first request that holds the first answer."""
         return next((turn for turn in self.turns if self._is_back(turn.prompt)), None)
 
-    def counts(self) -> tuple[int, int, int, int]:
-        """The tokens of the second turn: of its prompt, known, processed; and those that are new,
-        which come after the first turn and its answer."""
+    def counts(self) -> tuple[int, ...]:
+        """The tokens of the second turn: of its prompt; as many as begin it as the first turn and
+        its answer do; known; processed; and new, by which it is longer than those."""
         at = self.turns.index(turn := self.second_turn)
         said = (isinstance(self.first, Call) and self.first.text) or self.first
         firsts = [each for each in self.turns[:at] if self._answer(each.prompt).endswith(said)]
         prompt, before = turn.request.context.prompt, firsts[-1]
-        cached = turn.request.context.cached or 0
-        new = len(prompt) - len(before.request.context.prompt) - len(before.answer)
-        return len(prompt), cached, len(prompt) - cached, new
+        known, text = turn.request.context.cached, before.request.context.prompt + before.answer
+        same = sum(itertools.takewhile(bool, map(operator.eq, prompt, text)))
+        return len(prompt), same, known, len(prompt) - known, len(prompt) - len(text)
 
 
 def _offers(prompt: Any, call: Call) -> bool:
