@@ -176,6 +176,7 @@ def test_the_choice_of_tools_in_messages(choice, forced):
         ({"max_tokens": 0}, "max_tokens"),
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
         ({"thread": {"type": "create"}}, "thread"),
+        ({"compaction": {"type": "enabled"}}, "compaction"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
     ],
 )

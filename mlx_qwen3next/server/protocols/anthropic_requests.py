@@ -27,7 +27,7 @@ from .form import SHARED
 # some versions from turn to turn. It means nothing to a model, and would end the known prompt.
 _BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?")
 _LEFT_OUT = ("image", "document")
-_UNSUPPORTED = ("mcp_servers", "container", "output_format")
+_UNSUPPORTED = ("mcp_servers", "container", "compaction", "output_format")
 
 
 def chat_request(body: dict[str, Any]) -> dict[str, Any]:
