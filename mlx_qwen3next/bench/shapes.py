@@ -135,7 +135,7 @@ def write(directory: Path, shape: str, layers: int) -> None:
     for name, parameters in tqdm(
         parts.items(), "random weights", unit="file", disable=None, leave=False
     ):
-        tensors = dict(_drawn(parameters, random))
+        tensors = dict(drawn(parameters, random))
         mx.save_safetensors(str(directory / name), tensors, metadata)
 
 
@@ -159,7 +159,7 @@ def _parts(shape: str, layers: int) -> dict[str, dict[str, mx.array]]:
     """Maps file names and parameter paths to unevaluated arrays of the right shape and dtype."""
     model = Model(Config.from_dict(config(shape, layers)))
     mtp_head.attach(model)
-    nn.quantize(model, GROUP, BITS, class_predicate=_bits)
+    nn.quantize(model, GROUP, BITS, class_predicate=bits_of)
     parts: dict[str, dict[str, mx.array]] = {}
     leaves: Any = tree_flatten(model.parameters())
     for path, array in leaves:
@@ -175,14 +175,15 @@ def _parts(shape: str, layers: int) -> dict[str, dict[str, mx.array]]:
     return parts
 
 
-def _bits(path: str, module: nn.Module) -> bool | dict[str, Any]:
+def bits_of(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    """The predicate of ``nn.quantize`` for such models."""
     if not hasattr(module, "to_quantized"):
         return False
     bits = ROUTER_BITS if layouts.is_router(path) else BITS
     return {"group_size": GROUP, "bits": bits}
 
 
-def _drawn(
+def drawn(
     parameters: dict[str, mx.array], random: np.random.Generator
 ) -> Iterator[tuple[str, mx.array]]:
     """Draws the values of parameters, scaled so that activations neither grow nor vanish.
