@@ -134,7 +134,7 @@ class Structure(NamedTuple):
 
 def structure_of(module: nn.Module, without: tuple[str, ...] = ()) -> Structure:
     """Returns a module's structure, which is looked up once; ``without`` as :func:`traced`."""
-    all_known = vars(module).setdefault("_structures", {})
+    all_known = vars(module).get("_structures", {})
     known = all_known.get(without)
     if known is None or not known.holds(module):
         number = _kinds.setdefault(_described(module), len(_kinds))
@@ -146,7 +146,7 @@ def structure_of(module: nn.Module, without: tuple[str, ...] = ()) -> Structure:
                 parts.append((owner, name))
         found = [owner[name] for owner, name in parts]
         known = Structure(id(module), number, found, _unzipped(parts), _unzipped(parameters))
-        all_known[without] = known
+        vars(module)["_structures"] = {**all_known, without: known}  # a copy has the dict, too
     return known
 
 
