@@ -140,7 +140,7 @@ def write(directory: Path, shape: str, layers: int) -> None:
     for name, parameters in tqdm(
         parts.items(), "random weights", unit="file", disable=None, leave=False
     ):
-        tensors = dict(_drawn(parameters, random))
+        tensors = dict(drawn(parameters, random))
         mx.save_safetensors(str(directory / name), tensors, metadata)
 
 
@@ -166,11 +166,7 @@ def _parts(
     """Maps file names and parameter paths to unevaluated arrays of the right shape and dtype."""
     model = Model(Config.from_dict(config(shape, layers)))
     mtp_head.attach(model)
-
-    def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        return hasattr(module, "to_quantized") and {"group_size": GROUP, "bits": bits(path)}
-
-    nn.quantize(model, class_predicate=chosen)
+    quantize(model, bits)
     parts: dict[str, dict[str, mx.array]] = {}
     leaves: Any = tree_flatten(model.parameters())
     for path, array in leaves:
@@ -186,7 +182,16 @@ def _parts(
     return parts
 
 
-def _drawn(
+def quantize(model: nn.Module, bits: Callable[[str], int] = bits_of) -> None:
+    """Quantizes the linear layers and the experts' stacks of a model."""
+
+    def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        return hasattr(module, "to_quantized") and {"group_size": GROUP, "bits": bits(path)}
+
+    nn.quantize(model, class_predicate=chosen)
+
+
+def drawn(
     parameters: dict[str, mx.array], random: np.random.Generator
 ) -> Iterator[tuple[str, mx.array]]:
     """Draws the values of parameters, scaled so that activations neither grow nor vanish.
