@@ -17,7 +17,6 @@ import statistics
 import time
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_next as stock
