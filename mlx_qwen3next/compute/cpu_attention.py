@@ -83,20 +83,20 @@ def _piece(
         ``[r, P, hd]``.
     """
     r, P, hd = q.shape
-    seen, rows = offset + P, q.reshape(-1, hd)
+    seen, rows = offset + P, q.reshape(-1, hd).astype(mx.float32)
     top, total, o = mx.array(-mx.inf), mx.array(0.0), mx.array(0.0)
     for start in range(0, seen, BLOCK):
         end = min(start + BLOCK, seen)
-        scores = mx.depends(rows, after) @ k[:, start:end]
+        scores = mx.depends(rows, after) @ k[:, start:end].astype(mx.float32)
         if end > offset + 1:  # the first query does not see all
             visible = mx.tri(P, end - start, offset - start, mx.bool_)
             scores = mx.where(visible, scores.reshape(r, P, -1), -mx.inf).reshape(r * P, -1)
         higher = mx.maximum(top, scores.max(axis=-1, keepdims=True))
         weights, shrunk = mx.exp(scores - higher), mx.exp(top - higher)
         total = total * shrunk + weights.sum(axis=-1, keepdims=True)
-        o = o * shrunk + weights @ v[start:end]
+        o = o * shrunk + weights @ v[start:end].astype(mx.float32)
         top, after = higher, (o, total)
-    return (o / total).reshape(q.shape)
+    return (o / total).astype(q.dtype).reshape(q.shape)
 
 
 def _of_heads(x: mx.array) -> list[mx.array]:

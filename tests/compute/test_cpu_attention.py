@@ -49,6 +49,18 @@ def test_blocks_of_keys(block, several_cores, monkeypatch):
     assert error(q, k, v) < 6e-6
 
 
+def test_dtype_of_the_queries():
+    q, k, v = (x.astype(mx.bfloat16) for x in heads(40, 50))
+    o = attention(q, k, v, scale=0.3, mask="causal")
+    assert o.dtype == mx.bfloat16
+    assert (
+        np.abs(
+            np.array(o.astype(mx.float32)) - exact(*(x.astype(mx.float32) for x in (q, k, v)), 0.3)
+        ).max()
+        < 0.02
+    )
+
+
 def test_not_all_scores_are_in_memory(monkeypatch):
     monkeypatch.setattr(cpu_attention, "BLOCK", 32)
     peaks = []
