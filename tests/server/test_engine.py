@@ -23,12 +23,12 @@ from helpers_serving import (
 )
 
 from mlx_qwen3next import load
+from mlx_qwen3next.decoding.pace import LEAST
 from mlx_qwen3next.errors import QueueFullError
 from mlx_qwen3next.model.qwen3_next import Trunk
 from mlx_qwen3next.prompt_cache import store
 from mlx_qwen3next.prompt_cache.store import PromptCache
 from mlx_qwen3next.server import engine as serving
-from mlx_qwen3next.server.pace import LEAST
 
 OPENING = 3  # tokens a chat's prompt ends with, "<|im_start|>assistant\n"
 
