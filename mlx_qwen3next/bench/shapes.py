@@ -151,7 +151,7 @@ def write(directory: Path, shape: str, layers: int, bits: Bits = bits_of) -> Non
     for name, parameters in tqdm(
         parts.items(), "random weights", unit="file", disable=None, leave=False
     ):
-        tensors = dict(_drawn(parameters, bits, random))
+        tensors = dict(drawn(parameters, random, bits))
         mx.save_safetensors(str(directory / name), tensors, metadata)
 
 
@@ -175,11 +175,7 @@ def _parts(shape: str, layers: int, bits: Bits) -> dict[str, dict[str, mx.array]
     """Maps file names and parameter paths to unevaluated arrays of the right shape and dtype."""
     model = Model(Config.from_dict(config(shape, layers)))
     mtp_head.attach(model)
-
-    def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        return hasattr(module, "to_quantized") and {"group_size": GROUP, "bits": bits(path)}
-
-    nn.quantize(model, class_predicate=chosen)
+    quantize(model, bits)
     parts: dict[str, dict[str, mx.array]] = {}
     leaves: Any = tree_flatten(model.parameters())
     for path, array in leaves:
@@ -195,8 +191,17 @@ def _parts(shape: str, layers: int, bits: Bits) -> dict[str, dict[str, mx.array]
     return parts
 
 
-def _drawn(
-    parameters: dict[str, mx.array], bits: Bits, random: np.random.Generator
+def quantize(model: nn.Module, bits: Bits = bits_of) -> None:
+    """Quantizes the linear layers and the experts' stacks of a model."""
+
+    def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        return hasattr(module, "to_quantized") and {"group_size": GROUP, "bits": bits(path)}
+
+    nn.quantize(model, class_predicate=chosen)
+
+
+def drawn(
+    parameters: dict[str, mx.array], random: np.random.Generator, bits: Bits = bits_of
 ) -> Iterator[tuple[str, mx.array]]:
     """Draws the values of parameters, scaled so that activations neither grow nor vanish.
 

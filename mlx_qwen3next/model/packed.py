@@ -103,6 +103,15 @@ class PackedExpertParallelMoE(PackedSparseMoE):
         return sparse_experts(*weights, shared=shared, own=self.own, **self.router_options)
 
 
+# The parts of an attention layer before and after its keys and values.
+BEFORE_ATTENTION = (
+    "input_layernorm",
+    *(f"self_attn.{name}" for name in ("in_proj", "q_proj", "k_proj", "v_proj")),
+    *("self_attn.q_norm", "self_attn.k_norm"),
+)
+AFTER_ATTENTION = "self_attn.o_proj", "post_attention_layernorm", "mlp"
+
+
 class PackedDecoderLayer(DecoderLayer):
     """A decoder layer whose residual additions are part of other launches."""
 
