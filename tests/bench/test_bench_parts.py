@@ -176,7 +176,9 @@ def test_random_weights_run_on_both_sides(tmp_path, monkeypatch, experts):
     assert relative_error(logits, stock(tokens)) < 1e-4
     assert 0.3 < logits.std().item() < 3
     assert ours.mtp is not None and ours.args.max_position_embeddings >= 65536
-    assert ours.args.quantization["model.layers.3.mlp.gate"]["bits"] == 8
+    said = ours.args.quantization
+    assert said["model.layers.3.mlp.gate"]["bits"] == 8
+    assert said.get("model.layers.3.mlp.switch_mlp.up_proj", said)["bits"] == experts
     layers = [*ours.layers, *ours.mtp.layers]
     assert all(layer.mlp.down_proj.bits == experts for layer in layers)
     assert all(("shared_expert" in layer.mlp) == (experts != 4) for layer in layers)
