@@ -24,12 +24,15 @@ from mlx_qwen3next.storage import safetensors
 from mlx_qwen3next.storage.safetensors import Tensor
 
 from .progress import Progress
-from .quantize import Quantization, dequantize
+from .quantize import Quantization, dequantize, quantize
 from .source import Source
 
 TRUNK = "model.safetensors"
 LARGEST_FILE = 5_000_000_000  # bytes
 _ENTRY = 500  # bytes, more than a header has for one tensor beside its name
+# Of the file and of tensors in it: the largest page of memory there is, Apple's, so that an expert
+# can be read past the page cache.
+_ALIGNMENT = 16_384  # bytes
 _CHUNK = 2**22  # numbers in a chunk: 16 MB as float32; larger ones were slower
 _BATCH = 8  # chunks evaluated together
 _RECORD_SECONDS = 5.0
@@ -44,6 +47,7 @@ class Parameter:
     origin: Origin
     dtype: mx.Dtype  # its own, or that of its scales
     quantization: Quantization | None
+    searched: bool = False  # whether its quantization is :func:`quantize`'s searched one
 
     @property
     def contents(self) -> dict[str, tuple[mx.Dtype, Shape]]:
@@ -77,7 +81,7 @@ class Parameter:
         finite = _all_finite(value)
         if self.quantization is None:
             return [value], finite
-        return list(mx.quantize(value, **self.quantization)), finite
+        return list(quantize(value, self.quantization, self.searched)), finite
 
     def restore(self, contents: Sequence[mx.array]) -> mx.array:
         """Rows of the parameter in float32, made from the same rows of its contents."""
@@ -129,7 +133,7 @@ def lay_out(
     result = []
     for name, members in files.items():
         contents = {k: v for parameter in members for k, v in parameter.contents.items()}
-        header, places = safetensors.lay_out(folder / name, contents, metadata)
+        header, places = safetensors.lay_out(folder / name, contents, metadata, _ALIGNMENT)
         result.append(File(folder / name, header, dict(enumerate(members)), places))
     return result
 
@@ -142,7 +146,7 @@ def _split(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
         added = parameter.nbytes + sum(len(name) + _ENTRY for name in parameter.contents)
         if not parts or size + added > LARGEST_FILE:
             parts.append([])
-            size = _ENTRY  # the metadata's
+            size = _ENTRY + _ALIGNMENT  # the metadata's, and spaces
         parts[-1].append(parameter)
         size += added
     return parts

@@ -193,24 +193,33 @@ def from_bytes(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
 
 
 def lay_out(
-    file: Path, contents: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]], metadata: dict[str, str]
+    file: Path,
+    contents: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]],
+    metadata: dict[str, str],
+    alignment: int = 8,
 ) -> tuple[bytes, dict[str, Tensor]]:
     """The first bytes of a file to be written, and the place of each tensor behind them.
 
+    The format allows no hole between tensors. So spaces behind the header's JSON bring the data to
+    a multiple of ``alignment``; the tensors whose sizes are multiples come first and begin at one.
+
     Args:
-        contents: name -> dtype and shape, in the order of the file.
+        contents: name -> dtype and shape, in the order of the file but for that.
         metadata: the file's own.
+        alignment: in bytes.
     """
+    sizes = {name: math.prod(shape) * dtype.size for name, (dtype, shape) in contents.items()}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name, (dtype, shape) in contents.items():
-        start, end = end, end + math.prod(shape) * dtype.size
+    for name in sorted(contents, key=lambda name: sizes[name] % alignment != 0):
+        dtype, shape = contents[name]
+        start, end = end, end + sizes[name]
         header[name] = {
             "dtype": NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [start, end],
         }
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % alignment)
     data = 8 + len(raw)
     return len(raw).to_bytes(8, "little") + raw, parse(file, header, data, data + end).tensors
