@@ -77,6 +77,8 @@ def convert(
         if calibration is not None:
             raise ValueError("--calibration needs --fit")
     else:
+        if not 0 < fit < float("inf"):
+            raise ValueError(f"--fit must be a number of GB, got {fit:g}")
         if stream and calibration != fitting.NO_TEXT:
             raise ValueError(
                 "calibration reads the source before it is converted: with --stream, "

@@ -31,6 +31,7 @@ from .weights import Parameter
 CONTEXT = 8_192  # tokens that are to fit beside the weights
 # The part of what the GPU may keep that is left for activations and freed buffers.
 WORKING_SHARE = 1 / 32
+_SHARE = GPU_SHARE * (1 - WORKING_SHARE) * 2**30  # bytes of a GB of memory for weights and cache
 NO_TEXT = "none"  # the value of --calibration for expected errors
 
 
@@ -40,9 +41,11 @@ class Fit:
 
     Attributes:
         widths: unit -> its width.
+        measured: whether it goes by measured errors.
     """
 
     widths: Mapping[Unit, Width]
+    measured: bool
 
     @property
     def base(self) -> Quantization:
@@ -64,10 +67,12 @@ class Fit:
         counts: dict[str, Counter[Width]] = defaultdict(Counter)
         for unit, width in self.widths.items():
             counts[unit.kind][width] += 1
-        return [
+        lines = [
             f"{kind}: " + ", ".join(_describe(width, n) for width, n in sorted(found.items()))
             for kind, found in counts.items()
         ]
+        errors = "measured on a text" if self.measured else "expected; measuring may move them"
+        return [*lines, f"(by errors that were {errors})"]
 
 
 def _describe(width: Width, count: int) -> str:
@@ -100,18 +105,18 @@ def fit(
     start = plan(base=Width(4, group_size).quantization)
     units = find_units(start, group_size)
 
-    def choose(errors: Errors) -> tuple[Conversion, Fit]:
+    def choose(errors: Errors | None) -> tuple[Conversion, Fit]:
         choice = choose_widths(start, units, gigabytes, errors)
         return plan(base=choice.base, predicate=choice.predicate, searched=True), choice
 
     if calibration == NO_TEXT:
-        return choose(expected_errors(units))
+        return choose(None)
     text = default_text() if calibration is None else read_text(calibration)
     task = Calibration(start, units, text)
     errors = task.find(target) or task.find(partial)
     if errors is not None:
         return choose(errors)
-    conversion, choice = choose(expected_errors(units))
+    conversion, choice = choose(None)
     if not measured:
         return conversion, choice
     if target.exists() and any(target.iterdir()):
@@ -124,8 +129,24 @@ def fit(
     return choose(errors)
 
 
+def memory_needed(conversion: Conversion, weights: int) -> float:
+    """The memory of a Mac, in units of 2^30 bytes, that is enough to keep a model resident.
+
+    Args:
+        weights: bytes of the weights.
+    """
+    config = conversion.source.config
+    cache = capacity.cache_bytes(
+        config,
+        min(CONTEXT, config.max_position_embeddings),
+        mtp=MTP_FILE in conversion.parameters,
+        itemsize=conversion.dtype.size,
+    )
+    return (weights + cache) / _SHARE
+
+
 def choose_widths(
-    conversion: Conversion, units: Sequence[Unit], gigabytes: float, errors: Errors
+    conversion: Conversion, units: Sequence[Unit], gigabytes: float, errors: Errors | None
 ) -> Fit:
     """Chooses the widths of a conversion's units for a Mac of so many gigabytes.
 
@@ -133,7 +154,7 @@ def choose_widths(
         conversion: quantized in any way; its sizes count.
         units: see :func:`find_units`.
         gigabytes: the Mac's memory (2^30 bytes each).
-        errors: measured or expected.
+        errors: measured ones; None for the expected ones.
 
     Raises:
         ValueError: the smallest widths are too large.
@@ -141,26 +162,21 @@ def choose_widths(
     parameters = {p.path: p for ps in conversion.parameters.values() for p in ps}
     costs = {u.name: {w: _bytes(u, w, parameters) for w in u.widths} for u in units}
     smallest = {unit: unit.widths[0] for unit in units}
-    config = conversion.source.config
-    need = (
+    least = (
         conversion.resident_bytes
         - sum(parameters[f"{path}.weight"].nbytes for unit in units for path in unit.paths)
         + sum(costs[unit.name][width] for unit, width in smallest.items())
-        + capacity.cache_bytes(
-            config,
-            min(CONTEXT, config.max_position_embeddings),
-            mtp=MTP_FILE in conversion.parameters,
-            itemsize=conversion.dtype.size,
-        )
     )
-    share = GPU_SHARE * (1 - WORKING_SHARE) * 2**30  # of a gigabyte
-    if need > share * gigabytes:
+    needed = memory_needed(conversion, least)
+    if needed > gigabytes:
         raise ValueError(
             f"--fit {gigabytes:g} is too small: the smallest that fits is "
-            f"{math.ceil(10 * need / share) / 10:g}; a "
-            "checkpoint larger than memory runs with --experts-in-memory, from the SSD"
+            f"{math.ceil(10 * needed) / 10:g}; a checkpoint larger than memory runs with "
+            "--experts-in-memory, from the SSD"
         )
-    return Fit(_allocate(smallest, costs, errors, share * gigabytes - need))
+    left = (gigabytes - needed) * _SHARE
+    widths = _allocate(smallest, costs, errors or expected_errors(units), left)
+    return Fit(widths, measured=errors is not None)
 
 
 def _bytes(unit: Unit, width: Width, parameters: Mapping[str, Parameter]) -> int:
