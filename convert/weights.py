@@ -30,9 +30,8 @@ from .source import Source
 TRUNK = "model.safetensors"
 LARGEST_FILE = 5_000_000_000  # bytes
 _ENTRY = 500  # bytes, more than a header has for one tensor beside its name
-# Of the file and of tensors in it: the largest page of memory there is, Apple's, so that an expert
-# can be read past the page cache.
-_ALIGNMENT = 16_384  # bytes
+# Apple's page of memory, in bytes: an expert that begins at one can be read past the page cache.
+_ALIGNMENT = 16_384
 _CHUNK = 2**22  # numbers in a chunk: 16 MB as float32; larger ones were slower
 _BATCH = 8  # chunks evaluated together
 _RECORD_SECONDS = 5.0
@@ -73,7 +72,7 @@ class Parameter:
     @property
     def nbytes(self) -> int:
         """Bytes of its :attr:`contents`."""
-        return sum(math.prod(shape) * dtype.size for dtype, shape in self.contents.values())
+        return sum(_nbytes(dtype, shape) for dtype, shape in self.contents.values())
 
     def values(self, source: Source, first: int, last: int) -> tuple[list[mx.array], mx.array]:
         """Makes rows ``first:last`` of its contents, in order; and whether they are all finite."""
@@ -88,6 +87,10 @@ class Parameter:
         if self.quantization is None:
             return contents[0].astype(mx.float32)
         return dequantize(contents, self.quantization).astype(mx.float32)
+
+
+def _nbytes(dtype: mx.Dtype, shape: Shape) -> int:
+    return math.prod(shape) * dtype.size
 
 
 def _all_finite(value: mx.array) -> mx.array:
@@ -121,6 +124,9 @@ def lay_out(
 ) -> list[File]:
     """Lays out the output's files.
 
+    In each the tensors come first whose sizes are multiples of _ALIGNMENT, so that they begin at
+    one, as the data does: the format allows no holes between tensors.
+
     Args:
         parameters: file -> its parameters; ``TRUNK`` stands for as many files as it takes.
         metadata: of every file.
@@ -133,6 +139,8 @@ def lay_out(
     result = []
     for name, members in files.items():
         contents = {k: v for parameter in members for k, v in parameter.contents.items()}
+        order = sorted(contents, key=lambda name: _nbytes(*contents[name]) % _ALIGNMENT != 0)
+        contents = {name: contents[name] for name in order}
         header, places = safetensors.lay_out(folder / name, contents, metadata, _ALIGNMENT)
         result.append(File(folder / name, header, dict(enumerate(members)), places))
     return result

@@ -200,20 +200,17 @@ def lay_out(
 ) -> tuple[bytes, dict[str, Tensor]]:
     """The first bytes of a file to be written, and the place of each tensor behind them.
 
-    The format allows no hole between tensors. So spaces behind the header's JSON bring the data to
-    a multiple of ``alignment``; the tensors whose sizes are multiples come first and begin at one.
+    The format allows no hole between tensors, but spaces behind the header's JSON.
 
     Args:
-        contents: name -> dtype and shape, in the order of the file but for that.
+        contents: name -> dtype and shape, in the order of the file.
         metadata: the file's own.
-        alignment: in bytes.
+        alignment: the data begins at a multiple of so many bytes.
     """
-    sizes = {name: math.prod(shape) * dtype.size for name, (dtype, shape) in contents.items()}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name in sorted(contents, key=lambda name: sizes[name] % alignment != 0):
-        dtype, shape = contents[name]
-        start, end = end, end + sizes[name]
+    for name, (dtype, shape) in contents.items():
+        start, end = end, end + math.prod(shape) * dtype.size
         header[name] = {
             "dtype": NAMES[dtype],
             "shape": list(shape),
