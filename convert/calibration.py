@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ WINDOWS = 16  # at most
 _TOGETHER = 4  # windows that run at a time
 _LOGITS_STEP = 8  # of so many tokens one has its logits compared
 _FEWEST = 64  # tokens
+_NUMBERS = 2**22  # of a weight, rounded at a time
 # The text where none is given.
 _MODULES = ("argparse.py", "asyncio/base_events.py", "typing.py")
 _PIECE = 2_000  # characters
@@ -181,7 +183,7 @@ class Calibration:
         x = self._read(f"{path}.weight")[tokens]
         mx.eval(x)
         for unit in self._of(path):
-            norm = _squares(x)
+            norm = _squares(x) or 1.0
             errors[unit.name] = {w: _squares(self._round(x, w) - x) / norm for w in unit.widths}
         return x
 
@@ -228,7 +230,7 @@ class Calibration:
             return lambda x: (y := x @ weight.T) - y.mean(axis=-1, keepdims=True)
 
         for unit in self._of(path):
-            squares = sum(_squares(logits(weight)(part)) for part in x)
+            squares = sum(_squares(logits(weight)(part)) for part in x) or 1.0
             errors[unit.name] = {
                 width: _distance(logits(weight), logits(self._round(weight, width)), x) / squares
                 for width in unit.widths
@@ -249,7 +251,7 @@ class Calibration:
             modules: the unit's.
             plain: what ``run`` gives for the inputs while they are whole.
         """
-        whole, norm = [module.weight for module in modules], _squares(stream)
+        whole, norm = [module.weight for module in modules], _squares(stream) or 1.0
         errors = {}
         for width in unit.widths:
             for module, weight in zip(modules, whole, strict=True):
@@ -263,8 +265,14 @@ class Calibration:
     def _round(self, weight: mx.array, width: Width) -> mx.array:
         """The weight as it will be read from the conversion."""
         q = width.quantization
-        stored = quantize(weight.astype(self._conversion.dtype), q, searched=True)
-        return dequantize(stored, q).astype(weight.dtype)
+        step = max(1, _NUMBERS // math.prod(weight.shape[1:]))
+        parts = []
+        for first in range(0, weight.shape[0], step):
+            rows = weight[first : first + step].astype(self._conversion.dtype)
+            stored = quantize(rows, q, searched=True)
+            parts.append(dequantize(stored, q).astype(weight.dtype))
+            mx.eval(parts[-1])
+        return mx.concatenate(parts)
 
     def _of(self, start: str) -> list[Unit]:
         """The units whose modules' paths begin so."""

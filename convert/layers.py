@@ -29,7 +29,9 @@ def reader(conversion: Conversion) -> Reader:
     def read(path: str) -> mx.array:
         parameter = parameters[path]
         value = parameter.origin.rows(conversion.source.read, 0, parameter.shape[0])
-        return in_model_dtype(path, value)
+        value = in_model_dtype(path, value)
+        mx.eval(value)  # so that its tensors go before the next one's come
+        return value
 
     return read
 

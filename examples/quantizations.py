@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from heldout import accept_length, acceptance, bits_per_byte
+from heldout import CONTEXT, accept_length, acceptance, bits_per_byte
 from mlx_lm.utils import dequantize_model
 
 from mlx_qwen3next import load
@@ -69,6 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="folder of the unquantized model")
     parser.add_argument("--fit", action="store_true", help="compare --fit with single widths")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="of each file (default: all, 512 for drafts)"
+    )
     args = parser.parse_args()
     ways = fitting_ways(args.checkpoint) if args.fit else list(WAYS.items())
     print("| conversion | MB | bits per byte | tokens a round | accepted at depth 1, 2, 3 |")
@@ -85,8 +88,8 @@ def main() -> None:
         model.set_dtype(mx.float32)
         trunk = str({key: value for key, value in options.items() if key != "mtp_bits"})
         if trunk not in known:
-            known[trunk] = bits_per_byte(model, tokenizer)
-        rates = acceptance(model, tokenizer)
+            known[trunk] = bits_per_byte(model, tokenizer, args.tokens)
+        rates = acceptance(model, tokenizer, min(args.tokens or CONTEXT, CONTEXT))
         depths = ", ".join(f"{rate:.3f}" for rate in rates)
         print(
             f"| {name} | {size:.1f} | {known[trunk]:.4f} | {accept_length(rates):.3f} | {depths} |",
