@@ -48,11 +48,6 @@ class Fit:
     measured: bool
 
     @property
-    def base(self) -> Quantization:
-        """The quantization that most units have."""
-        return Counter(self.widths.values()).most_common(1)[0][0].quantization
-
-    @property
     def predicate(self) -> Predicate:
         """The choice as mlx_lm.convert's ``quant_predicate``."""
         by_path = {path: width for unit, width in self.widths.items() for path in unit.paths}
@@ -107,7 +102,7 @@ def fit(
 
     def choose(errors: Errors | None) -> tuple[Conversion, Fit]:
         choice = choose_widths(start, units, gigabytes, errors)
-        return plan(base=choice.base, predicate=choice.predicate, searched=True), choice
+        return plan(base=start.base, predicate=choice.predicate, searched=True), choice
 
     if calibration == NO_TEXT:
         return choose(None)

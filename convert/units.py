@@ -80,8 +80,8 @@ def find_units(conversion: Conversion, group_size: int) -> list[Unit]:
     """
     modules = dict(conversion.model.named_modules())
     members: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for path in conversion.recipe:
-        if layouts.is_mtp(path) or layouts.is_router(path):
+    for path in reversed(list(conversion.recipe)):  # MLX lists modules from the last one on
+        if layouts.is_mtp(path):
             continue
         for pattern, kind in _KINDS:
             if match := pattern.search(path):

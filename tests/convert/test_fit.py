@@ -114,7 +114,9 @@ def test_errors_are_those_of_the_models_hidden_states(source, tmp_path):
         errors = task.measure(tokens, tmp_path, progress)
     model = load_model(source, dtype=mx.float32, pack=False)
     modules = dict(model.named_modules())
-    assert len(errors) == 2 + 4 * 4
+    paths = [unit.paths[0] for unit in task._units]
+    assert [path.split(".")[2] for path in paths[1:-1]] == [str(i // 4) for i in range(16)]
+    assert len(errors) == len(paths) == 2 + 4 * 4
 
     def hidden():
         """The hidden states behind the embedding, each mixer and each layer, and the logits."""
