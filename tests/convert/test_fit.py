@@ -22,7 +22,7 @@ from mlx_qwen3next.convert.quantize import dequantize, quantize
 from mlx_qwen3next.convert.source import Source
 from mlx_qwen3next.convert.units import Unit, Width, find_units
 
-TEXT = " ".join(str(i * i % 89) for i in range(200))
+TEXT = " ".join(str(i * i % 89) for i in range(80))
 OPTIONS = {"q_group_size": 32, "dtype": "float32"}
 
 
@@ -167,9 +167,7 @@ def test_a_searched_range_is_better_and_mlxs_format():
 
 
 # --- stops ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("at", "left"), [(1, [0, 1, 2, 3]), (4, [2, 3]), (9, []), (10, [])], ids=lambda x: str(x)
-)
+@pytest.mark.parametrize(("at", "left"), [(4, [2, 3]), (10, [])], ids=["measuring", "converting"])
 def test_stopped(source, whole, tmp_path, monkeypatch, at, left):
     """At a replacement of a file (one at first, two a layer, one of the errors, and so on)."""
     original, calls = os.replace, []
@@ -207,7 +205,7 @@ def test_what_is_measured_is_kept(source, whole, tmp_path, monkeypatch, capsys):
 
 def test_another_calibration_is_not_mixed_in(source, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
-    (tmp_path / "text").write_text(TEXT[1:])
+    (tmp_path / "text").write_text(TEXT[:-3])
     with pytest.raises(ValueError, match="exists already"):
         fitted(source, out, 3, calibration=str(tmp_path / "text"))
 
