@@ -40,6 +40,7 @@ from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
 from .arguments import Arguments, Prompt
 from .batching import SpeculativeBatchGenerator
+from .grammar import Grammars
 from .lone_sequence import Generated, Prompted
 from .memory import Memory
 from .metrics import Metrics
@@ -191,6 +192,7 @@ class Engine:
             depth = Speculation.of(self._model).depth(self._mtp, self.args.lookup)
             self._group = self._model.group
             self.context_length = self._model.args.max_position_embeddings
+            self._grammars = Grammars(self._tokenizer, self._model.args.vocab_size)
             self._checkpoints = self._make_prompt_cache(self._tokenizer)
         except Exception as error:
             self._error = error
@@ -284,7 +286,8 @@ class Engine:
         return new
 
     def _read(self, prompt: Prompt, arguments: Arguments, queue: Queue[Any]) -> Request:
-        return read_request(prompt, arguments, queue, self._model, self._tokenizer, self.metrics)
+        known = self._model, self._tokenizer, self.metrics, self._grammars
+        return read_request(prompt, arguments, queue, *known)
 
     def _drop(self, gone: Container[int]) -> None:
         """Drops requests, by their numbers."""

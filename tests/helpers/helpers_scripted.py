@@ -55,7 +55,7 @@ class ScriptedEngine(Engine):
     def _read(self, completion, arguments, queue):
         request = super()._read(completion, arguments, queue)
         script = self.scripts[arguments.seed or 0]
-        request.processors = [*request.processors, forced(script, len(request.tokens))]
+        request.processors = [forced(script, len(request.tokens)), *request.processors]
         self.read.append(request)
         return request
 
