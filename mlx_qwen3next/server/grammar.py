@@ -26,7 +26,7 @@ from .json_schema import circle, find, standing_alone, subschemas
 MOST_BYTES = 2**18  # of a schema's JSON
 KEPT = 32  # compiled grammars; agents send the same tools at every step
 ALL = np.uint32(0xFFFFFFFF)
-_LISTING = re.compile(r"\n +1 \| ")  # of the grammar, after a message of llguidance's
+_DETAILS = re.compile(r"\n( +1 \| |<state>)")  # after a message of llguidance's
 
 
 def is_available() -> bool:
@@ -184,8 +184,10 @@ class Grammars:
         return self._compiled[grammar]
 
     def _matcher(self, grammar: str) -> Any:
-        matcher, tokenizer = self._llguidance
-        return matcher(tokenizer, matcher.grammar_from_lark(grammar), log_level=0)
+        make, tokenizer = self._llguidance
+        matcher = make(tokenizer, make.grammar_from_lark(grammar), log_level=0)
+        matcher.compute_bitmask()  # finds whether there is a first token
+        return matcher
 
     def _check_schema(self, schema: Schema) -> None:
         """Checks a schema alone.
@@ -216,5 +218,7 @@ def _fault(matcher: Any) -> str:
     """What is wrong with a matcher in one line; empty if nothing is."""
     if not matcher.is_error():
         return ""
-    text = _LISTING.split(matcher.get_error())[0]
+    text = _DETAILS.split(matcher.get_error())[0]
+    if text.startswith("NoExtension"):
+        return "nothing can fit it"
     return " ".join(text.rpartition("failed to compile JSON schema: ")[2].split())

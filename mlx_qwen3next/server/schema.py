@@ -104,6 +104,7 @@ def normalise(
         raise RequestError(f"{required} is missing: a request must have it", required)
     checks = _CHAT if chat else _TEXT
     fields = {name: check(name, body[name]) for name, check in checks.items() if name in body}
+    fields = {name: value for name, value in fields.items() if value is not None}
 
     if (choice := fields.get("tool_choice")) == "none":
         fields.pop("tools", None)
