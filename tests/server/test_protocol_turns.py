@@ -46,7 +46,7 @@ def asking(server, seed, template, **fields):
 
 def generated(text, server):
     """The number of a script's tokens and of its end."""
-    return len(server.engine.scripts[server.say(text)])
+    return len(server.engine.scripts[server.say(text)][0])
 
 
 @TEMPLATES
