@@ -163,7 +163,7 @@ def _combined() -> list[Schema]:
         {"anyOf": [record({"a": DIGIT}), record({"a": SHORT, "b": YES})]},
         {"oneOf": [cat, dog]},
         {"oneOf": [texts, DIGIT]},
-        {"oneOf": [{"const": 1}, {"const": 2}, {"const": "x"}]},
+        {"oneOf": [{"const": 1}, {"type": "string", "maxLength": 3}]},
         {"oneOf": [{"type": "null"}, listed(YES, 1, 2)]},
         {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 7}]},
         {"allOf": [{"type": "string", "minLength": 2}, {"maxLength": 4}]},
