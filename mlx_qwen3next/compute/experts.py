@@ -6,7 +6,7 @@ together.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TypeAlias, cast
 
 import mlx.core as mx
 from mlx_lm.models.activations import swiglu
@@ -14,6 +14,9 @@ from mlx_lm.models.activations import swiglu
 from ..metal_kernels import Experts
 from . import cpu_matmul
 from .cpu_matmul import TransposedWeights
+
+Stored: TypeAlias = Experts | TransposedWeights
+SharedExpert: TypeAlias = tuple[Stored, Stored]  # gate and up [2 I, H], down [H, I]
 
 MANY = 64  # pairs of rows and experts from which on they are sorted, as in mlx-lm
 
@@ -66,22 +69,25 @@ def only_own(experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array
 def sparse_experts(
     x: mx.array,
     logits: mx.array,
-    gate_up: Experts | TransposedWeights,
-    down: Experts | TransposedWeights,
+    gate_up: Stored,
+    down: Stored,
     residual: mx.array,
     *,
     experts: int,
     top_k: int,
     normalise: bool,
+    shared: SharedExpert | None = None,
     own: range | None = None,
 ) -> mx.array:
     """Returns ``residual`` plus the mixture of experts, on packed weights.
 
     Args:
         x, residual: ``[..., H]``.
-        logits: ``[..., E]``, or ``[..., E + 1]`` if the shared expert is number E, its gate last.
-        gate_up: ``[E, 2 I, H]``, gate's rows first; down: ``[E, H, I]``.
+        logits: ``[..., E]``, or ``[..., E + 1]`` if there is a shared expert, its gate last.
+        gate_up: ``[E, 2 I, H]``, gate's rows first; down: ``[E, H, I]``. The shared expert is
+            number E of them, or it is ``shared``.
         experts: E; top_k, normalise: as for :func:`route`.
+        shared: the shared expert, if its quantization is another than the others'.
         own: the experts that ``gate_up`` and ``down`` have, if not all.
 
     Returns:
@@ -93,16 +99,21 @@ def sparse_experts(
     if own is not None:
         indices, weights = only_own(indices, weights, own)
     if logits.shape[1] > experts:
-        shared = mx.full((x.shape[0], 1), len(own or range(experts)), indices.dtype)
-        indices = mx.concatenate([indices, shared], axis=1)
-        weights = mx.concatenate([weights, _gate(logits[:, experts:], like=x)], axis=1)
+        weight = _gate(logits[:, experts:], like=x)
+        if shared is None:
+            number = mx.full((x.shape[0], 1), len(own or range(experts)), indices.dtype)
+            indices = mx.concatenate([indices, number], axis=1)
+            weights = mx.concatenate([weights, weight], axis=1)
+        else:
+            gate, up = mx.split(_multiply(x, shared[0]), 2, axis=-1)
+            residual = residual + weight * _multiply(swiglu(gate, up), shared[1])
     return _mixture(x, gate_up, down, residual, indices, weights, own).reshape(shape)
 
 
 def _mixture(
     x: mx.array,
-    gate_up: Experts | TransposedWeights,
-    down: Experts | TransposedWeights,
+    gate_up: Stored,
+    down: Stored,
     residual: mx.array,
     indices: mx.array,
     weights: mx.array,
@@ -138,8 +149,8 @@ def _mixture(
 
 def _mixed(
     rows: mx.array,
-    gate_up: Experts | TransposedWeights,
-    down: Experts | TransposedWeights,
+    gate_up: Stored,
+    down: Stored,
     indices: mx.array,
     is_sorted: bool,
 ) -> mx.array:
@@ -148,9 +159,20 @@ def _mixed(
     return _gather(swiglu(gate, up), down, indices, is_sorted)
 
 
-def _gather(
-    x: mx.array, weights: Experts | TransposedWeights, indices: mx.array, is_sorted: bool
-) -> mx.array:
+def _multiply(x: mx.array, weights: Stored) -> mx.array:
+    """Returns ``x`` times a single matrix."""
+    if isinstance(weights, TransposedWeights):
+        return cpu_matmul.multiply(x, weights)
+    if weights.scales is None:
+        return x @ weights.weight.T
+    return mx.quantized_matmul(
+        *(x, weights.weight, weights.scales, weights.biases),
+        group_size=weights.group_size,
+        bits=weights.bits,
+    )
+
+
+def _gather(x: mx.array, weights: Stored, indices: mx.array, is_sorted: bool) -> mx.array:
     if isinstance(weights, TransposedWeights):
         return cpu_matmul.gather(x, weights, indices)
     if weights.scales is None:

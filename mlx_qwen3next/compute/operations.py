@@ -248,11 +248,13 @@ def _experts_kernel(
     gate_up: Experts,
     down: Experts,
     residual: mx.array,
+    shared: tuple[Experts | None, Experts | None] | None = None,
     **options: Any,
 ) -> mx.array:
+    shared_gate_up, shared_down = shared or (None, None)
     routing = kernels.route(logits, **options)
-    y = kernels.expert_gate_up(x, gate_up, routing)
-    return kernels.expert_down(y, down, routing, residual)
+    y = kernels.expert_gate_up(x, gate_up, routing, shared_gate_up)
+    return kernels.expert_down(y, down, routing, residual, shared_down)
 
 
 def _experts_facts(
@@ -265,11 +267,13 @@ def _experts_facts(
     experts: int,
     top_k: int,
     normalise: bool,
+    shared: tuple[Experts, Experts] | None = None,
 ) -> tuple[Any, ...]:
     types = [a.dtype for a in (logits, residual)]
-    for w in (gate_up, down):
+    all_weights = gate_up, down, *(shared or ())
+    for w in all_weights:
         types += [a.dtype for a in (w.scales, w.biases) if a is not None] or [w.weight.dtype]
-    stored = [(w.weight.shape, w.bits, w.group_size) for w in (gate_up, down)]
+    stored = [(w.weight.shape, w.bits, w.group_size) for w in all_weights]
     return x.shape, x.dtype, (*types,), (*stored,), logits.shape[-1], experts, top_k, normalise
 
 
