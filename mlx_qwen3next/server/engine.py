@@ -41,7 +41,6 @@ from ..model.reading import MOST
 from ..prompt_cache.store import PromptCache
 from .arguments import Arguments, Prompt
 from .batching import SpeculativeBatchGenerator
-from .grammar import Grammars
 from .lone_sequence import Generated, Prompted
 from .memory import Memory
 from .metrics import Metrics
@@ -192,7 +191,6 @@ class Engine:
             depth = Speculation.of(self._model).depth(self._mtp, self.args.lookup)
             self._group = self._model.group
             self.context_length = self._model.args.max_position_embeddings
-            self._grammars = Grammars(self._tokenizer, self._model.args.vocab_size)
             self._checkpoints = self._make_prompt_cache(self._tokenizer)
         except Exception as error:
             self._error = error
@@ -288,8 +286,7 @@ class Engine:
         return new
 
     def _read(self, prompt: Prompt, arguments: Arguments, queue: Queue[Any]) -> Request:
-        known = self._model, self._tokenizer, self.metrics, self._grammars
-        return read_request(prompt, arguments, queue, *known)
+        return read_request(prompt, arguments, queue, self._model, self._tokenizer, self.metrics)
 
     def _drop(self, gone: Container[int]) -> None:
         """Drops requests, by their numbers."""

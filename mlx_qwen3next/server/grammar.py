@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..decoding.constraint import BITS, Constraint
 from ..errors import FieldError
+from ..model.qwen3_next import Model
 from .answer_grammar import AnswerGrammar, Schema
 from .checks import RequestError
 from .grammar_rules import Rules
@@ -122,8 +123,19 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: TokenizerWrapper, vocab: int):
-        self._tokenizer, self._vocab = tokenizer, vocab
+        self.tokenizer, self._vocab = tokenizer, vocab
         self._compiled: OrderedDict[str, Any] = OrderedDict()
+
+    @classmethod
+    def of(cls, model: Model, tokenizer: TokenizerWrapper) -> Grammars:
+        """The model's own, which are made at their first use."""
+        known = vars(model).get("_grammars")
+        if known is None or known.tokenizer is not tokenizer:
+            known = vars(model)["_grammars"] = cls(tokenizer, model.args.vocab_size)
+        return known
+
+    def __deepcopy__(self, memo: Any) -> Grammars:
+        return self  # llguidance's objects cannot be copied in Python's way, nor do they change
 
     def constraint(self, grammar: str, begin: int) -> Constraint:
         """A grammar at its beginning.
@@ -131,7 +143,7 @@ class Grammars:
         Args:
             begin: the number of tokens before the answer.
         """
-        matcher, ends = self._compile(grammar).deep_copy(), self._tokenizer.eos_token_ids
+        matcher, ends = self._compile(grammar).deep_copy(), self.tokenizer.eos_token_ids
         known = self._llguidance[1].vocab_size
         return GrammarConstraint(matcher, begin, known, self._vocab, ends)
 
@@ -168,8 +180,8 @@ class Grammars:
         import llguidance
         import llguidance.hf
 
-        ends = list(self._tokenizer.eos_token_ids)
-        tokenizer = llguidance.hf.from_tokenizer(self._tokenizer._tokenizer, eos_token=ends)
+        ends = list(self.tokenizer.eos_token_ids)
+        tokenizer = llguidance.hf.from_tokenizer(self.tokenizer._tokenizer, eos_token=ends)
         return llguidance.LLMatcher, tokenizer
 
     def _compile(self, grammar: str) -> Any:

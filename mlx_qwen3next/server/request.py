@@ -143,14 +143,12 @@ def read_request(
     model: Model,
     tokenizer: TokenizerWrapper,
     metrics: Metrics,
-    grammars: Grammars,
 ) -> Request:
     """Checks a request and tokenizes its prompt.
 
     Args:
         queue: receives the responses.
         metrics: counts its tokens.
-        grammars: the model's.
 
     Raises:
         ContextLengthError: the prompt is longer than the model's context.
@@ -171,9 +169,10 @@ def read_request(
     sampling.check_vocabulary(vocab)
     processors = sampling.logits_processors()
     if isinstance(prompt, Chat) and prompt.wanted.needs_grammar and is_available():
-        grammar = _grammar(prompt, arguments, rendered, tokenizer, grammars)
+        grammar = _grammar(prompt, arguments, rendered, Grammars.of(model, tokenizer))
         arguments = replace(arguments, grammar=grammar)
     if arguments.grammar is not None:
+        grammars = Grammars.of(model, tokenizer)
         processors.append(grammars.constraint(arguments.grammar, len(tokens)))
     return Request(
         queue,
@@ -190,14 +189,9 @@ def read_request(
     )
 
 
-def _grammar(
-    chat: Chat,
-    arguments: Arguments,
-    rendered: Rendered,
-    tokenizer: TokenizerWrapper,
-    grammars: Grammars,
-) -> str:
+def _grammar(chat: Chat, arguments: Arguments, rendered: Rendered, grammars: Grammars) -> str:
     """The grammar of the answer to a chat, checked."""
+    tokenizer = grammars.tokenizer
     template = template_of(tokenizer, arguments.template_options.get("chat_template"), chat.tools)
     form = call_format(template)
     grammar = answer_grammar(chat.wanted, form, rendered.reasoning, grammars.is_token)

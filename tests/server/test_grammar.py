@@ -6,8 +6,8 @@ import json
 import jsonschema
 import numpy as np
 import pytest
-from helpers_generate import tokens_of
-from helpers_serving import Sequences, bundled, narrow
+from helpers_generate import narrow, tokens_of
+from helpers_serving import Sequences, bundled
 
 from mlx_qwen3next import generate_step
 from mlx_qwen3next.decoding.draft_depth import FixedDepth

@@ -18,7 +18,6 @@ from mlx_qwen3next.errors import ContextLengthError
 from mlx_qwen3next.server import flags
 from mlx_qwen3next.server.answers import call_format
 from mlx_qwen3next.server.arguments import Chat
-from mlx_qwen3next.server.grammar import Grammars
 from mlx_qwen3next.server.metrics import Metrics
 from mlx_qwen3next.server.prompt import template_of
 from mlx_qwen3next.server.request import read_request
@@ -41,9 +40,7 @@ def read(*messages, tools=None, tokenizer=None, **options):
 
 def read_prompt(prompt, tokenizer=None, **fields):
     model, own = bundled()
-    used = tokenizer or own
-    grammars = Grammars(used, model.args.vocab_size)
-    return read_request(prompt, arguments(**fields), Queue(), model, used, Metrics(), grammars)
+    return read_request(prompt, arguments(**fields), Queue(), model, tokenizer or own, Metrics())
 
 
 def text(request):
