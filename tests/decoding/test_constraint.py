@@ -7,6 +7,7 @@ from helpers_generate import golden, golden_tokens, tokens_of
 
 from mlx_qwen3next import generate_step
 from mlx_qwen3next.decoding.constraint import Constraint, allow
+from mlx_qwen3next.decoding.drafters.forced import ForcedDrafter
 from mlx_qwen3next.decoding.speculative import Acceptance
 
 N = 24
@@ -85,6 +86,11 @@ def test_forced_tokens_are_drafts_that_are_all_right():
     assert drafts.rounds + drafts.accepted["grammar"] == N
     steps, _ = said(lookup="off")
     assert {step.source for step in steps} == {None}
+    stub = Stub(0)
+    stub.follow(np.array([0, 2, 4, 6, 8, 10]))
+    drafter = ForcedDrafter(stub)
+    assert stub.forced() == [10, 17, 24]
+    assert drafter.offer().shares == [1.0] * 3 and drafter.offer(ahead=True).shares == [1.0] * 2
 
 
 @pytest.mark.parametrize("way", [{}, *WAYS])

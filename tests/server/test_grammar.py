@@ -204,6 +204,29 @@ def test_forced_calls_are_valid(format):
     assert names == TOOLS.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("text", ["", "a b", "\n", "null"], ["abcde"]),
+        ("free", ["a <b>\n</x>", "</parameter"], ["<tool_call>", "a</function>b", "<parameter=a>"]),
+        ("kind", ["file", "folder"], ["", "files", '"file"']),
+        ("depth", ["1", "30", "null"], ["", "0", "31", "1.5", '"1"']),
+        ("at", ['{"x": 1}', '{"x": 1, "y": 2}'], ["", "{}", '{"x": 10}', "[1]"]),
+        ("name", ["a", "abc", "null"], ["", "A", "abcd", '"a"']),
+        ("where", ["a", "[1]", "[1, 2]", "a[1]"], ["[1", "[12]", "{", " [x]", "12345"]),
+        ("deep", ["true", "false"], ["", "True", "1", '"true"']),
+    ],
+)
+def test_values_in_calls_of_the_xml_form(name, right, wrong):
+    properties = TOOLS["find"]["properties"] | {"free": {"type": "string"}}
+    parameters = {**TOOLS["find"], "properties": properties, "required": [name]}
+    function = {"name": "f", "parameters": parameters}
+    grammar = written(Wanted(tools=[{"function": function}], forced="f"), "xml")
+    for value in [*right, *wrong]:
+        call = f"<tool_call>\n<function=f>\n<parameter={name}>\n{value}\n</parameter>\n</function>"
+        assert accepts(grammar, f"{call}\n</tool_call>") == (value in right), value
+
+
 @FORMATS
 def test_one_name_and_one_call_are_enforced(format):
     call = {"xml": "<function={}>\n</function>", "json": '{{"name": "{}", "arguments": {{}}}}'}

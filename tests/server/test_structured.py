@@ -65,6 +65,9 @@ def text_of(path, answer):
 def refused(server, path, **fields):
     status, answer = post(server.address, path, body(path, **fields))
     assert status == 400 and answer["error"]["type"] == "invalid_request_error"
+    if path != MESSAGES_PATH:
+        param = "tools" if "tools" in fields else next(iter(fields))
+        assert answer["error"]["param"].split(".")[0] == param
     return answer["error"]["message"]
 
 
