@@ -2,6 +2,7 @@
 
 import json
 
+import pydantic
 import pytest
 from helpers_protocols import MESSAGES_PATH, RESPONSES_PATH, message_of, post, response_of, stream
 from helpers_scripted import scripted
@@ -136,6 +137,20 @@ def test_without_llguidance_a_format_is_refused_with_the_remedy(server, path, wi
     message = refused(server, path, **FORMATS[path](SCHEMA))
     assert "pip install 'mlx-qwen3next[server]'" in message
     assert message.startswith(next(iter(FORMATS[path](SCHEMA))))
+
+
+class Weather(pydantic.BaseModel):
+    city: str
+    warm: bool
+
+
+def test_the_parse_helpers_of_openai_s_client(server):
+    asked = {"model": "demo", "extra_body": {"seed": server.prefer(RIGHT)}, "temperature": 0}
+    said = [{"role": "user", "content": "Where?"}]
+    chat = server.client.chat.completions.parse(messages=said, response_format=Weather, **asked)
+    response = server.client.responses.parse(input=said, text_format=Weather, **asked)
+    for parsed in (chat.choices[0].message.parsed, response.output_parsed):
+        assert parsed == Weather(city="Ulm", warm=True)
 
 
 def test_json_objects_and_text(server):
