@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..compute import operations
-from ..compute.cpu_matmul import TransposedLinear, TransposedWeights
-from ..compute.experts import sparse_experts
+from ..compute.cpu_matmul import TransposedLinear
+from ..compute.experts import Stack, sparse_experts
 from ..compute.gated_delta import LayerState
 from ..metal_kernels import Experts
 from .gated_delta_net import GatedDeltaNet
@@ -52,19 +52,26 @@ class PackedSparseMoE(SparseMoE):
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
         """Returns ``residual + mixture(x)``; ``x`` and ``residual`` are ``[B, L, H]``."""
+        logits, residual = self.before_experts(x, residual)
+        weights = stack_of(self.gate_up_proj), stack_of(self.down_proj)
+        return self.add_experts(x, logits, *weights, residual)
+
+    def before_experts(self, x: mx.array, residual: mx.array) -> tuple[mx.array, mx.array]:
+        """Returns the router's logits; and the residual with the shared expert's output, if that is
+        not one of the experts.
+        """
         logits = self.gate(x)
         if "shared_expert" in self:
             shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
             residual = residual + shared
-        weights = _experts(self.gate_up_proj), _experts(self.down_proj)
-        return self.add_experts(x, logits, *weights, residual)
+        return logits, residual
 
     def add_experts(
         self,
         x: mx.array,
         logits: mx.array,
-        gate_up: Experts | TransposedWeights,
-        down: Experts | TransposedWeights,
+        gate_up: Stack,
+        down: Stack,
         residual: mx.array,
     ) -> mx.array:
         """Returns ``residual`` plus the experts' mixture; see :func:`sparse_experts`."""
@@ -137,7 +144,8 @@ class PackedParallelDecoderLayer(ParallelDecoderLayer):
         return x + self.group.all_sum(self.mlp(y))
 
 
-def _experts(module: nn.Module) -> Experts | TransposedWeights:
+def stack_of(module: nn.Module) -> Stack:
+    """Returns the weights of a stack of experts in one tuple."""
     if isinstance(module, TransposedLinear):
         return module.weights
     if "scales" not in module:
