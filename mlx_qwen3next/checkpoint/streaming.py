@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,9 +73,9 @@ class Plan:
     def __str__(self) -> str:
         return (
             f"experts on disk: {self.size} of {self.experts} a layer in memory "
-            f"({self.memory / GB:.1f} GB), about {self.bytes_a_token / GB:.2f} GB read a token, "
-            f"disk {self.rate / GB:.1f} GB/s, about {self.tokens_a_second:.1f} tokens a second "
-            "on a Mac"
+            f"({self.memory / GB:.3g} GB), about {self.bytes_a_token / GB:.2g} GB read a token; "
+            f"the disk gives {self.rate / GB:.2g} GB/s, so about {self.tokens_a_second:.1f} "
+            "tokens a second on a Mac, without drafts"
         )
 
 
@@ -151,9 +152,9 @@ def plan(
     _check_form(layers, tensors, directory)
     if size < wanted:
         raise ValueError(
-            f"{directory}: {max(room, 0) / GB:.2f} GB for experts are too little: a token wants "
+            f"{directory}: {max(room, 0) / GB:.3g} GB for experts are too little: a token wants "
             f"{wanted} of {experts} in each of {len(layers)} layers, which take "
-            f"{(wanted * row + passing) / GB + 0.005:.2f} GB"
+            f"{_rounded_up((wanted * row + passing) / GB)} GB"
         )
     stored = sum(t.nbytes for name, t in tensors.items() if _is_routed(name))
     nbytes = stored // experts // len(layers)
@@ -177,6 +178,12 @@ def measured(planned: Plan, experts: StreamedExperts) -> Plan:
 def is_streamed(path: str, planned: Plan | None) -> bool:
     """Returns whether a parameter stays on disk."""
     return planned is not None and _is_routed(path)
+
+
+def _rounded_up(gb: float) -> float:
+    """Rounds to three digits."""
+    unit = 10.0 ** (math.floor(math.log10(gb)) - 2)
+    return float(f"{math.ceil(gb / unit) * unit:.3g}")
 
 
 def _is_routed(name: str) -> bool:

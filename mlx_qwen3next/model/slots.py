@@ -19,6 +19,7 @@ import numpy as np
 
 from ..compute.cpu_matmul import TransposedLinear, transpose
 from ..compute.experts import Stack, products
+from ..metal_kernels import Experts
 from ..storage.reading import Piece, Reader, Reading
 from ..storage.safetensors import DTYPES, Tensor, from_bytes
 from .packed import stack_of
@@ -26,6 +27,13 @@ from .parallel import parameters, recast
 
 NAMES = ("gate_proj", "up_proj"), ("down_proj",)
 PASSING = 1 / 16  # of a layer's experts are read at a time that only pass by
+
+
+def least_many(stack: int) -> int:
+    """Returns how many rows sorted by expert MLX's Metal backend multiplies by matrices, with sums
+    in another order than those of fewer rows, where the stack has so many quantized experts.
+    """
+    return max(4 * stack, 16)  # GatherQMM::eval_gpu of MLX 0.32
 
 
 def passing_at_a_time(experts: int) -> int:
@@ -312,6 +320,11 @@ class LayerSlots(Slots):
         order: list[np.ndarray] = []
         done: list[mx.array] = []
         left = np.ones(len(pairs), bool)
+        # As the whole stack would be multiplied.
+        stack = len(self.table) - int(self.table[-1] < 0)
+        is_quantized = isinstance(self.gate_up, Experts) and self.gate_up.scales is not None
+        as_many = is_sorted and is_quantized and len(pairs) >= least_many(stack)
+        as_sorted = as_many if is_quantized else is_sorted
 
         def compute(slots: Slots) -> None:
             numbers = slots.table[pairs]
@@ -319,13 +332,16 @@ class LayerSlots(Slots):
             if not len(which):
                 return
             which = which[np.argsort(numbers[which], kind="stable")]
-            taken = rows[mx.array((which // k).astype(np.uint32))]
-            chosen = mx.array(numbers[which].astype(np.uint32))[:, None]
-            y = products(taken, slots.gate_up, slots.down, chosen, is_sorted)
+            least = least_many(len(slots.gate_up.weight))
+            more = max(least - len(which), 0) if as_many else 0
+            padded = np.pad(which, (0, more), "edge")
+            taken = rows[mx.array((padded // k).astype(np.uint32))]
+            chosen = mx.array(numbers[padded].astype(np.uint32))[:, None]
+            y = products(taken, slots.gate_up, slots.down, chosen, as_sorted)
             mx.async_eval(y)
             slots.read_by(y)
             left[which] = False
-            done.append(y.reshape(len(which), -1))
+            done.append(y.reshape(len(padded), -1)[: len(which)])
             order.append(which)
 
         compute(self)

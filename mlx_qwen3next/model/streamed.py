@@ -24,7 +24,7 @@ from .packed import PackedDecoderLayer, PackedSparseMoE
 from .parallel import parameters, recast
 from .qwen3_next import Model, SparseMoE, Trunk
 from .slots import LayerSlots, Slots, StoredExperts
-from .tracing import is_step, traced
+from .tracing import is_step, structure_of, traced
 
 
 class StreamedSparseMoE(PackedSparseMoE):
@@ -137,6 +137,20 @@ class StreamedExperts:
         self.reader = reader
         self.slots: list[LayerSlots] = []
         self.plan: Any = None
+        self._told: dict[str, float] = {}
+
+    def shortened(self, model: Model) -> Model:
+        """Returns the model without the layers that are of the same kind as others."""
+        kinds = {structure_of(layer).kind: layer for layer in reversed(model.layers)}
+        short = recast(model, type(model))
+        short.model = recast(model.model, type(model.model))
+        short.model.layers = [*reversed(kinds.values())]
+        return short
+
+    def news(self) -> dict[str, float]:
+        """Returns what has happened since the last call; see :meth:`counts`."""
+        before, self._told = self._told, self.counts()
+        return {name: count - before.get(name, 0) for name, count in self._told.items()}
 
     def counts(self) -> dict[str, float]:
         """Returns what has happened so far: hits, misses, bytes read, seconds waited for them."""
