@@ -162,8 +162,8 @@ class Reading:
             self._reader.waited += time.perf_counter() - start
         if self._error is not None:
             raise self._error
-        self._reader.bytes += self._bytes
         self._reader.check({run[0].file for run in self._runs})
+        self._reader.bytes += self._bytes
 
     def end(self) -> None:
         """Lets no further read begin, and waits until none writes any more.
