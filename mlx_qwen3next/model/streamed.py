@@ -152,6 +152,11 @@ class StreamedExperts:
         before, self._told = self._told, self.counts()
         return {name: count - before.get(name, 0) for name, count in self._told.items()}
 
+    def settle(self) -> None:
+        """Waits for all that reads slots; to be called in a thread before it ends."""
+        for slots in self.slots:
+            slots.settle()
+
     def counts(self) -> dict[str, float]:
         """Returns what has happened so far: hits, misses, bytes read, seconds waited for them."""
         return {

@@ -220,6 +220,8 @@ class Engine:
         while self._save and self._checkpoints.save_next():
             pass
         self._batch.close()
+        if self._model.streamed is not None:
+            self._model.streamed.settle()
         del self._batch, self._memory, self._checkpoints, self._model, self._tokenizer
 
     def _make_batch(self, depth: Depth) -> None:
