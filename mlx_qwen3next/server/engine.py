@@ -198,8 +198,7 @@ class Engine:
             return False
         self._stream = mx.default_stream(mx.default_device())
         self._memory = Memory(self._model, self._checkpoints)
-        # Where keys and values are quantized, the tokens depend on the chunks.
-        # Where experts are on disk, a chunk of any size reads nearly all of them.
+        # The tokens depend on the chunks, or a chunk of any size reads nearly all experts.
         is_whole = self.args.kv_bits is not None or self._model.streamed is not None
         max_stall = math.inf if is_whole else self.args.max_stall
         self._pace = PromptPace(max_stall, self._group)
@@ -214,8 +213,7 @@ class Engine:
             if self._running:
                 self._memory.make_room(self._batch.prompt_cache_nbytes)
                 self._step()
-                if self._model.streamed is not None:
-                    self.metrics.add_experts(self._model.streamed.news())
+                self.metrics.add_experts(self._model.streamed)
             self._send_keepalives()
         while self._save and self._checkpoints.save_next():
             pass

@@ -10,6 +10,8 @@ from itertools import accumulate
 
 import mlx.core as mx
 
+from ..model.streamed import StreamedExperts
+
 PREFIX = "qwen3next"
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -72,9 +74,9 @@ class Metrics:
         with self._lock:
             self._counts[name][tuple(labels.items())] += count
 
-    def add_experts(self, counts: Mapping[str, float]) -> None:
-        """Adds to the counters of experts read from disk."""
-        for name, count in counts.items():
+    def add_experts(self, streamed: StreamedExperts | None) -> None:
+        """Adds what is new to the counters of experts read from disk, if there are such."""
+        for name, count in (streamed.news() if streamed else {}).items():
             self.add(f"experts_{name}", count)
 
     def observe(self, name: str, value: float) -> None:
