@@ -200,8 +200,7 @@ class Engine:
         self._memory = Memory(self._model, self._checkpoints)
         # The tokens depend on the chunks, or a chunk of any size reads nearly all experts.
         is_whole = self.args.kv_bits is not None or self._model.streamed is not None
-        max_stall = math.inf if is_whole else self.args.max_stall
-        self._pace = PromptPace(max_stall, self._group)
+        self._pace = PromptPace(math.inf if is_whole else self.args.max_stall, self._group)
         self._make_batch(depth)
         self._loaded.set()
         return True
