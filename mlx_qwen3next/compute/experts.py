@@ -18,9 +18,9 @@ from .cpu_matmul import TransposedWeights
 
 MANY = 64  # pairs of rows and experts from which on they are sorted, as in mlx-lm
 
-Stack: TypeAlias = Experts | TransposedWeights
+Stored: TypeAlias = Experts | TransposedWeights
 Products: TypeAlias = Callable[
-    [mx.array, Stack, Stack, mx.array, bool], mx.array
+    [mx.array, Stored, Stored, mx.array, bool], mx.array
 ]  # as :func:`products`
 
 
@@ -40,7 +40,7 @@ class Slots(Protocol):
         """Says that ``result`` reads slots, which stay as they are until it is evaluated."""
 
     def products(
-        self, rows: mx.array, gate_up: Stack, down: Stack, indices: mx.array, is_sorted: bool
+        self, rows: mx.array, gate_up: Stored, down: Stored, indices: mx.array, is_sorted: bool
     ) -> mx.array:
         """Returns what :func:`products` does; ``gate_up`` and ``down`` are the slots."""
 
@@ -91,7 +91,7 @@ def only_own(experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array
 
 
 def products(
-    rows: mx.array, gate_up: Stack, down: Stack, indices: mx.array, is_sorted: bool
+    rows: mx.array, gate_up: Stored, down: Stored, indices: mx.array, is_sorted: bool
 ) -> mx.array:
     """Returns each row through its experts; ``rows`` ``[R, 1, 1, H]``, ``indices`` ``[R, k]``."""
     gate, up = mx.split(_gather(rows, gate_up, indices, is_sorted), 2, axis=-1)
@@ -101,8 +101,8 @@ def products(
 def sparse_experts(
     x: mx.array,
     logits: mx.array,
-    gate_up: Stack,
-    down: Stack,
+    gate_up: Stored,
+    down: Stored,
     residual: mx.array,
     *,
     experts: int,
@@ -176,7 +176,7 @@ def _mixture(
     return residual.at[rows].add(y)
 
 
-def _gather(x: mx.array, weights: Stack, indices: mx.array, is_sorted: bool) -> mx.array:
+def _gather(x: mx.array, weights: Stored, indices: mx.array, is_sorted: bool) -> mx.array:
     if isinstance(weights, TransposedWeights):
         return cpu_matmul.gather(x, weights, indices)
     if weights.scales is None:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..compute import operations
 from ..compute.cpu_matmul import TransposedLinear
-from ..compute.experts import Stack, sparse_experts
+from ..compute.experts import Stored, sparse_experts
 from ..compute.gated_delta import LayerState
 from ..metal_kernels import Experts
 from .gated_delta_net import GatedDeltaNet
@@ -53,7 +53,7 @@ class PackedSparseMoE(SparseMoE):
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
         """Returns ``residual + mixture(x)``; ``x`` and ``residual`` are ``[B, L, H]``."""
         logits, residual = self.before_experts(x, residual)
-        weights = stack_of(self.gate_up_proj), stack_of(self.down_proj)
+        weights = stored(self.gate_up_proj), stored(self.down_proj)
         return self.add_experts(x, logits, *weights, residual)
 
     def before_experts(self, x: mx.array, residual: mx.array) -> tuple[mx.array, mx.array]:
@@ -70,8 +70,8 @@ class PackedSparseMoE(SparseMoE):
         self,
         x: mx.array,
         logits: mx.array,
-        gate_up: Stack,
-        down: Stack,
+        gate_up: Stored,
+        down: Stored,
         residual: mx.array,
     ) -> mx.array:
         """Returns ``residual`` plus the experts' mixture; see :func:`sparse_experts`."""
@@ -144,8 +144,8 @@ class PackedParallelDecoderLayer(ParallelDecoderLayer):
         return x + self.group.all_sum(self.mlp(y))
 
 
-def stack_of(module: nn.Module) -> Stack:
-    """Returns the weights of a stack of experts in one tuple."""
+def stored(module: nn.Module) -> Stored:
+    """Returns the weights of a linear layer, or of a stack of them."""
     if isinstance(module, TransposedLinear):
         return module.weights
     if "scales" not in module:

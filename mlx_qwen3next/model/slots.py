@@ -18,11 +18,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..compute.cpu_matmul import TransposedLinear, transpose
-from ..compute.experts import Stack, products
+from ..compute.experts import Stored, products
 from ..metal_kernels import Experts
 from ..storage.reading import Piece, Reader, Reading
 from ..storage.safetensors import DTYPES, Tensor, from_bytes
-from .packed import stack_of
+from .packed import stored as weights_of
 from .parallel import parameters, recast
 
 NAMES = ("gate_proj", "up_proj"), ("down_proj",)
@@ -112,17 +112,15 @@ class Slots:
     Attributes:
         gate_up, down: the stacks as :func:`mlx_qwen3next.compute.experts.products` takes them.
         table: the slot of each expert, -1 for those that are not there, ``[E + 1]``; the last is
-            the shared expert's.
+            the shared expert's, which stays.
     """
 
     def __init__(self, gate_up: nn.Module, down: nn.Module, experts: int, size: int):
         self._modules = gate_up, down
         self.size = size
         self.table = np.full(experts + 1, -1, np.int64)
-        has_shared = gate_up.weight.shape[0] > size
-        self.table[-1] = size if has_shared else -1
         self.owner = np.full(size, -1, np.int64)  # the expert of each slot
-        self.gate_up, self.down = stack_of(gate_up), stack_of(down)
+        self.gate_up, self.down = weights_of(gate_up), weights_of(down)
         mx.eval(gate_up.parameters(), down.parameters())
         self._views = [
             {name: _view(array) for name, array in parameters(module).items()}
@@ -244,6 +242,7 @@ class LayerSlots(Slots):
         passing: dict[tuple[object, ...], tuple[Slots, Slots]],
     ):
         super().__init__(gate_up, down, experts, size)
+        self.table[-1] = size
         self.stored = stored
         if self.form not in passing:
             n = passing_at_a_time(experts)
@@ -269,7 +268,7 @@ class LayerSlots(Slots):
         return mx.array(words)
 
     def products(
-        self, rows: mx.array, gate_up: Stack, down: Stack, indices: mx.array, is_sorted: bool
+        self, rows: mx.array, gate_up: Stored, down: Stored, indices: mx.array, is_sorted: bool
     ) -> mx.array:
         self.settle(indices)
         experts = np.array(indices)
@@ -321,7 +320,7 @@ class LayerSlots(Slots):
         done: list[mx.array] = []
         left = np.ones(len(pairs), bool)
         # As the whole stack would be multiplied.
-        stack = len(self.table) - int(self.table[-1] < 0)
+        stack = len(self.table) - 1 + len(self.gate_up.weight) - self.size
         is_quantized = isinstance(self.gate_up, Experts) and self.gate_up.scales is not None
         as_many = is_sorted and is_quantized and len(pairs) >= least_many(stack)
         as_sorted = as_many if is_quantized else is_sorted
