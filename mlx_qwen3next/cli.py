@@ -92,6 +92,12 @@ def counts(text: str) -> tuple[int, ...]:
     return tuple(count(part) for part in text.split(","))
 
 
+def amounts(text: str) -> tuple[float, ...]:
+    """Parses numbers of more than 0, separated by commas."""
+    parts = text.split(",")
+    return tuple(_number(part, float, lambda n: n > 0, "numbers of more than 0") for part in parts)
+
+
 def layer_counts(text: str) -> tuple[int, ...]:
     """Parses numbers of layers, separated by commas."""
     try:
