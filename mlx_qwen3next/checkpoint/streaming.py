@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -127,13 +128,12 @@ def plan(
     layers = [layer.mlp for layer in model.layers if isinstance(layer.mlp, SparseMoE)]
     if asked == "all" or not layers:
         return None
-    routed, others = 0, 0
-    for path, array in _leaves(model):
-        size = array.size * match.dtype_in_memory(path, array, dtype).size
-        if _is_routed(path):
-            routed += size
-        else:
-            others += size
+    sizes = {
+        path: array.size * match.dtype_in_memory(path, array, dtype).size
+        for path, array in _leaves(model)
+    }
+    routed = sum(size for path, size in sizes.items() if _is_routed(path))
+    others = sum(sizes.values()) - routed
     mtp = model.mtp is not None
     others += capacity.cache_bytes(model.args, context, mtp=mtp, itemsize=dtype.size)
     spare = capacity.spare()
@@ -145,11 +145,16 @@ def plan(
         room = asked * GB
     experts, wanted = layers[0].num_experts, layers[0].top_k
     row = routed / experts  # bytes of an expert in each layer
-    passing = 2 * slots.passing_at_a_time(experts) * row / len(layers)
+    forms = {str(_kinds(layer)): layer.switch_mlp for layer in layers}
+    a_form = sum(_nbytes(stack, dtype) for stack in forms.values()) / experts
+    passing = 2 * slots.passing_at_a_time(experts) * a_form
     size = int((room - passing) // row)
     if size >= experts:
         return None
-    _check_form(layers, tensors, directory)
+    if fault := _fault(layers, tensors):
+        if asked == "auto":  # then all have to be in memory, whether they fit it well or not
+            return None
+        raise ValueError(f"{directory} {fault}")
     if size < wanted:
         raise ValueError(
             f"{directory}: {max(room, 0) / GB:.3g} GB for experts are too little: a token wants "
@@ -190,30 +195,39 @@ def _is_routed(name: str) -> bool:
     return _ROUTED in name and not layouts.is_mtp(name)
 
 
-def _check_form(
-    layers: Sequence[SparseMoE], tensors: Mapping[str, Tensor], directory: Path
-) -> None:
-    """Checks that experts can be read one by one as they are stored.
-
-    Raises:
-        ValueError: they cannot.
-    """
+def _fault(layers: Sequence[SparseMoE], tensors: Mapping[str, Tensor]) -> str:
+    """Returns why experts cannot be read one by one as they are stored; nothing if they can."""
     trunk = {name: tensor for name, tensor in tensors.items() if not layouts.is_mtp(name)}
     if (layout := layouts.detect_layout(trunk)) != "converted":
-        raise ValueError(
-            f"{directory} is in the {layout} layout, whose experts cannot be read from disk one by "
-            "one: convert it first (python -m mlx_qwen3next.convert)"
+        return (
+            f"is in the {layout} layout, whose experts cannot be read from disk one by one: "
+            "convert it first (python -m mlx_qwen3next.convert)"
         )
     for layer in layers:
-        parts = [getattr(layer.switch_mlp, f"{name}_proj") for name in ("gate", "up", "down")]
-        modes = {getattr(part, "mode", "affine") for part in parts}
-        kinds = [(getattr(part, "bits", 16), getattr(part, "group_size", 0)) for part in parts]
-        if modes != {"affine"} or kinds[0] != kinds[1]:
-            raise ValueError(
-                f"{directory}: experts in the quantization {', '.join(sorted(modes))}, of "
-                f"{kinds[0][0]}, {kinds[1][0]} and {kinds[2][0]} bits, cannot be read from disk "
-                "one by one; gate and up must be affine, of the same bits"
+        gate, up, down = _kinds(layer)
+        modes = {kind[0] for kind in (gate, up, down)}
+        if modes != {"affine"} or gate != up:
+            return (
+                f"has experts in the quantization {', '.join(sorted(modes))}, of {gate[1]}, "
+                f"{up[1]} and {down[1]} bits, which cannot be read from disk one by one: it has to "
+                "be affine, gate and up alike"
             )
+    return ""
+
+
+def _kinds(layer: SparseMoE) -> list[tuple[str, int, int]]:
+    """Returns mode, bits and group size of gate, up and down."""
+    parts = [getattr(layer.switch_mlp, f"{name}_proj") for name in ("gate", "up", "down")]
+    return [
+        (getattr(p, "mode", "affine"), getattr(p, "bits", 16), getattr(p, "group_size", 0))
+        for p in parts
+    ]
+
+
+def _nbytes(module: nn.Module, dtype: mx.Dtype) -> int:
+    """Returns the bytes of a module in memory."""
+    leaves: Any = tree_flatten(module.parameters())
+    return sum(a.size * match.dtype_in_memory(path, a, dtype).size for path, a in leaves)
 
 
 def _leaves(model: Model) -> list[tuple[str, mx.array]]:
