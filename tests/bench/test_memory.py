@@ -5,7 +5,7 @@ from helpers_streamed import gigabytes
 
 from mlx_qwen3next.bench.command import main
 
-SHORT = ("--contexts", 8, "--tokens", 4)
+SHORT = ("--contexts", 8, "--tokens", 2)
 
 
 def test_a_row_for_each_amount_of_memory(call):

@@ -20,15 +20,15 @@ def load():
 
 
 def test_answers_together_are_those_of_the_model_in_memory(load):
-    want = [expected_text(text, 12) for text in TEXTS]
+    want = [expected_text(text, 8) for text in TEXTS[:3]]
     with running("--decode-concurrency", 4, load=load) as engine:
-        asked = [Asked(engine, text, max_tokens=12) for text in TEXTS]
+        asked = [Asked(engine, text, max_tokens=8) for text in TEXTS[:3]]
         assert [answer.read().text for answer in asked] == want
         told = engine.metrics.text({})
         for name in ("hits", "misses", "bytes", "waited"):
             (count,) = re.findall(rf"^qwen3next_experts_{name}_total (\S+)$", told, re.M)
             assert float(count) > 0
-        again = ask(engine, TEXTS[0], max_tokens=12)  # from the prompt cache
+        again = ask(engine, TEXTS[0], max_tokens=8)  # from the prompt cache
         assert again.text == want[0] and again.cached > 0
 
 
