@@ -217,10 +217,9 @@ def other_flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prefill-step-size",
         type=int,
-        default=2048,
         metavar="N",
-        help="Number of prompt tokens to process at a time; fewer tokens take less memory "
-        "(default: %(default)s).",
+        help="Number of prompt tokens to process at a time (default: as many as take about 2 "
+        "seconds and have the memory, at most 8192).",
     )
     parser.add_argument(
         "--quantize-activations",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,16 @@ def size_of(shape: str, layers: int) -> int:
     return sum(tensor.nbytes for tensor in headers(shape, layers).values())
 
 
-def headers(shape: str, layers: int) -> dict[str, Tensor]:
-    """The headers of the tensors that :func:`write` writes, by name."""
+def bits_of(path: str) -> int:
+    """The bits of the linear layer, or of the experts' stack, that has a path."""
+    return ROUTER_BITS if layouts.is_router(path) else BITS
+
+
+def headers(shape: str, layers: int, bits: Callable[[str], int] = bits_of) -> dict[str, Tensor]:
+    """The headers of the tensors that :func:`write` writes, by name; or those at other bits."""
     return {
         path: Tensor(Path(name), NAMES[array.dtype], tuple(array.shape))
-        for name, parameters in _parts(shape, layers).items()
+        for name, parameters in _parts(shape, layers, bits).items()
         for path, array in parameters.items()
     }
 
@@ -135,7 +140,7 @@ def write(directory: Path, shape: str, layers: int) -> None:
     for name, parameters in tqdm(
         parts.items(), "random weights", unit="file", disable=None, leave=False
     ):
-        tensors = dict(_drawn(parameters, random))
+        tensors = dict(drawn(parameters, random))
         mx.save_safetensors(str(directory / name), tensors, metadata)
 
 
@@ -155,11 +160,13 @@ def config(shape: str, layers: int) -> dict[str, Any]:
     }
 
 
-def _parts(shape: str, layers: int) -> dict[str, dict[str, mx.array]]:
+def _parts(
+    shape: str, layers: int, bits: Callable[[str], int] = bits_of
+) -> dict[str, dict[str, mx.array]]:
     """Maps file names and parameter paths to unevaluated arrays of the right shape and dtype."""
     model = Model(Config.from_dict(config(shape, layers)))
     mtp_head.attach(model)
-    nn.quantize(model, GROUP, BITS, class_predicate=_bits)
+    quantize(model, bits)
     parts: dict[str, dict[str, mx.array]] = {}
     leaves: Any = tree_flatten(model.parameters())
     for path, array in leaves:
@@ -175,14 +182,16 @@ def _parts(shape: str, layers: int) -> dict[str, dict[str, mx.array]]:
     return parts
 
 
-def _bits(path: str, module: nn.Module) -> bool | dict[str, Any]:
-    if not hasattr(module, "to_quantized"):
-        return False
-    bits = ROUTER_BITS if layouts.is_router(path) else BITS
-    return {"group_size": GROUP, "bits": bits}
+def quantize(model: nn.Module, bits: Callable[[str], int] = bits_of) -> None:
+    """Quantizes the linear layers and the experts' stacks of a model."""
+
+    def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        return hasattr(module, "to_quantized") and {"group_size": GROUP, "bits": bits(path)}
+
+    nn.quantize(model, class_predicate=chosen)
 
 
-def _drawn(
+def drawn(
     parameters: dict[str, mx.array], random: np.random.Generator
 ) -> Iterator[tuple[str, mx.array]]:
     """Draws the values of parameters, scaled so that activations neither grow nor vanish.
@@ -195,8 +204,7 @@ def _drawn(
         if like.dtype == mx.uint32:
             value = mx.array(random.integers(0, 2**32, shape, np.uint32))
         elif kind in ("scales", "biases"):
-            bits = ROUTER_BITS if layouts.is_router(module) else BITS
-            top, inputs = 2**bits - 1, shape[-1] * GROUP
+            top, inputs = 2 ** bits_of(module) - 1, shape[-1] * GROUP
             # A uniform code's standard deviation is top / sqrt(12), the weights' 1 / sqrt(inputs).
             scale = math.sqrt(12 / inputs) / top
             if module.endswith("embed_tokens"):

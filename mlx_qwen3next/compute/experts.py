@@ -16,9 +16,11 @@ from ..metal_kernels import Experts
 from . import cpu_matmul
 from .cpu_matmul import TransposedWeights
 
+Stored: TypeAlias = Experts | TransposedWeights
+SharedExpert: TypeAlias = tuple[Stored, Stored]  # gate and up [2 I, H], down [H, I]
+
 MANY = 64  # pairs of rows and experts from which on they are sorted, as in mlx-lm
 
-Stored: TypeAlias = Experts | TransposedWeights
 Products: TypeAlias = Callable[
     [mx.array, Stored, Stored, mx.array, bool], mx.array
 ]  # as :func:`products`
@@ -108,6 +110,7 @@ def sparse_experts(
     experts: int,
     top_k: int,
     normalise: bool,
+    shared: SharedExpert | None = None,
     own: range | None = None,
     products: Products = products,
 ) -> mx.array:
@@ -115,9 +118,11 @@ def sparse_experts(
 
     Args:
         x, residual: ``[..., H]``.
-        logits: ``[..., E]``, or ``[..., E + 1]`` if the shared expert is number E, its gate last.
-        gate_up: ``[E, 2 I, H]``, gate's rows first; down: ``[E, H, I]``.
+        logits: ``[..., E]``, or ``[..., E + 1]`` if there is a shared expert, its gate last.
+        gate_up: ``[E, 2 I, H]``, gate's rows first; down: ``[E, H, I]``. The shared expert is
+            number E of them, or it is ``shared``.
         experts: E; top_k, normalise: as for :func:`route`.
+        shared: the shared expert, if its quantization is another than the others'.
         own: the experts that ``gate_up`` and ``down`` have, if not all.
         products: computes each row through its experts.
 
@@ -130,9 +135,14 @@ def sparse_experts(
     if own is not None:
         indices, weights = only_own(indices, weights, own)
     if logits.shape[1] > experts:
-        shared = mx.full((x.shape[0], 1), len(own or range(experts)), indices.dtype)
-        indices = mx.concatenate([indices, shared], axis=1)
-        weights = mx.concatenate([weights, _gate(logits[:, experts:], like=x)], axis=1)
+        weight = _gate(logits[:, experts:], like=x)
+        if shared is None:
+            number = mx.full((x.shape[0], 1), len(own or range(experts)), indices.dtype)
+            indices = mx.concatenate([indices, number], axis=1)
+            weights = mx.concatenate([weights, weight], axis=1)
+        else:
+            gate, up = mx.split(_multiply(x, shared[0]), 2, axis=-1)
+            residual = residual + weight * _multiply(swiglu(gate, up), shared[1])
 
     def mixed(rows: mx.array, indices: mx.array, is_sorted: bool) -> mx.array:
         return products(rows, gate_up, down, indices, is_sorted)
@@ -174,6 +184,19 @@ def _mixture(
     y = mixed(x[rows, None, None], indices[order, None], True)
     y = y.reshape(-1, x.shape[-1]) * weights[order, None]
     return residual.at[rows].add(y)
+
+
+def _multiply(x: mx.array, weights: Stored) -> mx.array:
+    """Returns ``x`` times a single matrix."""
+    if isinstance(weights, TransposedWeights):
+        return cpu_matmul.multiply(x, weights)
+    if weights.scales is None:
+        return x @ weights.weight.T
+    return mx.quantized_matmul(
+        *(x, weights.weight, weights.scales, weights.biases),
+        group_size=weights.group_size,
+        bits=weights.bits,
+    )
 
 
 def _gather(x: mx.array, weights: Stored, indices: mx.array, is_sorted: bool) -> mx.array:

@@ -249,11 +249,13 @@ def _experts_kernel(
     gate_up: Experts,
     down: Experts,
     residual: mx.array,
+    shared: tuple[Experts | None, Experts | None] | None = None,
     **options: Any,
 ) -> mx.array:
+    shared_gate_up, shared_down = shared or (None, None)
     routing = kernels.route(logits, **options)
-    y = kernels.expert_gate_up(x, gate_up, routing)
-    return kernels.expert_down(y, down, routing, residual)
+    y = kernels.expert_gate_up(x, gate_up, routing, shared_gate_up)
+    return kernels.expert_down(y, down, routing, residual, shared_down)
 
 
 def _experts_facts(
@@ -266,11 +268,13 @@ def _experts_facts(
     experts: int,
     top_k: int,
     normalise: bool,
+    shared: tuple[Experts, Experts] | None = None,
 ) -> tuple[Any, ...]:
     types = [a.dtype for a in (logits, residual)]
-    for w in (gate_up, down):
+    all_weights = gate_up, down, *(shared or ())
+    for w in all_weights:
         types += [a.dtype for a in (w.scales, w.biases) if a is not None] or [w.weight.dtype]
-    stored = [(w.weight.shape, w.bits, w.group_size) for w in (gate_up, down)]
+    stored = [(w.weight.shape, w.bits, w.group_size) for w in all_weights]
     return x.shape, x.dtype, (*types,), (*stored,), logits.shape[-1], experts, top_k, normalise
 
 
@@ -323,21 +327,22 @@ def _slots_kernel(
     residual: mx.array,
     *,
     slots: Slots,
+    shared: tuple[Experts | None, Experts | None] | None = None,
     **options: Any,
 ) -> mx.array:
+    shared_gate_up, shared_down = shared or (None, None)
     routing = slots.place(kernels.route(logits, **options))
     if routing is not None:
-        y = kernels.expert_gate_up(x, gate_up, routing)
-        y = kernels.expert_down(y, down, routing, residual)
+        y = kernels.expert_gate_up(x, gate_up, routing, shared_gate_up)
+        y = kernels.expert_down(y, down, routing, residual, shared_down)
         slots.read_by(y)
         return y
     # These rows want more experts than there are slots. A row's result depends on that row alone.
     rows = [a.reshape(1, -1, a.shape[-1]) for a in (x, logits, residual)]
+    options |= {"slots": slots, "shared": shared}
     halves = []
     for half in zip(*(mx.split(a, [a.shape[1] // 2], axis=1) for a in rows), strict=True):
-        halves.append(
-            _slots_kernel(half[0], half[1], gate_up, down, half[2], slots=slots, **options)
-        )
+        halves.append(_slots_kernel(half[0], half[1], gate_up, down, half[2], **options))
     return mx.concatenate(halves, axis=1).reshape(residual.shape)
 
 

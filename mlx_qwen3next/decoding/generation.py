@@ -21,8 +21,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..model.cache import Cache
 from ..model.qwen3_next import Model
+from ..model.reading import MOST
 from ..prompt_cache.store import PromptCache
 from .detokenize import TextDecoder
+from .pace import FIXED, PromptPace
 from .sampling import Chooser, Sampling, check_integer
 from .sequence import KVQuantization, TokenSequence
 from .speculation import MTP, Lookup, Speculation
@@ -58,7 +60,7 @@ def generate_step(
     mtp: MTP = "auto",
     lookup: Lookup = None,
     prompt_cache: Cache | PromptCache | None = None,
-    prefill_step_size: int = 2048,
+    prefill_step_size: int | None = None,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START,
@@ -88,7 +90,9 @@ def generate_step(
             Or a PromptCache: then the prompt is whole, and what of its beginning is known there
             need not be processed again; it is given checkpoints in the prompt and where the text
             ends, or where the prompt was interrupted.
-        prefill_step_size: prompt tokens processed at a time.
+        prefill_step_size: prompt tokens processed at a time. By default as many as take about 2
+            seconds by what is measured, and no more memory than :class:`PromptPace` gives them; at
+            most 8192. Where keys and values are quantized the tokens depend on it: then 2048.
         kv_bits, kv_group_size, quantized_kv_start: quantize keys and values, to 2, 3, 4, 5, 6 or 8
             bits in groups of 32, 64 or 128, once the cache holds that many tokens.
         prompt_progress_callback: called with (processed, total) prompt tokens; those that were
@@ -110,7 +114,9 @@ def generate_step(
         mtp = "off" if mtp == "auto" else mtp
         lookup = "off" if lookup == "auto" else lookup
     depth = speculation.depth(mtp, lookup)
-    check_integer("prefill_step_size", prefill_step_size, least=1)
+    is_measured = prefill_step_size is None and kv_bits is None
+    step_size = (MOST if is_measured else FIXED) if prefill_step_size is None else prefill_step_size
+    check_integer("prefill_step_size", step_size, least=1)
     check_kv_quantization(model.args.head_dim, kv_bits, kv_group_size, quantized_kv_start)
     if unknown := sorted(sampling.keys() - {field.name for field in fields(Sampling)}):
         raise ValueError(f"unknown option: {', '.join(unknown)}")
@@ -147,7 +153,8 @@ def generate_step(
             depth=depth,
             drafters=drafters,
             keep_drafters=keep_drafters,
-            step_size=prefill_step_size,
+            step_size=step_size,
+            pace=PromptPace.of(model) if is_measured else None,
             quantization=KVQuantization(kv_bits, kv_group_size, quantized_kv_start),
         )
 

@@ -11,6 +11,7 @@ On a CPU, MLX builds functions of its own with the C++ compiler when they are fi
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +22,12 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
+from ..checkpoint.loading import default_dtype
 from ..compute import proof
 from ..compute.proof import Finding
-from ..model.cache import Round, settle
+from ..model.cache import Round, reserve, settle
 from ..model.qwen3_next import Model
+from ..model.reading import Reading
 from .draft_depth import MOST_COPIED
 from .drafters.states import CATCH_UP
 from .sampling import check_integer
@@ -32,7 +35,8 @@ from .speculation import MTP, Lookup, most_drafted
 
 # Numbers of tokens in a forward. The experts' kernels have a kind for each number up to 16, the
 # others for classes that end at powers of two (:func:`..compute.operations.rows_class`).
-LENGTHS = (*range(1, 17), 32, 64, 128, 256, 512, 1024, 2048)
+LENGTHS = (*range(1, 17), 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+ROUNDS = 1024  # tokens of all steps and rounds together, at most
 NAMED = 3  # kernels that the line about the proofs names at most
 
 logger = logging.getLogger("mlx_qwen3next")
@@ -43,7 +47,7 @@ def prepare(
     *,
     mtp: MTP = "auto",
     lookup: Lookup = None,
-    chunk: int = LENGTHS[-1],
+    chunk: int | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> None:
     """Proves the model's kernels on this machine or, on a CPU, has MLX's functions built.
@@ -57,19 +61,23 @@ def prepare(
         model: nobody else may use it meanwhile.
         mtp, lookup: as for :func:`mlx_qwen3next.generate_step`; they tell which rounds there will
             be.
-        chunk: prompt tokens that will be processed at a time; up to 2048 are prepared for.
+        chunk: prompt tokens that will be processed at a time; None for as many as the memory
+            allows. Up to 8192 are prepared for.
         say: takes a line about the work, if there is any.
 
     Raises:
         ValueError: ``mtp``, ``lookup`` or ``chunk`` is out of range.
     """
     depth = most_drafted(mtp, lookup, model)
-    check_integer("chunk", chunk, least=1)
+    if chunk is not None:
+        check_integer("chunk", chunk, least=1)
     if model.group.size > 1:
         return
     if model.streamed is not None:
         model = model.streamed.shortened(model)  # all of them would have to be read
     if proof.uses_kernels() and proof.mode() == "auto":
+        if chunk is None:
+            chunk = max(Reading.here(model.args, default_dtype().size).most(math.inf, 0), 1)
         found, seconds = prove(model, depth=depth, chunk=chunk)
         if found:
             say(summary(found, seconds))
@@ -124,6 +132,7 @@ def rehearsal(
         depth: as for :func:`prove`.
     """
     cache = model.make_cache()
+    reserve(cache, ROUNDS)  # to grow would evaluate
 
     def forward(n: int) -> mx.array:
         return model.model(_tokens(model, n), cache)

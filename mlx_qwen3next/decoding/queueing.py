@@ -17,7 +17,9 @@ sets these variables, and outside of the commands.
 
 **Layers at a time** (:func:`layers_at_once`). While the host builds a step, the layers that it has
 built are handed over: after fewer layers the device begins earlier, after more there are fewer
-buffers. One was best on a CPU. On a GPU eight is a guess.
+buffers. One was best on a CPU. On a GPU eight is a guess. From :data:`CHUNK` tokens on it is one
+layer, and the device ends it before it gets the next: MLX gives out the memory of all that is
+queued, and one layer of a long chunk takes gigabytes. The host has built the next one by then.
 
 **The cache of freed buffers** (:func:`limit_cache`). MLX keeps the memory of freed arrays for the
 next ones, until all together reach 95 % of what macOS lets the GPU keep resident. These buffers
@@ -39,6 +41,7 @@ from typing import Any
 
 COMMAND_BUFFERS = {"MLX_MAX_MB_PER_BUFFER": "1024", "MLX_MAX_OPS_PER_BUFFER": "1000"}
 LAYERS_ON_CPU, LAYERS_ON_GPU = 1, 8
+CHUNK = 256  # tokens
 # Bytes of freed buffers: at least those of a decoding step, at most those of two full command
 # buffers in bfloat16.
 LEAST_CACHE, MOST_CACHE = 2**28, 2**32
@@ -54,11 +57,12 @@ def set_command_buffers() -> None:
             os.environ.setdefault(name, value)
 
 
-def layers_at_once() -> int:
-    """Returns after how many layers of a step their work is handed to the device."""
+def layers_at_once(tokens: int = 1) -> int:
+    """Returns after how many layers of a forward their work is handed to the device."""
     import mlx.core as mx
 
-    return LAYERS_ON_CPU if mx.default_device() == mx.cpu else LAYERS_ON_GPU
+    is_single = tokens >= CHUNK or mx.default_device() == mx.cpu
+    return LAYERS_ON_CPU if is_single else LAYERS_ON_GPU
 
 
 def limit_cache() -> int | None:

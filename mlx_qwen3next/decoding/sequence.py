@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.generate import maybe_quantize_kv_cache
 
-from ..model.cache import Cache, Undo
+from ..model.cache import Cache, Undo, reserve, tokens_held
 from ..model.qwen3_next import Model
 from .draft_depth import Depth
 from .drafters import Drafter
+from .pace import PromptPace
 from .sampling import Chooser
 from .speculative import Decoding, Token, forward
 
@@ -75,12 +76,12 @@ class TokenSequence:
         depth: chooses who drafts and how many tokens.
         drafters: those that follow the sequence.
         keep_drafters: whether they are told of every token, for their next user.
-        step_size: prompt tokens read at a time.
+        step_size: prompt tokens read at a time, at most.
+        pace: sizes the chunks of the prompt; by default they have the full ``step_size``.
         quantization: of the trunk's keys and values.
 
     Attributes:
         tokens: those in the cache, as far as they are known.
-        step_size: prompt tokens read at a time, which may change between two chunks.
         last: the sequence's last token, which is in the cache after :meth:`finish` alone.
         trunk: the cache's entries of the layers.
     """
@@ -96,14 +97,17 @@ class TokenSequence:
         drafters: Sequence[Drafter] = (),
         keep_drafters: bool = True,
         step_size: int = 2048,
+        pace: PromptPace | None = None,
         quantization: KVQuantization = NOT_QUANTIZED,
     ):
         self._model, self._cache, self.trunk = model, cache, cache[: len(model.layers)]
         self._depth, self._drafters, self._keep_drafters = depth, drafters, keep_drafters
-        self.step_size, self._quantization = step_size, quantization
+        self._step_size, self._pace = step_size, pace or PromptPace()
+        self._quantization = quantization
         self.tokens = list(held)
         *unread, (self.last,) = segments
         self._unread = deque(list(segment) for segment in unread if len(segment))
+        reserve(self.trunk, tokens_held(self.trunk) + sum(map(len, self.segments)))
         self._decoding: Decoding | None = None
         self._handed_over = False
 
@@ -124,9 +128,12 @@ class TokenSequence:
         Returns:
             Whether a segment ends with it.
         """
-        chunk = self._unread[0][: self.step_size]
+        held = tokens_held(self.trunk)
+        chunk = self._unread[0][: self._pace.size(self._step_size, held)]
         tokens = mx.array(chunk, mx.uint32)
+        self._pace.start()
         prefill(self._model, self.trunk, tokens, self._drafters, self._grown)
+        self._pace.stop(len(chunk), held)
         self.tokens += chunk
         rest = self._unread[0][len(chunk) :]
         if rest:

@@ -26,7 +26,7 @@ from ..model.cache import Cache, Round, Undo, settle
 from ..model.qwen3_next import Model
 from .draft_depth import Depth
 from .drafters import Drafter, Outputs
-from .queueing import layers_at_once
+from .queueing import CHUNK, layers_at_once
 from .sampling import Chooser
 
 CLEAR_EVERY = 256  # tokens between two returns of unused buffers, as in mlx-lm
@@ -104,15 +104,33 @@ def forward(
     The device starts on the first layers while the host still builds the last ones.
     """
     outputs = Outputs(drafters)
-    layers = layers_at_once()
+    hidden = model.model(tokens[None], cache, handing_over(len(tokens), outputs))
+    return hidden, outputs.of(hidden)
+
+
+def handing_over(
+    rows: int, then: Callable[[int, mx.array], None]
+) -> Callable[[int, mx.array], None]:
+    """Returns a function that hands the layers of a forward over to the device.
+
+    Of a prompt's chunk the device has one layer at a time, so that the next takes the same memory.
+
+    Args:
+        rows: tokens of the forward, of all sequences together.
+        then: called likewise, with the number and the output of each layer but the last.
+    """
+    layers = layers_at_once(rows)
+    before: list[mx.array] = []
 
     def start(layer: int, x: mx.array) -> None:
-        outputs(layer, x)
+        then(layer, x)
         if layer % layers == layers - 1:
+            if rows >= CHUNK:
+                mx.eval(before)
+                before[:] = [x]
             mx.async_eval(x)
 
-    hidden = model.model(tokens[None], cache, start)
-    return hidden, outputs.of(hidden)
+    return start
 
 
 class Decoding:

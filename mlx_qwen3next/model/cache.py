@@ -15,6 +15,9 @@ its state in a round: it keeps the state before it, the convolution's inputs and
 and written errors), and the next forward replays the kept prefix first: lazy commit.
 
 A plain forward advances at once; :class:`Undo` takes the last one back.
+
+Keys and values grow one array after the other, so that no step ever holds a second copy of more
+than one of them: see :class:`AttentionCache`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
 from ..compute import operations
 from ..compute.gated_delta import LayerState
@@ -173,7 +176,104 @@ class GatedDeltaCache(ArraysCache):
         )
 
 
-class MTPCache(KVCache):
+def slots(tokens: int) -> int:
+    """Returns for how many tokens there is room in keys and values that hold so many.
+
+    The room grows by mlx-lm's steps of 256, and by at most a sixteenth of the tokens where that is
+    more: growing copies what is there.
+    """
+    step = max(KVCache.step, 1 << max(tokens.bit_length() - 5, 0))
+    return -(-tokens // step) * step
+
+
+class _Growing:
+    """Makes room in keys and values ``[B, nkv, S, hd]`` before mlx-lm's entries would.
+
+    These append the new room to all arrays of a forward, and evaluate none: on a GPU, whose memory
+    is given out while work is queued, old and new arrays of all layers may exist at once.
+    """
+
+    keys: Any
+    values: Any
+    reserved = 0  # tokens for which there will be room at once; on the class, see MTPCache
+
+    def _make_room(self, held: int, keys: mx.array, values: mx.array) -> None:
+        """Makes room for keys and values of more tokens, after ``held`` of them."""
+        need = held + keys.shape[2]
+        for name, new in (("keys", keys), ("values", values)):
+            old = getattr(self, name)
+            if old is not None and need <= old.shape[2]:
+                continue
+            room = slots(max(need, self.reserved))
+            if old is None:
+                setattr(self, name, mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype))
+                continue
+            more = mx.zeros((*new.shape[:2], room - held, new.shape[3]), new.dtype)
+            setattr(self, name, mx.concatenate([old[..., :held, :], more], axis=2))
+            del old, more  # so that evaluating frees them
+            mx.eval(getattr(self, name))
+
+
+class AttentionCache(_Growing, KVCache):
+    """One attention layer's keys and values, each ``[1, nkv, S, hd]``."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self._make_room(self.offset, keys, values)
+        return super().update_and_fetch(keys, values)
+
+    @classmethod
+    def merge(cls, caches: list[AttentionCache]) -> BatchAttentionCache:
+        return BatchAttentionCache.merge(caches)
+
+
+class BatchAttentionCache(_Growing, BatchKVCache):
+    """The keys and values of several sequences, each ``[B, nkv, S, hd]``.
+
+    A single sequence comes and goes with its arrays. Otherwise they are copied, a layer at a time.
+    """
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self._make_room(self._idx, keys, values)
+        return super().update_and_fetch(keys, values)
+
+    @classmethod
+    def merge(cls, caches: list[AttentionCache]) -> BatchAttentionCache:
+        batch = cls([0] * len(caches))
+        if len(caches) > 1:
+            vars(batch).update(vars(BatchKVCache.merge(caches)))
+        elif not caches[0].empty():
+            one = caches[0]
+            # In new objects, since an assignment to a slice changes the object.
+            vars(batch).update(keys=mx.array(one.keys), values=mx.array(one.values))
+            batch._idx = one.offset
+            batch.offset = batch.offset + one.offset
+        batch.reserved = max(c.reserved for c in caches)
+        return batch._evaluated()
+
+    def extend(self, other: BatchAttentionCache) -> None:
+        super().extend(other)
+        other.keys = other.values = None
+        self._evaluated()
+
+    def filter(self, batch_indices: list[int]) -> None:
+        if list(batch_indices) != [*range(self.offset.shape[0])]:
+            super().filter(batch_indices)
+            self._evaluated()
+
+    def extract(self, idx: int) -> AttentionCache:
+        if self.offset.shape[0] == 1 and self.left_padding.item() == 0:
+            return AttentionCache.from_state(
+                (mx.array(self.keys), mx.array(self.values), self._idx)
+            )
+        return AttentionCache.from_state(super().extract(idx).state)
+
+    def _evaluated(self) -> BatchAttentionCache:
+        if self.keys is not None:
+            mx.eval(self.keys, self.values)
+        return self
+
+
+class MTPCache(AttentionCache):
     """The MTP head's keys and values, and the trunk's last hidden state ``[1, 1, H]`` or None.
 
     Position i holds the pair of hidden state h_i and token t_{i+1}, so there is one position less
@@ -192,7 +292,7 @@ class MTPCache(KVCache):
 
 
 # load_prompt_cache() finds an entry's class by its name in mlx-lm's module.
-for _entry in (GatedDeltaCache, MTPCache):
+for _entry in (GatedDeltaCache, AttentionCache, MTPCache):
     setattr(mlx_lm_cache, _entry.__name__, _entry)
 
 
@@ -289,6 +389,13 @@ class Undo:
                 vars(c).update(before)
             elif (extra := length(c) - before) > 0:
                 c.trim(extra)
+
+
+def reserve(cache: Cache, tokens: int) -> None:
+    """Makes the next growth of keys and values large enough for so many tokens in all."""
+    for c in cache:
+        if isinstance(c, _Growing):
+            c.reserved = max(c.reserved, tokens)
 
 
 def settle(cache: Cache) -> None:

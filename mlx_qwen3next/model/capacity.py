@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
 
+from .cache import slots
 from .config import Config
 
 GB = 1e9
@@ -28,8 +28,7 @@ def cache_bytes(config: Config, context: int, *, mtp: bool, itemsize: int) -> in
     state = config.linear_value_dim * config.linear_key_head_dim * 4
     rows = (config.linear_conv_kernel_dim - 1) * config.linear_conv_dim * itemsize
     kv = 2 * config.num_key_value_heads * config.head_dim * itemsize
-    slots = -(-context // KVCache.step) * KVCache.step  # grows by steps
-    return linear * (state + rows) + attention * slots * kv
+    return linear * (state + rows) + attention * slots(context) * kv
 
 
 def check(weights: int, cache: int, context: int) -> None:

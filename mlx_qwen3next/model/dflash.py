@@ -27,9 +27,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache
 
-from .cache import Cache
+from .cache import AttentionCache, Cache
 from .config import from_json, read_integer, read_number, read_rope
 from .qwen3_next import MLP, RMSNorm
 
@@ -156,7 +155,7 @@ class BlockAttention(nn.Module):
         k = self._turned(self.k_norm(self._heads(self.k_proj(x))), position)
         return k, self._heads(self.v_proj(x))
 
-    def __call__(self, x: mx.array, cache: KVCache, position: int) -> mx.array:
+    def __call__(self, x: mx.array, cache: AttentionCache, position: int) -> mx.array:
         """Returns ``[B, L, H]``, as ``x``; the cache takes the block's keys and values as well."""
         q = self._turned(self.q_norm(self._heads(self.q_proj(x))), position)
         k, v = cache.update_and_fetch(*self.keys_and_values(x, position))
@@ -182,7 +181,7 @@ class BlockLayer(nn.Module):
         self.mlp = MLP(H, config.intermediate_size)
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(H, eps), RMSNorm(H, eps)
 
-    def __call__(self, x: mx.array, cache: KVCache, position: int) -> mx.array:
+    def __call__(self, x: mx.array, cache: AttentionCache, position: int) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), cache, position)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -227,4 +226,4 @@ class DFlash(nn.Module):
 
     def make_cache(self) -> Cache:
         """Returns an empty cache, one entry a layer."""
-        return [KVCache() for _ in self.layers]
+        return [AttentionCache() for _ in self.layers]

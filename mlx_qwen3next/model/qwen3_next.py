@@ -30,7 +30,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..compute.attention import attention_gate, attention_heads
@@ -39,7 +38,7 @@ from ..compute.experts import route
 from ..compute.norms import rms_norm
 from ..group import ALONE
 from . import layouts
-from .cache import Cache, GatedDeltaCache
+from .cache import AttentionCache, BatchAttentionCache, Cache, GatedDeltaCache
 from .config import MODEL_TYPE, Config
 from .gated_delta_net import GatedDeltaNet
 
@@ -312,11 +311,14 @@ class Model(nn.Module):
             left_padding: the number of each prompt's pad tokens in a batch padded on the left.
         """
         if left_padding is None:
-            return [GatedDeltaCache() if layer.is_linear else KVCache() for layer in self.layers]
+            kinds = [
+                GatedDeltaCache if layer.is_linear else AttentionCache for layer in self.layers
+            ]
+            return [kind() for kind in kinds]
         return [
             GatedDeltaCache(left_padding=left_padding)
             if layer.is_linear
-            else BatchKVCache(left_padding)
+            else BatchAttentionCache(left_padding)
             for layer in self.layers
         ]
 

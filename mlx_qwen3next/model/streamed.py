@@ -20,7 +20,7 @@ from ..metal_kernels import Experts
 from ..storage.reading import Reader
 from ..storage.safetensors import Tensor
 from .cache import Cache, GatedDeltaCache
-from .packed import PackedDecoderLayer, PackedSparseMoE
+from .packed import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedSparseMoE
 from .parallel import parameters, recast
 from .qwen3_next import Model, SparseMoE, Trunk
 from .slots import LayerSlots, Slots, StoredExperts
@@ -37,17 +37,18 @@ class StreamedSparseMoE(PackedSparseMoE):
 
     def add(self, x: mx.array, logits: mx.array, residual: mx.array) -> mx.array:
         """Returns ``residual`` plus the experts' mixture; waits for the router."""
-        slots = self.slots
+        slots, shared = self.slots, self.shared
         arrays = x, logits, slots.gate_up, slots.down, residual
-        if isinstance(slots.gate_up, Experts) and isinstance(slots.down, Experts):
-            return operations.sparse_experts_in_slots(*arrays, slots=slots, **self.router_options)
-        return sparse_experts(*arrays, products=slots.products, **self.router_options)
+        options = {"shared": shared, **self.router_options}
+        if all(isinstance(w, Experts) for w in (slots.gate_up, slots.down, *(shared or ()))):
+            return operations.sparse_experts_in_slots(*arrays, slots=slots, **options)
+        return sparse_experts(*arrays, products=slots.products, **options)
 
 
 class StreamedDecoderLayer(PackedDecoderLayer):
     """A decoder layer whose steps are traced as far as the router."""
 
-    @traced
+    @traced()
     def linear_step(
         self, numbers: tuple[Any], x: mx.array, before: Any, mask: Any, recording: bool
     ) -> tuple[tuple[mx.array, ...], LayerState]:
@@ -64,12 +65,12 @@ class StreamedDecoderLayer(PackedDecoderLayer):
         )
         return self.to_router(x, y), after
 
-    @traced
+    @traced(*AFTER_ATTENTION)
     def attention_heads(self, numbers: tuple[Any], x: mx.array) -> tuple[mx.array, ...]:
         """Returns :meth:`before_attention`; ``numbers`` is the position of the first token."""
         return self.before_attention(x, *numbers)
 
-    @traced
+    @traced(*BEFORE_ATTENTION)
     def attention_step(
         self, _: tuple[()], x: mx.array, row: mx.array, o: mx.array
     ) -> tuple[mx.array, ...]:

@@ -14,9 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.cache import QuantizedKVCache
 
-from ..model.cache import Cache, GatedDeltaCache, MTPCache, length, settle
+from ..model.cache import AttentionCache, Cache, GatedDeltaCache, MTPCache, length, settle
 from ..storage import safetensors
 from ..storage.safetensors import Tensor
 
@@ -202,7 +202,7 @@ def assemble(path: list[Piece]) -> Cache:
             entry = GatedDeltaCache()
             entry.cache = [states[f"{i}.rows"], states[f"{i}.state"]]
         elif quantization is None:
-            entry = KVCache.from_state((kv[f"{i}.0"], kv[f"{i}.1"], n))
+            entry = AttentionCache.from_state((kv[f"{i}.0"], kv[f"{i}.1"], n))
         else:
             keys, values = ([kv[f"{i}.{j}"] for j in range(k, k + 3)] for k in (0, 3))
             entry = QuantizedKVCache.from_state((keys, values, n, *quantization))

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..decoding.drafters import Drafter, Outputs
+from ..decoding.speculative import handing_over
 from ..model.cache import Cache, settle
 from ..model.qwen3_next import Model
 
@@ -91,7 +92,7 @@ class InformingModel:
     def __call__(self, tokens: mx.array, cache: Cache) -> mx.array:
         *trunk, drafts = cache
         outputs = Outputs(drafter for row in drafts.rows for drafter in row.drafters)
-        hidden = self._model.model(tokens, trunk, outputs)
+        hidden = self._model.model(tokens, trunk, handing_over(tokens.size, outputs))
         drafts.committed(tokens, outputs.of(hidden))
         return self._model.logits(hidden)
 

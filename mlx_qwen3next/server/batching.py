@@ -22,13 +22,13 @@ from mlx_lm.generate import (
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
 from ..decoding.draft_depth import Depth
+from ..decoding.pace import PromptPace
 from ..decoding.sequence import NOT_QUANTIZED, KVQuantization
 from ..decoding.speculation import Speculation
 from ..model.cache import Cache, tokens_held
 from ..model.qwen3_next import Model
 from .batched_drafters import DrafterRow, Drafters, InformingModel, without_drafters
 from .lone_sequence import Entry, Generated, LoneSequence, Responses
-from .pace import PromptPace
 
 
 class SpeculativeBatchGenerator(BatchGenerator):
@@ -58,6 +58,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         self._pace = pace or PromptPace()
         self._are_tokens_waiting = False
         self._chunk: int | None = None  # tokens of each prompt that this step reads, once chosen
+        self._held = 0  # tokens before the chunk, of the longest prompt
         super().__init__(informing, **options)
         self._lm, self.depth, self._quantization = model, depth, quantization
 
@@ -122,7 +123,9 @@ class SpeculativeBatchGenerator(BatchGenerator):
         if self._chunk is None:
             left = [len(segments[0]) for segments, *_ in self._currently_processing]
             streams = self._are_tokens_waiting or len(self._generation_batch) > 0
-            self._chunk = self._pace.size(self._step_size, max(len(left), 1), streams=streams)
+            self._held = max(map(len, self._prompt_batch.tokens), default=0)
+            prompts = max(len(left), 1)
+            self._chunk = self._pace.size(self._step_size, self._held, prompts, streams=streams)
             self._chunk = min([self._chunk, *left])
         return self._chunk
 
@@ -165,7 +168,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         self._pace.start()
         responses = super()._next()
         if self._chunk is not None:
-            self._pace.stop(self._chunk * len(self._currently_processing))
+            self._pace.stop(self._chunk, self._held, len(self._currently_processing))
         return responses
 
     def _make_batch(self, n: int) -> PromptProcessingBatch:

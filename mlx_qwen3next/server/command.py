@@ -174,7 +174,8 @@ def _check(args: argparse.Namespace) -> None:
         "port": 0,
     }
     for name, number in least.items():
-        check_integer(f"--{name.replace('_', '-')}", getattr(args, name), number)
+        if (value := getattr(args, name)) is not None:
+            check_integer(f"--{name.replace('_', '-')}", value, number)
     if args.port > 65535:
         raise ValueError(f"--port must be at most 65535, got {args.port}")
     Sampling(**given(args, SAMPLING_FLAGS))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -31,19 +30,20 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..decoding.draft_depth import Depth
+from ..decoding.pace import FIXED, PromptPace
 from ..decoding.sampling import SeededSampler
 from ..decoding.sequence import KVQuantization
 from ..decoding.speculation import MTP, Speculation
 from ..errors import QueueFullError, first_line
 from ..model.cache import Cache
 from ..model.qwen3_next import Model
+from ..model.reading import MOST
 from ..prompt_cache.store import PromptCache
 from .arguments import Arguments, Prompt
 from .batching import SpeculativeBatchGenerator
 from .lone_sequence import Generated, Prompted
 from .memory import Memory
 from .metrics import Metrics
-from .pace import PromptPace
 from .prompt import tokenized_prompt
 from .request import NullQueue, Request, random_key, read_request
 from .responses import Context, Response
@@ -198,9 +198,8 @@ class Engine:
             return False
         self._stream = mx.default_stream(mx.default_device())
         self._memory = Memory(self._model, self._checkpoints)
-        # The tokens depend on the chunks, or a chunk of any size reads nearly all experts.
-        is_whole = self.args.kv_bits is not None or self._model.streamed is not None
-        self._pace = PromptPace(math.inf if is_whole else self.args.max_stall, self._group)
+        quantized = self.args.kv_bits is not None  # then the tokens depend on the chunks
+        self._pace = PromptPace() if quantized else PromptPace.of(self._model, self.args.max_stall)
         self._make_batch(depth)
         self._loaded.set()
         return True
@@ -230,7 +229,7 @@ class Engine:
             self._pace,
             completion_batch_size=args.decode_concurrency,
             prefill_batch_size=args.prompt_concurrency,
-            prefill_step_size=args.prefill_step_size,
+            prefill_step_size=args.prefill_step_size or (MOST if args.kv_bits is None else FIXED),
             stream=self._stream,
         )
         self._max_running = 1 if args.kv_bits is not None else args.decode_concurrency

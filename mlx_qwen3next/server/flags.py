@@ -113,10 +113,9 @@ def parser() -> argparse.ArgumentParser:
     fairness.add_argument(
         "--prefill-step-size",
         type=int,
-        default=2048,
         metavar="N",
-        help="Most tokens of a prompt to process at a time; fewer take less memory (default: "
-        "%(default)s).",
+        help="Most tokens of a prompt to process at a time (default: as many as time and memory "
+        "allow, at most 8192).",
     )
     fairness.add_argument(
         "--max-stall",

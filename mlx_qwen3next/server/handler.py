@@ -215,11 +215,15 @@ class Handler(BaseHTTPRequestHandler):
                 adapter=settings.adapter,
             )
         del raw
-        prompt = prompt_of(fields, is_chat=form.is_chat)
         try:
             arguments = arguments_of(fields, self.generator.args)
         except ValueError as error:  # the flags' values: those of the request are checked
             raise _server_error(error) from error
+        calls = self._about.stored.calls
+        if form.is_chat:
+            template = arguments.template_options.get("chat_template")
+            fields["messages"] = calls.restored(template, fields["messages"])
+        prompt = prompt_of(fields, is_chat=form.is_chat)
         if path == _COUNT:
             count = self._asked(lambda: self.generator.count_tokens(prompt, arguments))
             self._send(200, {"input_tokens": count})
@@ -228,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             context, responses = self._generate(prompt, arguments)
             one_call = not fields.get("parallel_tool_calls", True)
-            reading = Reading(prompt, arguments, context, one_call)
+            reading = Reading(prompt, arguments, context, one_call, calls)
             if self._streams:
                 self._begin_stream(form)
             self._send_answer(form, fields, reading, self._checked(responses))

@@ -12,13 +12,13 @@ from mlx_lm.generate import GenerationBatch, PromptProcessingBatch, StopSequence
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
 from ..decoding.draft_depth import Depth
+from ..decoding.pace import PromptPace
 from ..decoding.sampling import Chooser, SeededSampler
 from ..decoding.sequence import KVQuantization, TokenSequence
 from ..decoding.speculative import Token
 from ..model.cache import Cache
 from ..model.qwen3_next import Model
 from .batched_drafters import without_drafters
-from .pace import PromptPace
 
 Prompted = PromptProcessingBatch.Response
 Generated = GenerationBatch.Response
@@ -89,11 +89,11 @@ class LoneSequence(TokenSequence):
             depth=depth,
             drafters=cache[-1].rows[0].drafters,
             step_size=step_size,
+            pace=pace,
             quantization=quantization,
         )
         self.entry, self.cache, self._group = entry, cache, model.group
         self.matcher = entry.stop.matcher() if matcher is None else matcher
-        self._full_size, self._pace = step_size, pace
         self._steps: Generator[Token] | None = None
         self.finished = self._is_in_round = False
 
@@ -112,11 +112,7 @@ class LoneSequence(TokenSequence):
         if not self.is_reading:
             self._start()
             return [Prompted(entry.uid, (entry.prompt_tokens,) * 2, True, True)], []
-        before = len(self.tokens)
-        self.step_size = self._pace.size(self._full_size)
-        self._pace.start()
         segment_ended = self.read()
-        self._pace.stop(len(self.tokens) - before)
         processed = entry.prompt_tokens - sum(map(len, self.segments))
         return [Prompted(entry.uid, (processed, entry.prompt_tokens), segment_ended, False)], []
 

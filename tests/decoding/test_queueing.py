@@ -46,6 +46,7 @@ def test_layers_at_a_time_depend_on_the_device(monkeypatch):
     for device, layers in ((mx.cpu, 1), (mx.gpu, 5)):
         monkeypatch.setattr(mx, "default_device", lambda device=device: device)
         assert queueing.layers_at_once() == layers
+        assert queueing.layers_at_once(queueing.CHUNK) == 1
 
 
 @pytest.mark.parametrize(("layers", "starts"), [(1, 3), (2, 1), (3, 1), (48, 0)])
@@ -53,10 +54,22 @@ def test_so_many_layers_of_a_step_are_handed_over(monkeypatch, layers, starts):
     model, _ = bundled()
     assert len(model.layers) == 4
     started = []
-    monkeypatch.setattr(speculative, "layers_at_once", lambda: layers)
+    monkeypatch.setattr(speculative, "layers_at_once", lambda _: layers)
     monkeypatch.setattr(mx, "async_eval", started.append)
     speculative.forward(model, model.make_cache(), mx.array([5]), [])
     assert len(started) == starts
+
+
+def test_of_a_chunk_a_layer_is_done_before_the_next_is_handed_over(monkeypatch):
+    model, _ = bundled()
+    order = []
+    monkeypatch.setattr(mx, "async_eval", lambda x: order.append(("begun", id(x))))
+    monkeypatch.setattr(mx, "eval", lambda xs: order.append(("done", *map(id, xs))))
+    tokens = mx.zeros(queueing.CHUNK, mx.int32)
+    speculative.forward(model, model.make_cache(), tokens, [])
+    first, second, third = (x for what, *x in order if what == "begun")
+    expected = [("done",), ("begun", *first), ("done", *first), ("begun", *second)]
+    assert order == [*expected, ("done", *second), ("begun", *third)]
 
 
 def test_settings_are_those_of_the_process(monkeypatch):

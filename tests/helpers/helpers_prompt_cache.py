@@ -4,9 +4,9 @@ import itertools
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.cache import QuantizedKVCache
 
-from mlx_qwen3next.model.cache import GatedDeltaCache, MTPCache
+from mlx_qwen3next.model.cache import AttentionCache, GatedDeltaCache, MTPCache
 from mlx_qwen3next.prompt_cache.pieces import size
 from mlx_qwen3next.prompt_cache.tree import tree
 
@@ -25,7 +25,7 @@ def rows(tokens, seed=0):
     )
 
 
-def kv_entry(values, kind=KVCache, room=5):
+def kv_entry(values, kind=AttentionCache, room=5):
     """A cache entry that holds these rows and has room for more, as in use."""
     entry, n = kind(), values.shape[2]
     entry.update_and_fetch(mx.array(values), mx.array(-values))

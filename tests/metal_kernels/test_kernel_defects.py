@@ -126,8 +126,8 @@ def routed(dtype):
     )
 
 
-def stack(normal, outputs, bits):
-    weight = normal(EXPERTS + 1, outputs, 256, scale=1 / 16)
+def stack(normal, outputs, bits, experts=EXPERTS + 1):
+    weight = normal(experts, outputs, 256, scale=1 / 16)
     if bits == 16:
         return metal_kernels.Experts(weight)
     words, *groups = mx.quantize(weight.astype(mx.bfloat16), 64, bits)
@@ -139,14 +139,36 @@ def gate_up(dtype, bits=4):
     metal_kernels.expert_gate_up(normal(3, 256), stack(normal, 24, bits), routed(dtype))
 
 
+def gate_up_3(dtype):
+    gate_up(dtype, 3)
+
+
+def gate_up_6(dtype):
+    gate_up(dtype, 6)
+
+
 def gate_up_16(dtype):
     gate_up(dtype, 16)
+
+
+def gate_up_apart(dtype):
+    """The shared expert, which every row has, is stored otherwise than the others."""
+    normal = numbers_from(5, dtype)
+    weights, shared = stack(normal, 24, 3, EXPERTS), stack(normal, 24, 8, 1)
+    metal_kernels.expert_gate_up(normal(3, 256), weights, routed(dtype), shared)
 
 
 def down(dtype):
     normal = numbers_from(6, dtype)
     x, residual = normal(3 * (TOP + 1), 256), normal(1, 3, 24)
     metal_kernels.expert_down(x, stack(normal, 24, 4), routed(dtype), residual)
+
+
+def down_apart(dtype):
+    normal = numbers_from(6, dtype)
+    x, residual = normal(3 * (TOP + 1), 256), normal(1, 3, 24)
+    weights, shared = stack(normal, 24, 2, EXPERTS), stack(normal, 24, 5, 1)
+    metal_kernels.expert_down(x, weights, routed(dtype), residual, shared)
 
 
 # ---- running them, with the text changed ----
@@ -433,34 +455,36 @@ sorted[i] / R != sorted[i - 1] / R) { => true) { distinct = i + 1; all = N;
 
 == experts
 misaligned words | gate_up | run | misaligned
-weight + (row * Columns + c) / places => weight + 1 + (row * Columns + c) / places
-shift by more than a word | gate_up | run | shift by a negative or too large amount
-word_mask << (i * Bits % 32) => word_mask << (i * Bits)
-up's rows too far | gate_up | run | out of bounds read of 8 bytes at byte .* of 'weight'
-output, I - kPairs, x => output, I, x
+(const device Word*)weight => (const device Word*)((const device char*)weight + 1)
+words that steps do not fill | gate_up_3 | numbers | y is wrong
+Bits % 2 == 0, uint, ushort => true, uint, ushort
+half of a code in the next word | gate_up_3 | numbers | y is wrong
+word >> place | from[at + 1] << (size - place) => word >> place
+shift by more than a word | gate_up_6 | run | shift by a negative or too large amount
+<< (size - place) => << (size + place)
+code that does not stay at its place | gate_up_6 | numbers | y is wrong
++ Bits > size ? 0 : => + Bits > size ? 1 :
+up's rows too far | gate_up | run | out of bounds read of 4 bytes at byte .* of 'weight'
+I - kPairs, x => I, x
 wrong stride of the scales | gate_up | run | out of bounds read of 4 bytes at byte .* of 'scales'
-(row * Columns + c) / G => (row * Columns + c) / V
+load(own.scales, at / G) => load(own.scales, at / V)
 sums from no first value | gate_up | pattern | y is wrong
-acc[o][n] = 0.0f; =>
+acc[2 * kPairs][Rows] = {}; => acc[2 * kPairs][Rows];
 last pair not computed | gate_up | run | output 'y' was not fully written
-if (pair < end) {\n    gate_up => if (pair + 1 < end) {\n    gate_up
+pair < end; pair += 2) {\n    if (pair + 1 < end) {\n      gate_up
+=> pair + 1 < end; pair += 2) { if (pair + 1 < end) { gate_up
 products in T | gate_up_16 | rounded | y was rounded
-value = load(w, i);\n#pragma unroll\n          for (int n = 0; n < Rows; n++) {\n
-            dots[n] += values[n][i] * value;
-=> value = load(w, i); for (int n = 0; n < Rows; n++) { dots[n] += (T)values[n][i] * (T)value;
-threadgroup for every pair | gate_up | reads | weights read
-const uint end = routing.starts[distinct + 1];\n  if (output >= I) {\n    return;\n  }\n
-  const Weights<T> own = of_expert<T, Bits, G, 2 * I, H>(weights, routing.experts[distinct]);\n
-  uint pair = routing.starts[distinct];
-=> uint d = 0, pair = distinct, end = pair + 1; while (routing.starts[d + 1] <= pair) { d++; }
- if (output >= I) { return; }
- const Weights<T> own = of_expert<T, Bits, G, 2 * I, H>(weights, routing.experts[d]);
+inputs[n][i] * values[i] => (T)inputs[n][i] * (T)values[i]
+shared expert not apart | gate_up_apart | run | out of bounds read .* of 'weight'
+if (Shared && expert == Shared) {\n    const One => if (false) { const One
+shared expert's rows of another | down_apart | run | out of bounds read .* of 'shared_weight'
+from_row<I>(shared, output) => from_row<I>(shared, expert + output)
 outputs that are not there | down | run | out of bounds read .* of 'weight'|race: .* of y
 if (output >= H) { => if (false) {
 lanes' sum in T | gate_up | rounded | y was rounded
-simd_sum(acc[o][n]) => simd_sum(static_cast<T>(acc[o][n]))
+simd_sum(acc[p][n]) => simd_sum(static_cast<T>(acc[p][n]))
 weighted sum in T | down | rounded | y was rounded
-sums[o] += weight * acc[o][n]; => sums[o] = static_cast<T>(sums[o] + weight * acc[o][n]);
+sums[o] += weight * total; => sums[o] = static_cast<T>(sums[o] + weight * total);
 rows that are not there | down | run | out of bounds read of 4 bytes at byte 288 of 'residual'
 lane < R => lane <= R
 same outputs from every simdgroup | down | run | race: write of byte 0 of y

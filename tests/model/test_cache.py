@@ -220,7 +220,7 @@ def test_deepcopy_is_independent():
 # --- mlx-lm's protocol -------------------------------------------------------------------------
 def test_make_prompt_cache():
     kinds = [type(c).__name__ for c in make_prompt_cache(model())]
-    assert kinds == ["GatedDeltaCache"] * 3 + ["KVCache"]
+    assert kinds == ["GatedDeltaCache"] * 3 + ["AttentionCache"]
 
 
 @pytest.mark.parametrize("pending", [False, True], ids=["settled", "with-a-tape"])

@@ -5,7 +5,7 @@ import threading
 
 import mlx.core as mx
 import pytest
-from helpers_generate import bundled, endless, tokens_of
+from helpers_generate import bundled, endless, narrow, tokens_of
 from helpers_server import TEXT, connected, exchange, post, strict_json, until
 from helpers_serving import (
     ENDLESS,
@@ -17,19 +17,18 @@ from helpers_serving import (
     encode,
     expected,
     expected_text,
-    narrow,
     running,
     served,
     user,
 )
 
 from mlx_qwen3next import load
+from mlx_qwen3next.decoding.pace import LEAST
 from mlx_qwen3next.errors import QueueFullError
 from mlx_qwen3next.model.qwen3_next import Trunk
 from mlx_qwen3next.prompt_cache import store
 from mlx_qwen3next.prompt_cache.store import PromptCache
 from mlx_qwen3next.server import engine as serving
-from mlx_qwen3next.server.pace import LEAST
 
 OPENING = 3  # tokens a chat's prompt ends with, "<|im_start|>assistant\n"
 

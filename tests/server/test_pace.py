@@ -1,6 +1,8 @@
 """The chunks of prompts take no longer than they may, and their sizes change no token."""
 
 import functools
+import itertools
+import math
 import random
 
 import pytest
@@ -8,9 +10,10 @@ from helpers_generate import golden, greedy
 from helpers_serving import Sequences, assert_holds
 
 from mlx_qwen3next.decoding.draft_depth import FixedDepth
+from mlx_qwen3next.decoding.pace import FIRST, FIRST_ALONE, LEAST, PromptPace
 from mlx_qwen3next.group import Group
 from mlx_qwen3next.model.qwen3_next import Trunk
-from mlx_qwen3next.server.pace import FIRST, LEAST, PromptPace
+from mlx_qwen3next.model.reading import Reading
 
 FULL = 160  # tokens of a chunk at most
 
@@ -24,6 +27,22 @@ def model():
 def prompt(n, seed=7):
     rng = random.Random(seed)
     return [rng.randrange(96) for _ in range(n)]
+
+
+class Counted(Reading):
+    """A token takes the work of the tokens before it, times ``growth``, and one more."""
+
+    growth = 0.0
+
+    def multiply_adds(self, tokens, held):
+        return tokens * (1 + self.growth * held) + self.growth * tokens**2 / 2
+
+    def scratch(self, tokens, held):
+        return tokens * (100 + held)
+
+
+def counted(room=math.inf):
+    return Counted(None, 4, room)
 
 
 class Clock:
@@ -47,7 +66,7 @@ class Clock:
         monkeypatch.setattr(Trunk, "__call__", timed)
 
     def pace(self, max_stall):
-        return PromptPace(max_stall, clock=lambda: self.now)
+        return PromptPace(counted(), max_stall, clock=lambda: self.now)
 
     @property
     def sizes(self):
@@ -66,7 +85,7 @@ def test_alone_a_chunk_has_full_size_if_it_takes_no_more_than_two_seconds(monkey
     sequences = Sequences(model(), FixedDepth(0), step_size=FULL, pace=pace)
     sequences.insert(prompt(700), 1)
     sequences.run()
-    assert clock.sizes == [FIRST, FULL, FULL, FULL, 699 - FIRST - 3 * FULL]
+    assert clock.sizes == [*[FULL] * 4, 699 - 4 * FULL]
     clock.token = 0.02
     clock.chunks.clear()
     sequences.insert(prompt(700, seed=8), 1)
@@ -122,7 +141,42 @@ def test_prompts_that_are_read_together_share_the_time(monkeypatch):
     assert all(0.5 <= seconds <= 1.0 for *_, seconds in clock.chunks[1:-1])
 
 
-def test_a_pace_without_a_limit_measures_nothing():
+def test_the_first_chunk_is_short():
+    pace = clockless()
+    assert [pace.size(2048, streams=streams) for streams in (False, True)] == [FIRST_ALONE, FIRST]
+    assert pace.size(2048, 0, 4, streams=True) == FIRST // 4
+    assert pace.size(10) == 10
+
+
+def clockless(room=math.inf, growth=0.0):
+    """A pace at which every chunk seems to take a second."""
+    reading = counted(room)
+    object.__setattr__(reading, "growth", growth)
+    ticks = itertools.count()
+    return PromptPace(reading, 0.5, clock=lambda: float(next(ticks)))
+
+
+def test_a_chunk_shrinks_as_the_text_before_it_grows():
+    """It is judged by the work of the chunks before, which had fewer tokens before them."""
+    pace = clockless(growth=0.01)
+    pace.start()
+    pace.stop(1000, 0)  # 6000 a second
+    sizes = [pace.size(8192, held) for held in (0, 1000, 10_000, 100_000)]
+    assert sizes == [1328, 688, 96, LEAST]
+    for size, held in zip(sizes, (0, 1000, 10_000), strict=False):
+        assert 0.75 <= pace._reading.multiply_adds(size, held) / 6000 / 2 <= 0.85
+
+
+def test_a_chunk_fits_the_memory_whatever_time_it_takes():
+    pace = clockless(room=1e6)
+    for _ in range(2):
+        assert [pace.size(512, held) for held in (0, 4900, 50_000)] == [512, 192, LEAST]
+        assert pace.size(512, 4900, 2) == 96
+        pace.start()
+        pace.stop(10**6)
+
+
+def test_a_pace_without_a_reading_measures_nothing():
     pace = PromptPace()
     pace.stop(1)
     assert [pace.size(n, streams=True) for n in (1, 100, 2048)] == [1, 100, 2048]
@@ -138,7 +192,7 @@ def test_ranks_read_chunks_of_rank_0_s_size():
             assert what == "chunk" and value != 48
             return 48
 
-    pace = PromptPace(0.5, Follower(), clock=iter([0.0, 100.0]).__next__)
+    pace = PromptPace(counted(), 0.5, Follower(), clock=iter([0.0, 100.0]).__next__)
     assert pace.size(2048) == 48
     pace.start()
     pace.stop(48)
