@@ -22,16 +22,22 @@ from mlx_qwen3next.storage.reading import Reader
 TOKENS = np.random.default_rng(0).integers(0, 80, (2, 120))
 
 
+def shared_at_8_bits(path, module):
+    return {"group_size": 32, "bits": 8} if "shared_expert." in path else True
+
+
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
     """The golden `base` in MLX's layout: unquantized and at 3 and 4 bits, by bits; "3" with
-    scales in float32."""
+    scales in float32; "apart" at 4 bits, with a shared expert of 8."""
     folder = tmp_path_factory.mktemp("quantized")
     found = {}
-    for bits in (3, 4, 16):
+    for bits in (3, 4, 16, "apart"):
         found[bits] = folder / str(bits)
         found[bits].mkdir()
-        options = {} if bits == 16 else {"group_size": 32, "bits": bits}
+        options = {} if bits == 16 else {"group_size": 32, "bits": 4 if bits == "apart" else bits}
+        if bits == "apart":
+            options["quant_predicate"] = shared_at_8_bits
         checkpoints.convert(found[bits], **options)
     found["3"] = shutil.copytree(found[3], folder / "float32")
     file = found["3"] / "model.safetensors"
@@ -80,6 +86,7 @@ FORMS = {  # bits, sizes; experts are transposed where that is faster, or read a
     "transposed": (4, (3,)),
     "as stored": ("3", (3, 7)),
     "unquantized": (16, (4,)),
+    "shared apart": ("apart", (3,)),
 }
 
 
@@ -275,10 +282,12 @@ def test_groups_of_a_prompt_are_multiplied_as_the_whole_would_be(monkeypatch):
 
 
 @pytest.mark.metal
-def test_kernels_run_on_slots(quantized):
+@pytest.mark.parametrize("bits", [4, "apart"])
+def test_kernels_run_on_slots(bits, quantized):
     """Rows that want more experts than there are slots run in parts."""
-    model = load_model(quantized[4], dtype=mx.float16)
-    held = streamed(3, quantized[4], mx.float16)
+    model = load_model(quantized[bits], dtype=mx.float16)
+    assert (model.layers[0].mlp.shared is None) == (bits == 4)
+    held = streamed(3, quantized[bits], mx.float16)
     for rows in (1, 5):
         case = inputs(rows, model, rows)
         with executed() as launches:
