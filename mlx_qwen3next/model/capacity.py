@@ -52,8 +52,8 @@ def check(weights: int, cache: int, context: int) -> None:
     if need > total:
         raise ValueError(
             f"{sizes}, but this machine has {total / GB:.1f} GB for it. "
-            "Use a smaller quantization (mlx_qwen3next.convert with fewer --q-bits) or a shorter "
-            "context."
+            "Use a smaller quantization (mlx_qwen3next.convert with fewer --q-bits), a shorter "
+            "context, or a converted model with its experts on disk (experts_in_memory='auto')."
         )
     if need > comfortable:
         megabytes = int(min(need * 1.1, total) / 2**20)
