@@ -1,120 +1,101 @@
 // The sparse experts for up to 16 rows, by a routing: each expert's weights are read once,
 // whatever number of rows it serves. Sums have a fixed order, which depends on the row alone.
 //
-// Quantized weights are MLX's: values of Bits bits in uint32 words along the inputs, scale and
-// bias a group of G. Bits 16 stands for unquantized weights of type T.
+// Quantized weights are MLX's: rows of codes of Bits bits, one behind the other from the lowest bit
+// on, with a scale and a bias a group of G. Bits 16 stands for unquantized weights of type T.
 
-// How one lane reads a row: V values a step, 8 or 16 bytes of weights.
-template <int Bits>
-constexpr int values_a_step() {
-  return Bits == 4 ? 16 : 8;
-}
-
-// One step's inputs of a lane. Values meant for the higher bits of a word are divided by the
-// place's worth, exactly, so that masking the word replaces shifting it.
-template <typename T, int Bits, int V>
-inline float load_inputs(const device T* x, thread float (&values)[V]) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < V; i++) {
-    const float value = load(x, i);
-    sum += value;
-    values[i] = value;
-    if (Bits < 16) {
-      values[i] *= 1.0f / static_cast<float>(1u << (i * Bits % 32));
-    }
-  }
-  return sum;
-}
-
-// acc[o][n] = the product of weight row `first + o` (from the middle of Outputs on, `jump` rows
-// further) and the inputs at x + from[n]; all lanes get it.
-template <typename T, int Bits, int G, int Columns, int Outputs, int Rows>
-inline void multiply(
-    const device uint* weight, const device T* scales, const device T* biases, uint first,
-    uint jump, const device T* x, thread const uint (&from)[Rows], uint lane,
-    thread float (&acc)[Outputs][Rows]) {
-  constexpr int V = values_a_step<Bits>();
-  constexpr uint word_mask = Bits == 4 ? 0xfu : 0xffu;
-#pragma unroll
-  for (int o = 0; o < Outputs; o++) {
-#pragma unroll
-    for (int n = 0; n < Rows; n++) {
-      acc[o][n] = 0.0f;
-    }
-  }
-  for (uint c = lane * V; c < Columns; c += 32 * V) {
-    float values[Rows][V];
-    float sums[Rows];
-#pragma unroll
-    for (int n = 0; n < Rows; n++) {
-      sums[n] = load_inputs<T, Bits>(x + from[n] + c, values[n]);
-    }
-#pragma unroll
-    for (int o = 0; o < Outputs; o++) {
-      const uint row = first + o + (o >= Outputs / 2 ? jump : 0);
-      float dots[Rows] = {};
-      if (Bits == 16) {
-        const device T* w = reinterpret_cast<const device T*>(weight) + row * Columns + c;
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-          const float value = load(w, i);
-#pragma unroll
-          for (int n = 0; n < Rows; n++) {
-            dots[n] += values[n][i] * value;
-          }
-        }
-#pragma unroll
-        for (int n = 0; n < Rows; n++) {
-          acc[o][n] += dots[n];
-        }
-      } else {
-        constexpr uint places = 32 / Bits;  // values a word
-        const uint2 words = *reinterpret_cast<const device uint2*>(
-            weight + (row * Columns + c) / places);
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-          const uint word = i < V / 2 ? words.x : words.y;
-          const float value = static_cast<float>(word & (word_mask << (i * Bits % 32)));
-#pragma unroll
-          for (int n = 0; n < Rows; n++) {
-            dots[n] += values[n][i] * value;
-          }
-        }
-        const uint group = (row * Columns + c) / G;
-        const float scale = load(scales, group);
-        const float bias = load(biases, group);
-#pragma unroll
-        for (int n = 0; n < Rows; n++) {
-          acc[o][n] += scale * dots[n] + bias * sums[n];
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int o = 0; o < Outputs; o++) {
-#pragma unroll
-    for (int n = 0; n < Rows; n++) {
-      acc[o][n] = simd_sum(acc[o][n]);
-    }
-  }
-}
-
-// A stack of experts' weights [E, outputs, columns] as MLX stores it; biases and scales are unused
-// where the weights are not quantized.
-template <typename T>
+// Weights [rows, columns]; biases and scales are unused where they are not quantized.
+template <typename T, int Bits, int G>
 struct Weights {
   const device uint* weight;
   const device T* scales;
   const device T* biases;
 };
 
-template <typename T, int Bits, int G, int Outputs, int Columns>
-inline Weights<T> of_expert(thread const Weights<T>& all, uint expert) {
-  const ulong values = static_cast<ulong>(expert) * Outputs * Columns;
+template <int Columns, typename T, int Bits, int G>
+inline Weights<T, Bits, G> from_row(thread const Weights<T, Bits, G>& all, uint row) {
+  const ulong values = static_cast<ulong>(row) * Columns;
+  const ulong words = values * (Bits < 16 ? Bits : 8 * sizeof(T)) / 32;
   const ulong groups = Bits < 16 ? values / G : 0;
-  const ulong bytes = Bits < 16 ? values * Bits / 8 : values * sizeof(T);
-  return {all.weight + bytes / 4, all.scales + groups, all.biases + groups};
+  return {all.weight + words, all.scales + groups, all.biases + groups};
+}
+
+// How one lane reads a row: V values a step, 2 Bits bytes of quantized weights.
+template <int Bits>
+constexpr int step_size() {
+  return Bits < 8 ? 16 : 8;
+}
+
+// The place in its word, of `size` bits, where a step's code i is multiplied: masking the word
+// replaces shifting it. Only a code that two words share is moved, to the lowest place.
+template <int Bits>
+constexpr int place_of(int i, int size = Bits % 2 == 0 ? 32 : 16) {
+  return Bits == 16 || i * Bits % size + Bits > size ? 0 : i * Bits % size;
+}
+
+// One step's weights of a lane, from number `first` on. A step is a whole number of words.
+template <typename T, int Bits, int V>
+inline void load_weights(const device uint* weight, uint first, thread float (&values)[V]) {
+  if (Bits == 16) {
+    const device T* from = (const device T*)weight + first;
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      values[i] = load(from, i);
+    }
+    return;
+  }
+  using Word = metal::conditional_t<Bits % 2 == 0, uint, ushort>;
+  constexpr int size = 8 * sizeof(Word);
+  const device Word* from = (const device Word*)weight + first / V * (V * Bits / size);
+#pragma unroll
+  for (int i = 0; i < V; i++) {
+    const int at = i * Bits / size, place = i * Bits % size;
+    uint word = from[at];
+    if (place + Bits > size) {
+      word = word >> place | from[at + 1] << (size - place);
+    }
+    values[i] = word & (((1u << Bits) - 1) << place_of<Bits>(i));
+  }
+}
+
+// Adds to acc[o][n] a lane's part of the product of weight row o (from the middle of Outputs on,
+// `jump` rows further) and the inputs at x + from[n].
+template <int Columns, typename T, int Bits, int G, int Outputs, int Rows>
+inline void multiply(
+    thread const Weights<T, Bits, G>& own, uint jump, const device T* x,
+    thread const uint (&from)[Rows], uint lane, thread float (&acc)[Outputs][Rows]) {
+  constexpr int V = step_size<Bits>();
+  for (uint c = lane * V; c < Columns; c += 32 * V) {
+    float inputs[Rows][V];
+    float sums[Rows] = {};
+#pragma unroll
+    for (int n = 0; n < Rows; n++) {
+#pragma unroll
+      for (int i = 0; i < V; i++) {
+        const float value = load(x, from[n] + c + i);
+        sums[n] += value;
+        inputs[n][i] = value * (1.0f / (1u << place_of<Bits>(i)));  // exact
+      }
+    }
+#pragma unroll
+    for (int o = 0; o < Outputs; o++) {
+      const uint at = (o < Outputs / 2 ? o : o + jump) * Columns + c;
+      float values[V];
+      load_weights<T, Bits>(own.weight, at, values);
+#pragma unroll
+      for (int n = 0; n < Rows; n++) {
+        float dot = 0.0f;
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+          dot += inputs[n][i] * values[i];
+        }
+        if (Bits < 16) {
+          dot = load(own.scales, at / G) * dot + load(own.biases, at / G) * sums[n];
+        }
+        acc[o][n] += dot;
+      }
+    }
+  }
 }
 
 // A routing (router.metal) of `count` pairs, which is one array [4 count + 1].
@@ -126,36 +107,44 @@ struct Routing {
   uint count;
 };
 
-inline Routing as_routing(const device uint* routing, uint size) {
-  const uint count = size / 4;
-  return {
-      routing, routing + count, reinterpret_cast<const device float*>(routing + 2 * count),
-      routing + 3 * count, count};
-}
-
 // Outputs of gate and up that a simdgroup makes at once, and outputs of down.
 constant constexpr int kPairs = 4;
 constant constexpr int kOutputs = 4;
 
-template <typename T, int Bits, int G, int H, int I, int Rows>
+template <int H, int I, int Rows, typename T, typename W>
 inline void gate_up_rows(
-    thread const Weights<T>& weights, const device T* x, const device uint* rows, uint pair,
-    uint output, uint lane, device T* y) {
+    thread const W& own, const device T* x, const device uint* rows, uint pair, uint lane,
+    device T* y) {
   uint from[Rows];
 #pragma unroll
   for (int n = 0; n < Rows; n++) {
     from[n] = rows[pair + n] * H;
   }
-  float acc[2 * kPairs][Rows];
-  multiply<T, Bits, G, H>(
-      weights.weight, weights.scales, weights.biases, output, I - kPairs, x, from, lane, acc);
+  float acc[2 * kPairs][Rows] = {};
+  multiply<H>(own, I - kPairs, x, from, lane, acc);
 #pragma unroll
   for (int p = 0; p < kPairs; p++) {
 #pragma unroll
     for (int n = 0; n < Rows; n++) {
+      const float gate = simd_sum(acc[p][n]), up = simd_sum(acc[kPairs + p][n]);
       if (lane == p * Rows + n) {
-        y[(pair + n) * I + output + p] = static_cast<T>(silu(acc[p][n]) * acc[kPairs + p][n]);
+        y[(pair + n) * I + p] = static_cast<T>(silu(gate) * up);
       }
+    }
+  }
+}
+
+// The next kPairs outputs of one expert, one of the distinct ones, for each of its rows.
+template <int H, int I, typename T, typename W>
+inline void gate_up_of(
+    thread const W& own, const device T* x, thread const Routing& routing, uint distinct, uint lane,
+    device T* y) {
+  const uint end = routing.starts[distinct + 1];
+  for (uint pair = routing.starts[distinct]; pair < end; pair += 2) {
+    if (pair + 1 < end) {
+      gate_up_rows<H, I, 2>(own, x, routing.rows, pair, lane, y);
+    } else {
+      gate_up_rows<H, I, 1>(own, x, routing.rows, pair, lane, y);
     }
   }
 }
@@ -163,47 +152,63 @@ inline void gate_up_rows(
 // y = silu(gate x) up x for every pair of the routing. A threadgroup owns one distinct expert and
 // SG kPairs of its outputs.
 //
-// x: [R, H]; weight: gate's I rows, then up's, of each expert, [E, 2 I, H]; y: [N, I], in the
-// routing's order.
-template <typename T, int Bits, int G, int H, int I, int SG>
+// x: [R, H]; weights: gate's I rows, then up's, of each expert, [E, 2 I, H]; shared: those of expert
+// number Shared, unless that is 0; y: [N, I], in the routing's order.
+template <int H, int I, int SG, int Shared, typename T, typename W, typename One>
 inline void expert_gate_up(
-    const device T* x, thread const Weights<T>& weights, thread const Routing& routing,
-    device T* y, uint block, uint distinct, uint lane, uint simdgroup) {
+    const device T* x, thread const W& weights, thread const One& shared,
+    thread const Routing& routing, device T* y, uint block, uint distinct, uint lane,
+    uint simdgroup) {
   const uint output = (block * SG + simdgroup) * kPairs;
-  const uint end = routing.starts[distinct + 1];
+  const uint expert = routing.experts[distinct];
   if (output >= I) {
     return;
   }
-  const Weights<T> own = of_expert<T, Bits, G, 2 * I, H>(weights, routing.experts[distinct]);
-  uint pair = routing.starts[distinct];
-  for (; pair + 2 <= end; pair += 2) {
-    gate_up_rows<T, Bits, G, H, I, 2>(own, x, routing.rows, pair, output, lane, y);
-  }
-  if (pair < end) {
-    gate_up_rows<T, Bits, G, H, I, 1>(own, x, routing.rows, pair, output, lane, y);
+  if (Shared && expert == Shared) {
+    const One own = from_row<H>(shared, output);
+    gate_up_of<H, I>(own, x, routing, distinct, lane, y + output);
+  } else {
+    const W own = from_row<H>(weights, expert * 2 * I + output);
+    gate_up_of<H, I>(own, x, routing, distinct, lane, y + output);
   }
 }
 
-template <typename T, int Bits, int G, int H, int I, int Rows>
+template <int I, int Rows, typename T, typename W>
 inline void down_rows(
-    thread const Weights<T>& weights, const device T* x, thread const Routing& routing, uint pair,
-    uint output, uint lane, thread float (&sums)[kOutputs]) {
+    thread const W& own, const device T* x, thread const Routing& routing, uint pair, uint lane,
+    thread float (&sums)[kOutputs]) {
   uint from[Rows];
 #pragma unroll
   for (int n = 0; n < Rows; n++) {
     from[n] = (pair + n) * I;
   }
-  float acc[kOutputs][Rows];
-  multiply<T, Bits, G, I>(
-      weights.weight, weights.scales, weights.biases, output, 0, x, from, lane, acc);
+  float acc[kOutputs][Rows] = {};
+  multiply<I>(own, 0, x, from, lane, acc);
 #pragma unroll
   for (int n = 0; n < Rows; n++) {
-    if (lane == routing.rows[pair + n]) {
-      const float weight = routing.weights[pair + n];
+    const uint row = routing.rows[pair + n];
+    const float weight = routing.weights[pair + n];
 #pragma unroll
-      for (int o = 0; o < kOutputs; o++) {
-        sums[o] += weight * acc[o][n];
+    for (int o = 0; o < kOutputs; o++) {
+      const float total = simd_sum(acc[o][n]);
+      if (lane == row) {
+        sums[o] += weight * total;
       }
+    }
+  }
+}
+
+// Adds one expert's part, of the distinct ones, to the sums of each of its rows.
+template <int I, typename T, typename W>
+inline void down_of(
+    thread const W& own, const device T* x, thread const Routing& routing, uint distinct, uint lane,
+    thread float (&sums)[kOutputs]) {
+  const uint end = routing.starts[distinct + 1];
+  for (uint pair = routing.starts[distinct]; pair < end; pair += 2) {
+    if (pair + 1 < end) {
+      down_rows<I, 2>(own, x, routing, pair, lane, sums);
+    } else {
+      down_rows<I, 1>(own, x, routing, pair, lane, sums);
     }
   }
 }
@@ -211,26 +216,25 @@ inline void down_rows(
 // y = residual + the weighted sum of down x over a row's experts. A threadgroup owns SG kOutputs
 // outputs of all rows; lane n keeps the sums of row n.
 //
-// x: [N, I], in the routing's order; weight: [E, H, I]; residual, y: [R, H].
-template <typename T, int Bits, int G, int H, int I, int SG>
+// x: [N, I], in the routing's order; weights: [E, H, I]; shared: as above; residual, y: [R, H].
+template <int H, int I, int SG, int Shared, typename T, typename W, typename One>
 inline void expert_down(
-    const device T* x, thread const Weights<T>& weights, thread const Routing& routing,
-    const device T* residual, device T* y, uint R, uint block, uint lane, uint simdgroup) {
+    const device T* x, thread const W& weights, thread const One& shared,
+    thread const Routing& routing, const device T* residual, device T* y, uint R, uint block,
+    uint lane, uint simdgroup) {
   const uint output = (block * SG + simdgroup) * kOutputs;
   if (output >= H) {
     return;
   }
   float sums[kOutputs] = {};
-  uint pair = 0;
-  for (uint distinct = 0; pair < routing.count; distinct++) {
-    const Weights<T> own = of_expert<T, Bits, G, H, I>(weights, routing.experts[distinct]);
-    const uint end = routing.starts[distinct + 1];
-    for (; pair + 2 <= end; pair += 2) {
-      down_rows<T, Bits, G, H, I, 2>(own, x, routing, pair, output, lane, sums);
-    }
-    if (pair < end) {
-      down_rows<T, Bits, G, H, I, 1>(own, x, routing, pair, output, lane, sums);
-      pair++;
+  for (uint distinct = 0; routing.starts[distinct] < routing.count; distinct++) {
+    const uint expert = routing.experts[distinct];
+    if (Shared && expert == Shared) {
+      const One own = from_row<I>(shared, output);
+      down_of<I>(own, x, routing, distinct, lane, sums);
+    } else {
+      const W own = from_row<I>(weights, expert * H + output);
+      down_of<I>(own, x, routing, distinct, lane, sums);
     }
   }
   if (lane < R) {

@@ -8,33 +8,42 @@ import mlx.core as mx
 
 from .kernel import LANES, Kernel, constant
 
+STORED = ("weight", "scales", "biases", "shared_weight", "shared_scales", "shared_biases")
+WEIGHTS = """
+    const Weights<T, BITS, G> weights = {(const device uint*)weight, scales, biases};
+    const Weights<T, SHARED_BITS, SHARED_G> shared = {
+        (const device uint*)shared_weight, shared_scales, shared_biases};
+    const uint N = routing_shape[0] / 4;
+    const Routing pairs = {
+        routing, routing + N, (const device float*)(routing + 2 * N), routing + 3 * N, N};
+"""
 EXPERT_GATE_UP = Kernel(
     "expert_gate_up",
     "experts",
-    inputs=("x", "weight", "scales", "biases", "routing"),
+    inputs=("x", *STORED, "routing"),
     outputs=("y",),
-    body="""
-    const Weights<T> weights = {(const device uint*)weight, scales, biases};
-    const Routing pairs = as_routing(routing, routing_shape[0]);
-    expert_gate_up<T, BITS, G, H, I, SG>(
-        x, weights, pairs, y, threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
-        thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
+    body=WEIGHTS
+    + """
+    expert_gate_up<H, I, SG, SHARED>(
+        x, weights, shared, pairs, y, threadgroup_position_in_grid.x,
+        threadgroup_position_in_grid.y, thread_index_in_simdgroup,
+        simdgroup_index_in_threadgroup);
     """,
 )
 EXPERT_DOWN = Kernel(
     "expert_down",
     "experts",
-    inputs=("x", "weight", "scales", "biases", "routing", "residual"),
+    inputs=("x", *STORED, "routing", "residual"),
     outputs=("y",),
-    body="""
-    const Weights<T> weights = {(const device uint*)weight, scales, biases};
-    const Routing pairs = as_routing(routing, routing_shape[0]);
-    expert_down<T, BITS, G, H, I, SG>(
-        x, weights, pairs, residual, y, residual_shape[0] * residual_shape[1],
+    body=WEIGHTS
+    + """
+    expert_down<H, I, SG, SHARED>(
+        x, weights, shared, pairs, residual, y, residual_shape[0] * residual_shape[1],
         threadgroup_position_in_grid.x, thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
     """,
 )
 OUTPUTS = 4  # kPairs and kOutputs in experts.metal
+BITS = (2, 3, 4, 5, 6, 8)  # of quantized weights
 
 
 class Experts(NamedTuple):
@@ -44,24 +53,28 @@ class Experts(NamedTuple):
     scales: mx.array | None = None  # [E, outputs, inputs / group_size]
     biases: mx.array | None = None
     group_size: int = 0
-    bits: int = 16  # 4 or 8; 16 stands for unquantized
+    bits: int = 16  # one of BITS; 16 stands for unquantized
 
 
 def takes_experts(shape: tuple[int, ...], bits: int, group_size: int) -> bool:
     """Returns whether the expert kernels take weights stored in this shape and quantization."""
-    _, outputs, words = shape
+    *_, outputs, words = shape
     columns = words if bits == 16 else words * 32 // bits
-    known = bits == 16 or (bits in (4, 8) and group_size in (32, 64, 128))
+    known = bits == 16 or (bits in BITS and group_size in (32, 64, 128))
     return known and outputs % (2 * OUTPUTS) == 0 and columns % 32 == 0
 
 
-def expert_gate_up(x: mx.array, weights: Experts, routing: mx.array) -> mx.array:
+def expert_gate_up(
+    x: mx.array, weights: Experts, routing: mx.array, shared: Experts | None = None
+) -> mx.array:
     """Returns ``silu(gate x) up x`` for every pair of the routing, in one launch.
 
     Args:
         x: ``[..., H]`` T, at most 16 rows.
         weights: ``[E, 2 I, H]``, gate's rows, then up's; scales, biases or unquantized: T.
         routing: made by :func:`mlx_qwen3next.metal_kernels.route` for these rows.
+        shared: ``[2 I, H]``, the routing's expert number E if ``weights`` has not got it, quantized
+            in its own way.
 
     Returns:
         ``[N, I]`` T, in the routing's order. A pair's result depends on its row alone, bit for bit.
@@ -70,8 +83,8 @@ def expert_gate_up(x: mx.array, weights: Experts, routing: mx.array) -> mx.array
     N, I = routing.size // 4, weights.weight.shape[1] // 2
     groups = min(2, I // OUTPUTS)
     (y,) = EXPERT_GATE_UP.launch(
-        inputs=[x, *_stored(weights, x.dtype), routing],
-        template=_expert_template(weights, x.dtype, H=x.shape[-1], I=I, groups=groups),
+        inputs=[x, *_stored(weights, x.dtype), *_stored(shared, x.dtype), routing],
+        template=_expert_template(weights, shared, x.dtype, H=x.shape[-1], I=I, groups=groups),
         grid=(LANES * groups * -(-I // (OUTPUTS * groups)), N, 1),
         threadgroup=(LANES * groups, 1, 1),
         output_shapes=[(N, I)],
@@ -80,12 +93,19 @@ def expert_gate_up(x: mx.array, weights: Experts, routing: mx.array) -> mx.array
     return y
 
 
-def expert_down(x: mx.array, weights: Experts, routing: mx.array, residual: mx.array) -> mx.array:
+def expert_down(
+    x: mx.array,
+    weights: Experts,
+    routing: mx.array,
+    residual: mx.array,
+    shared: Experts | None = None,
+) -> mx.array:
     """Adds the weighted sum of ``down x`` over each row's experts to ``residual``, in one launch.
 
     Args:
         x: ``[N, I]`` T, the result of :func:`expert_gate_up`.
         weights: ``[E, H, I]``. residual: ``[B, L, H]`` T, B L at most 16.
+        shared: ``[H, I]``, as for :func:`expert_gate_up`.
 
     Returns:
         ``[B, L, H]`` T. The order of the sum is that of the experts' numbers. Limits:
@@ -94,8 +114,8 @@ def expert_down(x: mx.array, weights: Experts, routing: mx.array, residual: mx.a
     H = residual.shape[-1]
     groups = min(4, H // OUTPUTS)
     (y,) = EXPERT_DOWN.launch(
-        inputs=[x, *_stored(weights, x.dtype), routing, residual],
-        template=_expert_template(weights, x.dtype, H=H, I=x.shape[1], groups=groups),
+        inputs=[x, *_stored(weights, x.dtype), *_stored(shared, x.dtype), routing, residual],
+        template=_expert_template(weights, shared, x.dtype, H=H, I=x.shape[1], groups=groups),
         grid=(LANES * groups * -(-H // (OUTPUTS * groups)), 1, 1),
         threadgroup=(LANES * groups, 1, 1),
         output_shapes=[residual.shape],
@@ -104,17 +124,21 @@ def expert_down(x: mx.array, weights: Experts, routing: mx.array, residual: mx.a
     return y
 
 
-def _stored(weights: Experts, dtype: mx.Dtype) -> list[mx.array]:
+def _stored(weights: Experts | None, dtype: mx.Dtype) -> list[mx.array]:
     none = constant(0, dtype, 8)
+    if weights is None:
+        return [none, none, none]
     if weights.scales is None or weights.biases is None:
         return [weights.weight, none, none]
     return [weights.weight, weights.scales, weights.biases]
 
 
 def _expert_template(
-    weights: Experts, dtype: mx.Dtype, *, H: int, I: int, groups: int
+    weights: Experts, shared: Experts | None, dtype: mx.Dtype, *, H: int, I: int, groups: int
 ) -> list[tuple[str, Any]]:
+    one = shared or weights
     return [
         *(("T", dtype), ("BITS", weights.bits), ("G", weights.group_size or 1)),
-        *(("H", H), ("I", I), ("SG", groups)),
+        *(("SHARED_BITS", one.bits), ("SHARED_G", one.group_size or 1)),
+        *(("SHARED", len(weights.weight) if shared else 0), ("H", H), ("I", I), ("SG", groups)),
     ]

@@ -97,11 +97,19 @@ def as_on_metal(opaque: Opaque, *, kernels: bool) -> Iterator[None]:
         yield
 
 
-def ours(layers: int) -> Model:
-    """Makes this package's model with an MTP head, packed, at 4 bits in bfloat16."""
+def ours(layers: int, bits: Callable[[str], int] = lambda path: 4) -> Model:
+    """Makes this package's model with an MTP head, packed, in bfloat16.
+
+    Args:
+        bits: those of the linear layer, or of the experts' stack, that has a path.
+    """
     model = Model(Config.from_dict({**CONFIG, "num_hidden_layers": layers}))
     mtp_head.attach(model)
-    nn.quantize(model, 64, 4, class_predicate=_linear)
+
+    def chosen(path: str, module: nn.Module) -> bool | dict[str, int]:
+        return _linear(path, module) and {"group_size": 64, "bits": bits(path)}
+
+    nn.quantize(model, 64, 4, class_predicate=chosen)
     dtypes = {True: mx.bfloat16, False: mx.float32}
     leaves: Any = tree_flatten(model.parameters())
     for path, array in leaves:

@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -306,11 +306,10 @@ def _save(findings: dict[str, Finding]) -> None:
     """Adds to the file. It is no harm if it cannot be written."""
     machine = _machine()
     known = _load(machine) | dict(findings)  # another process may have learned more
-    content = {"machine": machine, "findings": {key: asdict(f) for key, f in known.items()}}
+    content = {"machine": machine, "findings": {key: vars(f) for key, f in known.items()}}
     try:
         file = _file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        write_text(file, text, ending=f".{os.getpid()}")
+        write_text(file, json.dumps(content, ensure_ascii=False), ending=f".{os.getpid()}")
     except (OSError, RuntimeError):  # the latter where there is no home
         pass

@@ -12,13 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..compute import operations
-from ..compute.cpu_matmul import TransposedLinear, TransposedWeights
-from ..compute.experts import sparse_experts
+from ..compute.cpu_matmul import TransposedLinear
+from ..compute.experts import SharedExpert, Stored, sparse_experts
 from ..compute.gated_delta import LayerState
 from ..metal_kernels import Experts
 from .gated_delta_net import GatedDeltaNet
 from .parallel import ParallelDecoderLayer
-from .qwen3_next import DecoderLayer, GatedAttention, RMSNorm, SparseMoE
+from .qwen3_next import MLP, DecoderLayer, GatedAttention, RMSNorm, SparseMoE
 
 
 class PackedRMSNorm(RMSNorm):
@@ -47,30 +47,52 @@ class PackedGatedAttention(GatedAttention):
         return self.in_proj(x) if "in_proj" in self else super().project(x)
 
 
+class PackedSharedExpert(MLP):
+    """A shared expert whose quantization is another than the others', for their launches."""
+
+    @property
+    def stored(self) -> SharedExpert:
+        """The weights of gate and up, and of down."""
+        return stored(self.gate_up_proj), stored(self.down_proj)
+
+
 class PackedSparseMoE(SparseMoE):
     """Router, gate and up, down: three launches after the logits', the residual's included."""
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
         """Returns ``residual + mixture(x)``; ``x`` and ``residual`` are ``[B, L, H]``."""
+        logits, residual = self.before_experts(x, residual)
+        weights = stored(self.gate_up_proj), stored(self.down_proj)
+        return self.add_experts(x, logits, *weights, residual, self.shared)
+
+    def before_experts(self, x: mx.array, residual: mx.array) -> tuple[mx.array, mx.array]:
+        """Returns the router's logits; and the residual, with the shared expert's output if that is
+        none of :meth:`add_experts`.
+        """
         logits = self.gate(x)
-        if "shared_expert" in self:
-            shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-            residual = residual + shared
-        weights = _experts(self.gate_up_proj), _experts(self.down_proj)
-        return self.add_experts(x, logits, *weights, residual)
+        if "shared_expert_gate" in self:
+            residual = residual + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return logits, residual
+
+    @property
+    def shared(self) -> SharedExpert | None:
+        """The shared expert, if the experts' launches take it beside their stack."""
+        apart = "shared_expert" in self and "shared_expert_gate" not in self
+        return self.shared_expert.stored if apart else None
 
     def add_experts(
         self,
         x: mx.array,
         logits: mx.array,
-        gate_up: Experts | TransposedWeights,
-        down: Experts | TransposedWeights,
+        gate_up: Stored,
+        down: Stored,
         residual: mx.array,
+        shared: SharedExpert | None,
     ) -> mx.array:
         """Returns ``residual`` plus the experts' mixture; see :func:`sparse_experts`."""
-        for_kernels = isinstance(gate_up, Experts) and isinstance(down, Experts)
+        for_kernels = all(isinstance(w, Experts) for w in (gate_up, down, *(shared or ())))
         form = operations.sparse_experts if for_kernels else sparse_experts
-        return form(x, logits, gate_up, down, residual, **self.router_options)
+        return form(x, logits, gate_up, down, residual, shared=shared, **self.router_options)
 
     @property
     def router_options(self) -> dict[str, Any]:
@@ -88,7 +110,17 @@ class PackedExpertParallelMoE(PackedSparseMoE):
     own: range  # the experts that are here
 
     def add_experts(self, *arguments: Any) -> mx.array:
-        return sparse_experts(*arguments, own=self.own, **self.router_options)
+        *weights, shared = arguments
+        return sparse_experts(*weights, shared=shared, own=self.own, **self.router_options)
+
+
+# The parts of an attention layer before and after its keys and values.
+BEFORE_ATTENTION = (
+    "input_layernorm",
+    *(f"self_attn.{name}" for name in ("in_proj", "q_proj", "k_proj", "v_proj")),
+    *("self_attn.q_norm", "self_attn.k_norm"),
+)
+AFTER_ATTENTION = "self_attn.o_proj", "post_attention_layernorm", "mlp"
 
 
 class PackedDecoderLayer(DecoderLayer):
@@ -137,7 +169,8 @@ class PackedParallelDecoderLayer(ParallelDecoderLayer):
         return x + self.group.all_sum(self.mlp(y))
 
 
-def _experts(module: nn.Module) -> Experts | TransposedWeights:
+def stored(module: nn.Module) -> Stored:
+    """Returns the weights of a linear layer, or of a stack of them."""
     if isinstance(module, TransposedLinear):
         return module.weights
     if "scales" not in module:

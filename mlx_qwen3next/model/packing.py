@@ -8,9 +8,11 @@ permuted and stacked, quantized or not, which is exact: quantization groups run 
 - Gated DeltaNet: qkvz and ba become ``in_proj``, whose output is ``[q | k | v | z | b | a]``.
 - Attention: q, gate, k and v become ``in_proj``, ``[q | k | v | gate]``.
 - Experts: gate and up become ``gate_up_proj``; the shared expert becomes number E, and its gate the
-  router's last row.
+  router's last row. If the shared expert has other bits, it keeps its own stack, and the same
+  launches read that one.
 
-Modules that cannot be stacked (other bits or group sizes, an adapter's layers) stay as they are.
+Modules of other bits or group sizes are stacked where the common quantization adds little memory.
+Modules that cannot be stacked (an adapter's layers, others) stay as they are.
 """
 
 from __future__ import annotations
@@ -34,11 +36,15 @@ from .packed import (
     PackedGatedDeltaNet,
     PackedParallelDecoderLayer,
     PackedRMSNorm,
+    PackedSharedExpert,
     PackedSparseMoE,
 )
-from .parallel import ExpertParallelMoE, ParallelDecoderLayer, PipelineTrunk, recast
+from .parallel import ExpertParallelMoE, ParallelDecoderLayer, PipelineTrunk, parameters, recast
 from .qwen3_next import MLP, DecoderLayer, GatedAttention, Model, RMSNorm, SparseMoE, Trunk
 from .steps import PackedMTPHead, PackedPipelineTrunk, PackedTrunk, TracedRMSNorm, stretches
+from .widening import in_one_quantization
+
+_LINEAR = nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear
 
 
 def pack(model: Model) -> Model:
@@ -122,23 +128,44 @@ def _pack_experts(layer: SparseMoE) -> SparseMoE:
 
     shared = layer.shared_expert
     router = _stack([layer.gate, layer.shared_expert_gate])
-    shared_gate_up = _stack([shared.gate_proj, shared.up_proj])
+    shared_gate_up, shared_down = _stack([shared.gate_proj, shared.up_proj]), shared.down_proj
     if router is None or shared_gate_up is None:
         return packed
-    gate_up = _append(gate_up, shared_gate_up)
-    down = _append(routed.down_proj, shared.down_proj)
-    if gate_up is None or down is None:
+    gate_up = _append(packed.gate_up_proj, shared_gate_up)
+    down = _append(packed.down_proj, shared_down)
+    if gate_up is not None and down is not None:
+        packed.gate_up_proj, packed.down_proj = gate_up, down
+        del packed["shared_expert"]
+    elif _is_one_of(packed.gate_up_proj, shared_gate_up) and _is_one_of(
+        packed.down_proj, shared_down
+    ):
+        packed.shared_expert = recast(shared, PackedSharedExpert)
+        packed.shared_expert.gate_up_proj = shared_gate_up
+        del packed.shared_expert["gate_proj"], packed.shared_expert["up_proj"]
+    else:
         return packed
-    packed.gate, packed.gate_up_proj, packed.down_proj = router, gate_up, down
-    del packed["shared_expert"], packed["shared_expert_gate"]
+    packed.gate = router
+    del packed["shared_expert_gate"]
     return packed
 
 
+def _is_one_of(experts: nn.Module, one: nn.Module) -> bool:
+    """Returns whether ``one`` is like an expert of the stack in all but its quantization."""
+    return _is_plain(one) and _dense(experts) == _dense(one)
+
+
+def _dense(module: nn.Module) -> tuple[Any, ...]:
+    """Returns outputs, inputs and dtype of a linear layer, or of one of a stack."""
+    quantized = "scales" in module
+    *_, outputs, inputs = module.weight.shape
+    inputs = inputs * 32 // module.bits if quantized else inputs
+    return outputs, inputs, (module.scales if quantized else module.weight).dtype
+
+
 def _is_plain(module: nn.Module) -> bool:
-    """Returns whether a module is a stack of experts that :class:`Experts` can describe."""
+    """Returns whether a module has weights that :class:`Experts` can describe."""
     affine = getattr(module, "mode", "affine") == "affine"
-    known = isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
-    return known and affine and "bias" not in module
+    return isinstance(module, _LINEAR) and affine and "bias" not in module
 
 
 # --- stacking ------------------------------------------------------------------------------------
@@ -149,7 +176,7 @@ def _stack_inputs(layer: Any, *names: str) -> Any:
     sizes = [layer[name].weight.shape[0] for name in names]
     ends = np.cumsum(sizes).tolist()
     rows = layer.arrange(*mx.split(mx.arange(ends[-1]), ends[:-1]))
-    for key, value in _parameters(stacked).items():
+    for key, value in parameters(stacked).items():
         stacked[key] = value[rows]
     layer.in_proj = stacked
     for name in names:
@@ -159,35 +186,31 @@ def _stack_inputs(layer: Any, *names: str) -> Any:
 
 def _stack(modules: Sequence[nn.Module], axis: int = 0) -> Any:
     """Returns one module with the rows of all; None if they are not of one kind."""
+    if any(_kind(module) != _kind(modules[0]) for module in modules):
+        modules = in_one_quantization(modules) or modules
     first = modules[0]
     alike = all(_kind(module) == _kind(first) for module in modules) and _has_rows(first)
-    if not alike or not isinstance(
-        first, (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
-    ):
+    if not alike or not isinstance(first, _LINEAR):
         return None
     stacked = copy.copy(first)
-    for key in _parameters(first):
+    for key in parameters(first):
         stacked[key] = mx.concatenate([module[key] for module in modules], axis=axis)
     return stacked
 
 
 def _append(experts: nn.Module, one: nn.Module) -> Any:
     """Returns a stack of experts with one more; None if that is quantized or shaped otherwise."""
-    parameters, last = _parameters(experts), _parameters(one)
+    stacked, last = parameters(experts), parameters(one)
 
     def row(values: dict[str, mx.array], start: int) -> dict[str, Any]:
         return {key: (value.shape[start:], value.dtype) for key, value in values.items()}
 
-    if _quantization(experts) != _quantization(one) or row(parameters, 1) != row(last, 0):
+    if _quantization(experts) != _quantization(one) or row(stacked, 1) != row(last, 0):
         return None
     longer = copy.copy(experts)
-    for key, value in parameters.items():
+    for key, value in stacked.items():
         longer[key] = mx.concatenate([value, last[key][None]])
     return longer
-
-
-def _parameters(module: nn.Module) -> dict[str, mx.array]:
-    return {key: value for key, value in module.items() if isinstance(value, mx.array)}
 
 
 def _quantization(module: nn.Module) -> tuple[Any, ...]:
@@ -196,10 +219,10 @@ def _quantization(module: nn.Module) -> tuple[Any, ...]:
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
     """Returns the properties that must agree for modules to be stacked."""
-    widths = {key: (v.shape[-1], v.dtype) for key, v in _parameters(module).items()}
+    widths = {key: (v.shape[-1], v.dtype) for key, v in parameters(module).items()}
     return type(module), _quantization(module), widths
 
 
 def _has_rows(module: nn.Module) -> bool:
     """Returns whether every parameter has one row an output; a whole matrix's scale has none."""
-    return all(value.ndim >= 2 for value in _parameters(module).values())
+    return all(value.ndim >= 2 for value in parameters(module).values())

@@ -17,7 +17,7 @@ from mlx_lm.models.base import create_attention_mask
 from ..compute.gated_delta import LayerState
 from .cache import Cache, GatedDeltaCache
 from .mtp_head import MTPHead
-from .packed import PackedDecoderLayer, PackedRMSNorm
+from .packed import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedRMSNorm
 from .parallel import PipelineTrunk
 from .qwen3_next import Trunk
 from .tracing import is_step, traced
@@ -44,7 +44,10 @@ class Stretch(nn.Module):
             if layer is not None:
                 self[name] = layer
 
-    @traced
+    @traced(
+        *(f"first.{path}" for path in BEFORE_ATTENTION),
+        *(f"last.{path}" for path in AFTER_ATTENTION),
+    )
     def run(
         self,
         numbers: tuple[Any, Any],
@@ -100,7 +103,7 @@ class TracedRMSNorm(PackedRMSNorm):
     def __call__(self, x: mx.array) -> mx.array:
         return self.run((x.shape, x.dtype), (), x) if is_step(x) else super().__call__(x)
 
-    @traced
+    @traced()
     def run(self, _: tuple[()], x: mx.array) -> mx.array:
         return super().__call__(x)
 
@@ -169,7 +172,7 @@ class PackedMTPHead(MTPHead):
         o = layer.self_attn.attend(q, k, v, mask, entry)
         return self.after_attention(facts, (), x, row, o)
 
-    @traced
+    @traced("norm", *(f"layers.0.{path}" for path in AFTER_ATTENTION))
     def before_attention(
         self, numbers: tuple[Any], embedding: mx.array, hidden: mx.array
     ) -> tuple[mx.array, ...]:
@@ -181,7 +184,10 @@ class PackedMTPHead(MTPHead):
         x = self.joined(embedding, hidden)
         return x, *self.layers[0].before_attention(x, *numbers)
 
-    @traced
+    @traced(
+        *("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc"),
+        *(f"layers.0.{path}" for path in BEFORE_ATTENTION),
+    )
     def after_attention(self, _: tuple[()], x: mx.array, row: mx.array, o: mx.array) -> mx.array:
         """Returns m, the head's result."""
         return self.norm(self.layers[0].after_attention(x, row, o))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
-from operator import is_
+from operator import getitem, is_
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -31,8 +31,11 @@ def is_step(x: mx.array) -> bool:
     return x.shape[0] * x.shape[1] <= MOST_ROWS and proof.uses_kernels()
 
 
-def traced(method: Callable[..., Any]) -> Callable[..., Any]:
+def traced(*without: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Traces a method ``method(module, numbers, *arguments)``, called with facts before them.
+
+    ``without`` are the paths of parts whose parameters the method never reads. The others are
+    arguments of the trace, which makes each of them cost the host time at each call.
 
     The method is a pure function of its module's parameters and its arguments, which are arrays,
     constants, and tuples and lists of such, as its results are. Each value of a constant makes a
@@ -43,26 +46,29 @@ def traced(method: Callable[..., Any]) -> Callable[..., Any]:
     is not traced, since kernels are proved by calls on real values.
     """
 
-    @wraps(method)
-    def call(
-        module: nn.Module,
-        facts: tuple[Any, ...],
-        numbers: tuple[int | mx.array, ...],
-        *arguments: Any,
-    ) -> Any:
-        structure = structure_of(module)
-        key = method, structure.kind, proof.mode(), facts
-        function = _functions.get(key)
-        if function is not None:
-            return function(module, structure, numbers, *arguments)
-        before = proof.compositions()
-        result = method(module, numbers, *arguments)
-        if key not in _functions:
-            has_composition = proof.compositions() > before
-            _functions[key] = None if has_composition else _Traced(method)
-        return result
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(
+            module: nn.Module,
+            facts: tuple[Any, ...],
+            numbers: tuple[int | mx.array, ...],
+            *arguments: Any,
+        ) -> Any:
+            structure = structure_of(module, without)
+            key = method, structure.kind, proof.mode(), facts
+            function = _functions.get(key)
+            if function is not None:
+                return function(module, structure, numbers, *arguments)
+            before = proof.compositions()
+            result = method(module, numbers, *arguments)
+            if key not in _functions:
+                has_composition = proof.compositions() > before
+                _functions[key] = None if has_composition else _Traced(method)
+            return result
 
-    return call
+        return call
+
+    return decorate
 
 
 class _Traced:
@@ -70,7 +76,9 @@ class _Traced:
 
     def __init__(self, method: Callable[..., Any]):
         self._method = method
-        self._module: Any = None  # the one of this call, whose structure the trace follows
+        # Of this call, which the trace follows: the module, and its structure.
+        self._module: Any = None
+        self._structure: Any = None
         self._function = trace(self._run)
 
     def __call__(
@@ -80,24 +88,28 @@ class _Traced:
         numbers: tuple[int | mx.array, ...],
         *arguments: Any,
     ) -> Any:
-        self._module = module
-        parameters = [owner[name] for owner, name in structure.places]
+        self._module, self._structure = module, structure
+        parameters: Any = list(map(getitem, *structure.places))
         arrays = [_array(n) if isinstance(n, int) else n for n in numbers]
         try:
             return self._function(parameters, arrays, *arguments)
         finally:
-            self._module = None
+            self._module = self._structure = None
 
     def _run(self, parameters: list[mx.array], *arguments: Any) -> Any:
         """Runs the method on a module that has other parameters for a while."""
-        own = [(part, name, part[name]) for part, name in structure_of(self._module).places]
+        owners, names = self._structure.places
+        own: Any = list(map(getitem, owners, names))
         try:
-            for (part, name, _), value in zip(own, parameters, strict=True):
-                part[name] = value
+            _put(owners, names, parameters)
             return self._method(self._module, *arguments)
         finally:
-            for part, name, value in own:
-                part[name] = value
+            _put(owners, names, own)
+
+
+def _put(owners: list[Any], names: list[Any], arrays: list[mx.array]) -> None:
+    for owner, name, array in zip(owners, names, arrays, strict=True):
+        owner[name] = array
 
 
 @lru_cache(maxsize=64)
@@ -112,7 +124,7 @@ class Structure(NamedTuple):
     kind: int  # the same for modules that differ in their parameters' values alone
     parts: list[Any]  # that modules have
     part_places: tuple[list[nn.Module], list[str]]  # of the parts: the modules, the names in them
-    places: list[tuple[Any, Any]]  # of the parameters: (owner, name or index)
+    places: tuple[list[Any], list[Any]]  # of the parameters: the owners, the names in them
 
     def holds(self, module: nn.Module) -> bool:
         """Returns whether no part was replaced."""
@@ -120,22 +132,26 @@ class Structure(NamedTuple):
         return self.module == id(module) and all(map(is_, found, self.parts))
 
 
-def structure_of(module: nn.Module) -> Structure:
-    """Returns a module's structure, which is looked up once."""
-    known = vars(module).get("_structure")
+def structure_of(module: nn.Module, without: tuple[str, ...] = ()) -> Structure:
+    """Returns a module's structure, which is looked up once; ``without`` as :func:`traced`."""
+    all_known = vars(module).get("_structures", {})
+    known = all_known.get(without)
     if known is None or not known.holds(module):
         number = _kinds.setdefault(_described(module), len(_kinds))
-        places, others = [], []
-        for owner, name in _leaves(module):
+        parameters, parts = [], []
+        for owner, name in _leaves(module, without):
             if isinstance(owner[name], mx.array):
-                places.append((owner, name))
+                parameters.append((owner, name))
             elif isinstance(owner, nn.Module):
-                others.append((owner, name))
-        parts = [owner[name] for owner, name in others]
-        part_places = [owner for owner, _ in others], [name for _, name in others]
-        known = Structure(id(module), number, parts, part_places, places)
-        vars(module)["_structure"] = known
+                parts.append((owner, name))
+        found = [owner[name] for owner, name in parts]
+        known = Structure(id(module), number, found, _unzipped(parts), _unzipped(parameters))
+        vars(module)["_structures"] = {**all_known, without: known}  # a copy has the dict, too
     return known
+
+
+def _unzipped(places: list[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    return [owner for owner, _ in places], [name for _, name in places]
 
 
 _kinds: dict[Any, int] = {}
@@ -148,13 +164,15 @@ def _described(part: Any) -> Any:
         return part.shape, part.dtype
     if isinstance(part, (list, tuple)):
         return tuple(_described(item) for item in part)
-    attributes = {k: v for k, v in vars(part).items() if k != "_structure" and not callable(v)}
+    attributes = {k: v for k, v in vars(part).items() if k != "_structures" and not callable(v)}
     return type(part), repr(attributes), tuple((name, _described(part[name])) for name in part)
 
 
-def _leaves(part: Any) -> Iterator[tuple[Any, Any]]:
+def _leaves(part: Any, without: tuple[str, ...], path: str = "") -> Iterator[tuple[Any, Any]]:
     """Yields the place of all that a part and its parts have: the owner, and its name in it."""
     for name in part if isinstance(part, dict) else range(len(part)):
+        if f"{path}{name}" in without:
+            continue
         yield part, name
         if not isinstance(part[name], mx.array):
-            yield from _leaves(part[name])
+            yield from _leaves(part[name], without, f"{path}{name}.")

@@ -90,6 +90,7 @@ class Reader:
         self._parameters = Parameters(None)
         self._argument = ""  # the name of the value that is being read
         self._arguments = 0  # of the call so far
+        self._values: dict[str, str] = {}  # the texts of those that are no strings
         self._wrapped = True  # whether the call began with <tool_call>
         self._value: ValueEnd | None = None
         self._streams = False  # whether the value is sent as it comes
@@ -313,6 +314,7 @@ class Reader:
                 self._send_string(value)
                 self._events.append(ArgumentText('"'))
             else:
+                self._values[self._argument] = value
                 typed = self._parameters.value(self._argument, value)
                 self._events.append(ArgumentText(json.dumps(typed, ensure_ascii=False)))
             self._state = self._read_parameter
@@ -349,8 +351,8 @@ class Reader:
         return True
 
     def _end_call(self) -> None:
-        self._events.append(CallEnded(self._call))
-        self._call = ""
+        self._events.append(CallEnded(self._call, self._values))
+        self._call, self._values = "", {}
         self._begun = False  # blanks after a call are no content
         self._state = self._read_content
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -33,9 +34,15 @@ class ArgumentText(NamedTuple):
 
 
 class CallEnded(NamedTuple):
-    """The call is complete."""
+    """The call is complete.
 
-    text: str  # all of it, as the model wrote it
+    Args:
+        text: all of it, as the model wrote it.
+        values: the text of each value that is no string, if the call is in the XML form.
+    """
+
+    text: str
+    values: Mapping[str, str] = MappingProxyType({})
 
 
 Event = Reasoning | Text | CallBegun | ArgumentText | CallEnded

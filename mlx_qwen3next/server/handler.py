@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 from jinja2 import TemplateError
 
-from ..errors import ContextLengthError, QueueFullError, first_line
+from ..errors import ContextLengthError, FieldError, QueueFullError, first_line
 from . import discovery, metrics
 from .access import OPEN, Settings, check_key, check_origin, cors_headers
 from .arguments import Arguments, Prompt, arguments_of, prompt_of
@@ -215,11 +215,15 @@ class Handler(BaseHTTPRequestHandler):
                 adapter=settings.adapter,
             )
         del raw
-        prompt = prompt_of(fields, is_chat=form.is_chat)
         try:
             arguments = arguments_of(fields, self.generator.args)
         except ValueError as error:  # the flags' values: those of the request are checked
             raise _server_error(error) from error
+        calls = self._about.stored.calls
+        if form.is_chat:
+            template = arguments.template_options.get("chat_template")
+            fields["messages"] = calls.restored(template, fields["messages"])
+        prompt = prompt_of(fields, is_chat=form.is_chat)
         if path == _COUNT:
             count = self._asked(lambda: self.generator.count_tokens(prompt, arguments))
             self._send(200, {"input_tokens": count})
@@ -228,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             context, responses = self._generate(prompt, arguments)
             one_call = not fields.get("parallel_tool_calls", True)
-            reading = Reading(prompt, arguments, context, one_call)
+            reading = Reading(prompt, arguments, context, one_call, calls)
             if self._streams:
                 self._begin_stream(form)
             self._send_answer(form, fields, reading, self._checked(responses))
@@ -299,7 +303,8 @@ class Handler(BaseHTTPRequestHandler):
         except ContextLengthError as error:
             raise RequestError(first_line(error), code="context_length_exceeded") from error
         except (ValueError, TemplateError) as error:
-            raise RequestError(first_line(error)) from error
+            param = error.param if isinstance(error, FieldError) else None
+            raise RequestError(first_line(error), param) from error
         except QueueFullError as error:
             code = "rate_limit_exceeded"
             raise RequestError(first_line(error), status=429, code=code, headers=RETRY) from error

@@ -66,6 +66,31 @@ def text_form(
     }
 
 
+def split(sampled: Sequence[Response], text: str) -> tuple[list[Response], list[Response]]:
+    """Finds the tokens of a part of an answer.
+
+    Args:
+        sampled: tokens, of which the first may be of what comes before the part.
+        text: of the part.
+
+    Returns:
+        The tokens that have a share in it, and those after them.
+    """
+    start = "".join(response.text for response in sampled).find(text)
+    if start < 0:
+        return [], [*sampled]
+    end, at = start + len(text), 0
+    own: list[Response] = []
+    for i, response in enumerate(sampled):
+        if at >= end:
+            return own, [*sampled[i:]]
+        at += len(response.text)
+        # A token that is a part of a character has no text.
+        if at > start or (at == start and not response.text):
+            own.append(response)
+    return own, []
+
+
 def _top_entries(tokenizer: TokenizerWrapper, response: Response) -> list[dict[str, Any]]:
     """The entries of the most probable tokens at a position, in descending order."""
     entries = [_entry(tokenizer, token, logprob) for token, logprob in response.top_tokens]

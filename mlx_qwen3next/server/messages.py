@@ -11,6 +11,11 @@ from .checks import filled_string, list_of, load_json, mapping, one_of, string, 
 _SPOKEN = {"text": ("text",), "input_text": ("text",), "output_text": ("text",)}
 _SPOKEN |= {"refusal": ("refusal",)}
 _THOUGHT = {"thinking": ("thinking", "text"), "reasoning": ("text", "reasoning")}
+# Type of a part that the model cannot read -> its name. It is left out, and not refused, because an
+# agent sends it again with every later request of the conversation.
+UNREADABLE = {"image": "image", "image_url": "image", "input_image": "image"}
+UNREADABLE |= {"document": "document", "file": "file", "input_file": "file"}
+UNREADABLE |= {"input_audio": "recording"}
 
 
 def message(path: str, value: Any) -> dict[str, Any]:
@@ -43,6 +48,11 @@ def message(path: str, value: Any) -> dict[str, Any]:
     return fields
 
 
+def left_out(kind: str) -> str:
+    """The text in place of a part that is :data:`UNREADABLE`."""
+    return f"[Left out: {UNREADABLE[kind]}. This model reads only text.]"
+
+
 def content(path: str, value: Any, *, thinks: bool) -> tuple[str, str]:
     """Checks a content and returns its text and its reasoning.
 
@@ -54,12 +64,15 @@ def content(path: str, value: Any, *, thinks: bool) -> tuple[str, str]:
     if not isinstance(value, list):
         raise unfit(path, value, "a string or a list of parts of type 'text'")
     known = _SPOKEN | _THOUGHT if thinks else _SPOKEN
-    kinds = one_of(*known, hint="; other types are not supported")
+    kinds = one_of(*known, *UNREADABLE, hint="; other types are not supported")
     texts = {"spoken": "", "thought": ""}
     for i, entry in enumerate(value):
         at = f"{path}[{i}]"
         part = mapping(at, entry)
         kind = kinds(f"{at}.type", part.get("type"))
+        if kind in UNREADABLE:
+            texts["spoken"] += left_out(kind)
+            continue
         field = next((name for name in known[kind] if name in part), known[kind][0])
         texts["thought" if kind in _THOUGHT else "spoken"] += string(
             f"{at}.{field}", part.get(field)
@@ -115,7 +128,8 @@ def _schema(value: Any) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         return {}
-    schema = _described({key: entry for key, entry in value.items() if entry is not None})
+    kept = {key: x for key, x in value.items() if x is not None or key == "const"}
+    schema = _described(kept)
     if "properties" in schema:
         properties = schema["properties"]
         properties = properties.items() if isinstance(properties, dict) else ()

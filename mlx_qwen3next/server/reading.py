@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from .answers import Reader, call_format
 from .arguments import Arguments, Chat, Prompt
-from .events import CallEnded, End, Event, Text
+from .events import ArgumentText, CallBegun, CallEnded, End, Event, Text
 from .prompt import template_of
 from .responses import Context, Response
+from .written_calls import WrittenCalls
 
 
 class Reading:
@@ -17,24 +19,33 @@ class Reading:
     Args:
         prompt, arguments, context: of the request.
         one_call: whether the answer ends after its first call.
+        written: takes the calls.
 
     Attributes:
         is_over: whether no more is to be read, though the engine may generate more.
     """
 
-    def __init__(self, prompt: Prompt, arguments: Arguments, context: Context, one_call: bool):
+    def __init__(
+        self,
+        prompt: Prompt,
+        arguments: Arguments,
+        context: Context,
+        one_call: bool,
+        written: WrittenCalls,
+    ):
         self._reader: Reader | None = None
         self._opening: list[Event] = []
         if isinstance(prompt, Chat):
-            name = arguments.template_options.get("chat_template")
-            template = template_of(context.tokenizer, name, prompt.tools)
+            self._template = arguments.template_options.get("chat_template")
+            template = template_of(context.tokenizer, self._template, prompt.tools)
             self._reader = Reader(
                 format=call_format(template),
                 tools=prompt.tools,
                 reasoning_open=context.reasoning_open,
             )
             self._opening = self._reader.add(context.opening)
-        self._context, self._one_call = context, one_call
+        self._context, self._one_call, self._written = context, one_call, written
+        self._name = self._json = ""  # of the call that is being read
         self._reason, self._by_itself = "stop", True
         self._stop_word: str | None = None
         self._generated = self._reasoning = 0  # tokens
@@ -68,7 +79,19 @@ class Reading:
     def _up_to_a_call(self, events: Sequence[Event]) -> list[Event]:
         """The events, and no more after the end of a call if there is to be only one."""
         ends = [i for i, event in enumerate(events) if isinstance(event, CallEnded)]
-        if not (self._one_call and ends):
-            return [*events]
-        self.is_over, self._reason = True, "stop"
-        return [*events[: ends[0] + 1]]
+        if self._one_call and ends:
+            self.is_over, self._reason = True, "stop"
+            events = events[: ends[0] + 1]
+        for event in events:
+            self._remember(event)
+        return [*events]
+
+    def _remember(self, event: Event) -> None:
+        match event:
+            case CallBegun(name):
+                self._name, self._json = name, ""
+            case ArgumentText(text):
+                self._json += text
+            case CallEnded(_, values):
+                arguments = json.loads(self._json)
+                self._written.put(self._template, self._name, arguments, dict(values))

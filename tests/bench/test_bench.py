@@ -258,6 +258,7 @@ def test_without_mlx_lm_there_is_no_ratio(fake, bench):
     [
         (["--tokens", 1], "--tokens must be at least 2"),
         (["--layers", 4], "--layers is for --shape"),
+        (["--expert-bits", 3], "--expert-bits is for --shape"),
         (["--shape", "small", "--layers", 3], "multiple of 4"),
         (["--contexts", "128,0"], "at least 1, got '0'"),
         (["--contexts", "many"], "got 'many'"),

@@ -16,11 +16,11 @@ from mlx_qwen3next.bench.sides import Side, Worker, WorkerError
 
 BENCH = [sys.executable, "-m", "mlx_qwen3next.bench"]
 SPECULATED = 24  # tokens, where the command has 128
-SHORTER = f"""
+SHORTER = """
 import sys
 from mlx_qwen3next.bench import measure
 from mlx_qwen3next.bench.__main__ import main
-measure.SPECULATED, measure.WARM_UP = {SPECULATED}, {SPECULATED}
+measure.SPECULATED = measure.WARM_UP = {}
 sys.exit(main())
 """
 
@@ -50,7 +50,7 @@ def test_a_whole_run(tmp_path):
     file = tmp_path / "figures.json"
     done = subprocess.run(
         [
-            *(sys.executable, "-c", SHORTER, "--model", str(GOLDENS / "base")),
+            *(sys.executable, "-c", SHORTER.format(SPECULATED), "--model", str(GOLDENS / "base")),
             *("--dtype", "float32", "--repeats", "1", "--contexts", "8,16", "--tokens", "4"),
             *("--growth", "2048", "--json", str(file)),
         ],
@@ -157,8 +157,8 @@ def test_two_processes_that_run_one_model(tmp_path):
     """Only rank 0 reports; the other rank follows the worker of rank 0."""
     file = tmp_path / "figures.json"
     command = [
-        *("-c", SHORTER, "--model", GOLDENS / "permutation", "--repeats", "1"),
-        *("--contexts", "8,16", "--tokens", "4", "--pipeline", "1,1", "--json", file),
+        *("-c", SHORTER.format(4), "--model", GOLDENS / "permutation", "--repeats", "1"),
+        *("--contexts", "8", "--tokens", "2", "--pipeline", "1,1", "--json", file),
     ]
     (status, out, err), other = group.run(tmp_path, 2, command)
     assert status == 0, err

@@ -26,8 +26,10 @@ def test_route(top_k, normalise):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 40])
-@pytest.mark.parametrize("shared", [False, True])
-def test_parts_of_the_experts_add_up_to_all(rows, shared):
+@pytest.mark.parametrize(
+    ("shared", "apart"), [(False, False), (True, False), (True, True)], ids=["", "shared", "apart"]
+)
+def test_parts_of_the_experts_add_up_to_all(rows, shared, apart):
     """Few rows, and so many that they are sorted; one part has no token's experts."""
     E, k, H, width = 9, 2, 32, 16
     mx.random.seed(rows)
@@ -44,8 +46,9 @@ def test_parts_of_the_experts_add_up_to_all(rows, shared):
         return sparse_experts(x, logits, *weights, residual, **options, **more)
 
     whole = mixture(logits, range(E + shared), residual)
-    first = [0, 1, 2] + [E] * shared
-    parts = mixture(logits, first, residual, own=range(0, 3))
+    one = {"shared": (Experts(gate_up[E]), Experts(down[E]))} if apart else {}
+    first = [0, 1, 2] + [E] * (shared and not apart)
+    parts = mixture(logits, first, residual, own=range(0, 3), **one)
     for own in (range(3, 6), range(6, 9)):
         parts = parts + mixture(logits[:, :E], own, mx.zeros_like(residual), own=own)
     assert relative_error(parts, whole) < 1e-6

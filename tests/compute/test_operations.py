@@ -41,13 +41,22 @@ def heads(x=HALF, q=FULL, k=FULL, offset=7, L=2, hd=32):
     return arguments, sizes
 
 
+def stored(E, outputs, columns, bits, scales, biases):
+    groups = E, outputs, columns // 32
+    words = mx.zeros((E, outputs, columns * bits // 32), mx.uint32)
+    return words, mx.zeros(groups, scales), mx.zeros(groups, biases)
+
+
+def shared_expert(bits=6, scales=HALF):
+    stacks = (stored(1, *shape, bits, scales, scales) for shape in ((64, 64), (64, 32)))
+    return tuple(Experts(*(a[0] for a in stack), 32, bits) for stack in stacks)
+
+
 def experts(rows=2, x=HALF, scales=HALF, biases=HALF, residual=HALF, bits=4, top_k=2, **options):
     E, H, I = 8, 64, 32
 
     def stack(outputs, columns):
-        groups = (E, outputs, columns // 32)
-        words = mx.zeros((E, outputs, columns * bits // 32), mx.uint32)
-        return Experts(words, mx.zeros(groups, scales), mx.zeros(groups, biases), 32, bits)
+        return Experts(*stored(E, outputs, columns, bits, scales, biases), 32, bits)
 
     arguments = (
         *(mx.zeros((1, rows, H), x), mx.zeros((1, rows, E), x), stack(2 * I, H), stack(H, I)),
@@ -103,12 +112,16 @@ def test_sparse_experts():
     assert kind(operations.sparse_experts, *arguments, **options) == expected.removesuffix(
         " normalised"
     )
+    arguments, options = experts(shared=shared_expert(), normalise=False, bits=3)
+    said = kind(operations.sparse_experts, *arguments, **options)
+    assert said.endswith(" bits=3/32,3/32,6/32,6/32")
     for name, value in {
         "scales": FULL,
         "biases": FULL,
         "residual": FULL,
-        "bits": 2,
+        "bits": 7,
         "rows": 17,
+        "shared": shared_expert(scales=FULL),
     }.items():
         arguments, options = experts(**{name: value})
         assert kind(operations.sparse_experts, *arguments, **options) is None, name

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers_generate import bundled, greedy
+from helpers_generate import bundled, greedy, narrow
 
 from mlx_qwen3next import generate_step, stream_generate
 from mlx_qwen3next.decoding import sequence
@@ -120,8 +120,8 @@ def test_generation_that_is_stopped_leaves_what_it_has(monkeypatch):
 @pytest.mark.parametrize("chunks", [0, 1, 3])
 def test_a_prompt_that_is_interrupted_is_kept_as_far_as_it_was_read(monkeypatch, chunks, mtp):
     """Within a chunk, far from the prompt's own checkpoints; the head follows, if it drafts."""
-    model, tokenizer = bundled()
-    prompt = tokenizer.encode("import os\n" * 160)
+    model, tokenizer = narrow()
+    prompt = tokenizer.encode("import os\n" * 80)
     cache, forward, calls = PromptCache(max_bytes=10**9), sequence.forward, []
     options = {"prompt_cache": cache, "prefill_step_size": 50, "mtp": mtp}
 

@@ -10,7 +10,7 @@ from helpers_generate import bundled
 from mlx_qwen3next import terminal
 from mlx_qwen3next.generate import main
 
-PROMPT = "import os\n" * 160
+PROMPT = "import os\n" * 80
 
 
 @pytest.fixture

@@ -12,11 +12,18 @@ from pathlib import Path
 import forked
 import mlx.core as mx
 
-from mlx_qwen3next import generate_step, load, load_model
+from mlx_qwen3next import generate_step, load, load_model, stream_generate
 from mlx_qwen3next.checkpoint.hub import BUNDLED
+from mlx_qwen3next.model import mtp_head
+from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.qwen3_next import Model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PROMPT = 10  # the goldens' `greedy` continues tokens[:PROMPT]
+NARROW = {
+    **{"hidden_size": 32, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
+    **{"shared_expert_intermediate_size": 16, "quantization": None, "quantization_config": None},
+}
 
 
 @functools.cache
@@ -37,6 +44,18 @@ def golden_tokens(case):
 def bundled():
     """(model in float32, tokenizer) of the bundled demo model."""
     return load(dtype=mx.float32)
+
+
+@functools.cache
+def narrow():
+    """A model of random weights whose caches are those of the bundled one, with its tokenizer: it
+    reads long prompts ten times as fast."""
+    mx.random.seed(0)
+    config = json.loads((BUNDLED / "config.json").read_text())
+    model = Model(Config.from_dict(config | NARROW))
+    mtp_head.attach(model)
+    mx.eval(model.parameters())
+    return model.eval(), bundled()[1]
 
 
 def tokens_of(steps):
@@ -134,3 +153,17 @@ def process(*command, cold=False):
     finally:
         child.kill()
         child.communicate()
+
+
+RAW = ("--ignore-chat-template", "-p", "import os\n")
+
+
+def library_answer(directory, prompt, n, **options):
+    """The library's answer to a prompt as plain text, without a chat template."""
+    model, tokenizer = load(directory)
+    tokens = tokenizer.encode(prompt, add_special_tokens=False)
+    return "".join(r.text for r in stream_generate(model, tokenizer, tokens, n, **options))
+
+
+def message(content):
+    return {"role": "user", "content": content}

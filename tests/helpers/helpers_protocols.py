@@ -81,9 +81,10 @@ def response_of(events):
         added = _next(events, "output_item.added", output_index=len(output))
         item = added["item"]
         place = {"item_id": item["id"], "output_index": len(output)}
-        if item["type"] == "function_call":
-            text = _text(events, "function_call_arguments", "arguments", place)
-            item["arguments"] += text
+        if item["type"] in _CALLS:
+            stem, key = _CALLS[item["type"]]
+            assert item[key] == ""
+            item[key], _ = _text(events, stem, key, place)
         else:
             assert item["content"] == []
             place["content_index"] = 0
@@ -91,9 +92,9 @@ def response_of(events):
             assert part["text"] == ""
             kind = {"message": "output_text", "reasoning": "reasoning_text"}[item["type"]]
             assert part["type"] == kind
-            text = _text(events, kind, "text", place)
+            text, logprobs = _text(events, kind, "text", place)
             part = _next(events, "content_part.done", **place)["part"]
-            assert part["text"] == text
+            assert (part["text"], part.get("logprobs", [])) == (text, logprobs)
             item["content"].append(part)
         done = _next(events, "output_item.done", output_index=len(output))["item"]
         status = {} if "status" not in item else {"status": done["status"]}
@@ -107,6 +108,10 @@ def response_of(events):
     return response
 
 
+_CALLS = {
+    "function_call": ("function_call_arguments", "arguments"),
+    "custom_tool_call": ("custom_tool_call_input", "input"),
+}
 _BEFORE = {"status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
 
 
@@ -118,11 +123,16 @@ def _next(events, kind, **fields):
 
 
 def _text(events, stem, key, place):
-    text = ""
+    """The text that deltas make, and the log-probabilities of its tokens."""
+    text, logprobs = "", []
     while events[0]["type"] == f"response.{stem}.delta":
-        text += _next(events, f"{stem}.delta", **place)["delta"]
-    assert _next(events, f"{stem}.done", **place)[key] == text
-    return text
+        delta = _next(events, f"{stem}.delta", **place)
+        assert delta["delta"]
+        text += delta["delta"]
+        logprobs += delta.get("logprobs", [])
+    done = _next(events, f"{stem}.done", **place)
+    assert (done[key], done.get("logprobs", [])) == (text, logprobs)
+    return text, logprobs
 
 
 def seen(answer):
@@ -134,6 +144,8 @@ def seen(answer):
                 parts.append(("call", part["name"], part["input"]))
             case "function_call":
                 parts.append(("call", part["name"], strict_json(part["arguments"])))
+            case "custom_tool_call":
+                parts.append(("call", part["name"], part["input"]))
             case "thinking":
                 parts.append(("reasoning", part["thinking"]))
             case "text":

@@ -5,7 +5,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
 
 import mlx.core as mx
 from helpers_generate import bundled, tokens_of
@@ -14,12 +13,8 @@ from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import greedy_sampler
 
 from mlx_qwen3next import stream_generate
-from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.decoding.sampling import Sampling
-from mlx_qwen3next.model import mtp_head
 from mlx_qwen3next.model.cache import tokens_held
-from mlx_qwen3next.model.config import Config
-from mlx_qwen3next.model.qwen3_next import Model
 from mlx_qwen3next.server import handler
 from mlx_qwen3next.server.arguments import Arguments, Chat
 from mlx_qwen3next.server.batching import SpeculativeBatchGenerator
@@ -30,24 +25,6 @@ from mlx_qwen3next.server.flags import parser
 TEXTS = ("import os\n", "class Queue:\n    def put(self", "def merge(left, right):\n", "x = [")
 ENDLESS = {4086: -100.0, 4088: -100.0}  # a bias against both stop tokens
 NOISE = 1e-4  # relative difference between two right float32 computations
-
-
-NARROW = {
-    **{"hidden_size": 32, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
-    **{"shared_expert_intermediate_size": 16, "quantization": None, "quantization_config": None},
-}
-
-
-@functools.cache
-def narrow():
-    """A model of random weights whose caches are those of the bundled one, with its tokenizer: it
-    reads long prompts ten times as fast."""
-    mx.random.seed(0)
-    config = json.loads((BUNDLED / "config.json").read_text())
-    model = Model(Config.from_dict(config | NARROW))
-    mtp_head.attach(model)
-    mx.eval(model.parameters())
-    return model.eval(), bundled()[1]
 
 
 def difference(x, y):

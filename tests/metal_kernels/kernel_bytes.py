@@ -1,6 +1,6 @@
 """The memory traffic of the kernels at the 80B model's shapes, counted while they are executed.
 
-    python tests/kernel_bytes.py
+    PYTHONPATH=tests:tests/helpers python tests/metal_kernels/kernel_bytes.py
 
 For each buffer: the bytes that any kernel must move at least (every byte once), and the 128-byte
 lines that this kernel's threadgroups touch, each once per threadgroup, as if they shared nothing.
@@ -44,12 +44,12 @@ def random(*shape, dtype=T):
     return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(dtype)
 
 
-def quantized(*shape):
+def quantized(*shape, bits=4):
     """Experts of random bits: as many bytes as real ones have."""
     *outer, columns = shape
-    words = mx.random.randint(0, 2**31 - 1, (*outer, columns // 8)).astype(mx.uint32)
+    words = mx.random.randint(0, 2**31 - 1, (*outer, columns * bits // 32)).astype(mx.uint32)
     groups = (*outer, columns // 64)
-    return metal_kernels.Experts(words, random(*groups), random(*groups), 64, 4)
+    return metal_kernels.Experts(words, random(*groups), random(*groups), 64, bits)
 
 
 def gated_delta(rows, recording):
@@ -73,11 +73,14 @@ def gated_delta(rows, recording):
     )
 
 
-def experts(rows):
-    """Router, gate and up, down, on random logits."""
+def experts(rows, bits=4, shared_bits=None):
+    """Router, gate and up, down, on random logits; a shared expert of other bits is apart."""
     logits, x = random(rows, EXPERTS + 1)[None], random(rows, H)[None]
-    gate_up, down = quantized(EXPERTS + 1, 2 * I, H), quantized(EXPERTS + 1, H, I)
+    shapes, stacked = ((2 * I, H), (H, I)), EXPERTS + (shared_bits is None)
+    gate_up, down = (quantized(stacked, *shape, bits=bits) for shape in shapes)
     options = {"experts": EXPERTS, "top_k": TOP, "normalise": True}
+    if shared_bits:
+        options["shared"] = [quantized(*shape, bits=shared_bits) for shape in shapes]
     return traffic(lambda: operations._experts_kernel(x, logits, gate_up, down, x, **options))
 
 
@@ -114,10 +117,20 @@ def attention(rows):
     return traffic(call)
 
 
+def least(counted):
+    """Bytes of one buffer that any kernel must move."""
+    return counted.unique_read + counted.unique_written
+
+
 def ratio(counted):
     """Lines beside the compulsory minimum, of one buffer."""
-    least = counted.unique_read + counted.unique_written
-    return (counted.lines_read + counted.lines_written) / least
+    return (counted.lines_read + counted.lines_written) / least(counted)
+
+
+def row(kernel, rows, name, counted):
+    lines = counted.lines_read + counted.lines_written
+    cells = kernel, rows, name, f"{least(counted):,}", f"{lines:,}", f"{ratio(counted):.2f}"
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main():
@@ -127,11 +140,13 @@ def main():
         cases = (norms(rows), gated_delta(rows, rows > 1), attention(rows), experts(rows))
         for kernel, buffers in ((k, b) for case in cases for k, b in case.items()):
             for name, counted in buffers.items():
-                least = counted.unique_read + counted.unique_written
-                if least >= 4096:
-                    lines = counted.lines_read + counted.lines_written
-                    cells = (kernel, rows, name, f"{least:,}", f"{lines:,}", f"{lines / least:.2f}")
-                    print("|", " | ".join(map(str, cells)), "|")
+                if least(counted) >= 4096:
+                    print(row(kernel, rows, name, counted))
+    for bits in (2, 3, 5, 6, 8):
+        for kernel, buffers in experts(1, bits, shared_bits=8 if bits < 8 else None).items():
+            for name, counted in buffers.items():
+                if "weight" in name and least(counted) >= 4096:
+                    print(row(f"{kernel}, {bits} bits", 1, name, counted))
 
 
 if __name__ == "__main__":

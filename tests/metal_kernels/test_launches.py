@@ -3,6 +3,8 @@
 import launches
 import pytest
 
+from mlx_qwen3next.model import widening
+
 
 @pytest.mark.parametrize("rows, speculating", [(1, False), (4, True), (9, True), (16, True)])
 def test_a_period_with_kernels(rows, speculating):
@@ -10,9 +12,37 @@ def test_a_period_with_kernels(rows, speculating):
     assert counted.total() == 40
 
 
+MIXES = {
+    "experts 3, else 8": ({"switch_mlp": 3, "": 8}, 40),  # a shared expert of more bits costs none
+    "as mixed_4_6": ({"v_proj": 6, "down_proj": 6, "": 4}, 43),
+    "gate not as up": ({"switch_mlp.gate_proj": 3, "": 6}, 104),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_period_of_mixed_bits(mix, monkeypatch):
+    monkeypatch.setattr(widening, "FEW", 0)  # as if the matrices were large
+    bits, expected = MIXES[mix]
+
+    def make(layers):
+        return launches.ours(
+            layers, lambda path: next(n for part, n in bits.items() if part in path)
+        )
+
+    assert launches.per_period(make, 1, kernels=True).total() == expected
+
+
 def test_a_period_without_kernels():
     """MLX's own operations alone: fewer launches than mlx-lm's."""
-    assert launches.per_period(launches.ours, 1).total() == 148
+    assert launches.per_period(launches.ours, 1).total() == 142
+
+
+@pytest.mark.parametrize(
+    "make, kernels, expected",
+    [(launches.mlx_lm, False, 186), (launches.ours, False, 166), (launches.ours, True, 104)],
+)
+def test_a_period_of_a_prompt(make, kernels, expected):
+    assert launches.per_period(make, 512, kernels=kernels).total() == expected
 
 
 def test_a_period_of_mlx_lm():

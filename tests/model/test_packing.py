@@ -8,7 +8,7 @@ from checkpoints import GOLDENS, relative_error
 from mlx.utils import tree_flatten
 
 from mlx_qwen3next import load_model
-from mlx_qwen3next.model import packing
+from mlx_qwen3next.model import packing, widening
 from mlx_qwen3next.model.cache import Round
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.packed import PackedSparseMoE
@@ -64,6 +64,12 @@ def test_quantized(how):
 
 def test_all_is_packed_where_all_is_alike():
     model = pack(quantized(all_alike(bits=4)))
+    assert_all_is_packed(model)
+    for layer in [*model.layers, *model.mtp.layers]:
+        assert layer.mlp.down_proj.weight.shape[0] == layer.mlp.num_experts + 1
+
+
+def assert_all_is_packed(model):
     for layer in [*model.layers, *model.mtp.layers]:
         mixer = layer.linear_attn if layer.is_linear else layer.self_attn
         names = {path for path, _ in tree_flatten(mixer.parameters())}
@@ -71,30 +77,31 @@ def test_all_is_packed_where_all_is_alike():
         assert set(layer.mlp) >= {"gate", "gate_up_proj", "down_proj"}
         assert not set(layer.mlp) & {"switch_mlp", "shared_expert", "shared_expert_gate"}
         assert layer.mlp.gate.weight.shape[0] == layer.mlp.num_experts + 1
-        assert layer.mlp.down_proj.weight.shape[0] == layer.mlp.num_experts + 1
+
+
+def is_shared_expert_apart(mlp):
+    """Whether it has a stack of its own, for the launches of the others."""
+    return "gate_up_proj" in mlp.get("shared_expert", {}) and "shared_expert_gate" not in mlp
 
 
 MIXED = {
     "in_proj_ba": lambda layer: "in_proj" not in layer.linear_attn,
     "k_proj": lambda layer: "in_proj" not in layer.self_attn,
     "switch_mlp.up_proj": lambda layer: not isinstance(layer.mlp, PackedSparseMoE),
-    "switch_mlp.down_proj": lambda layer: "shared_expert" in layer.mlp,
+    "switch_mlp.down_proj": lambda layer: is_shared_expert_apart(layer.mlp),
     "shared_expert.up_proj": lambda layer: "shared_expert" in layer.mlp,
     "shared_expert_gate": lambda layer: "shared_expert" in layer.mlp,
 }
 
 
-OTHERWISE = {"8 bits": {"bits": 8, "group_size": 32}, "groups of 64": {"bits": 4}, "floats": False}
-PAIRS = [
-    (other, how)
-    for other in MIXED
-    for how in OTHERWISE
-    if (other, how) != ("switch_mlp.down_proj", "groups of 64")  # it has 32 columns
-]
+OTHERWISE = {"8 bits": {"bits": 8, "group_size": 32}, "floats": False}
 
 
-@pytest.mark.parametrize("other, how", PAIRS)
-def test_parts_of_other_bits_stay_apart(other, how):
+@pytest.mark.parametrize("how", OTHERWISE)
+@pytest.mark.parametrize("other", MIXED)
+def test_parts_of_other_bits_stay_apart(other, how, monkeypatch):
+    monkeypatch.setattr(widening, "FEW", 0)
+
     def predicate(path, module):
         return OTHERWISE[how] if path.endswith(other) else {"group_size": 32, "bits": 4}
 
@@ -102,6 +109,34 @@ def test_parts_of_other_bits_stay_apart(other, how):
     layers = [layer for layer in model.layers if layer.is_linear == (other != "k_proj")]
     assert all(MIXED[other](layer) for layer in layers)
     assert_same(model, quantized(predicate))
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_dense_parts_of_more_bits_than_the_experts(bits):
+    """As recipes choose them: the shared expert is apart, and all else is packed."""
+
+    def predicate(path, module):
+        return {"group_size": 32, "bits": bits if "switch_mlp" in path else 8}
+
+    model = pack(quantized(predicate))
+    for layer in [*model.layers, *model.mtp.layers]:
+        assert is_shared_expert_apart(layer.mlp)
+        assert "in_proj" in (layer.linear_attn if layer.is_linear else layer.self_attn)
+    assert_same(model, quantized(predicate))
+
+
+@pytest.mark.parametrize("bits", [3, 5])
+def test_a_few_codes_are_stored_at_more_bits(bits):
+    """With the values that they have: in all that is stacked, every second part is narrower."""
+    narrow = "q_proj", "v_proj", "in_proj_ba", "gate_proj", "shared_expert_gate"
+
+    def predicate(path, module):
+        wide = {"group_size": 32, "bits": bits + 1}
+        return {"group_size": 64, "bits": bits} if path.endswith(narrow) else wide
+
+    model, plain = pack(quantized(predicate)), quantized(predicate)
+    assert_all_is_packed(model)
+    assert_same(model, plain)
 
 
 def test_a_shared_expert_of_another_width_stays_apart():

@@ -5,7 +5,7 @@ import threading
 
 import mlx.core as mx
 import pytest
-from helpers_generate import bundled, endless, tokens_of
+from helpers_generate import bundled, endless, narrow, tokens_of
 from helpers_server import TEXT, connected, exchange, post, strict_json, until
 from helpers_serving import (
     ENDLESS,
@@ -17,7 +17,6 @@ from helpers_serving import (
     encode,
     expected,
     expected_text,
-    narrow,
     running,
     served,
     user,

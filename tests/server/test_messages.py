@@ -49,7 +49,7 @@ def with_value(fields, place, value):
         ({"role": "user", "content": [{"text": "x"}]}, "content[0].type"),
         ({"role": "assistant", "content": [{"type": "refusal"}]}, "content[0].refusal"),
         (
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]},
+            {"role": "user", "content": [{"type": "video_url", "video_url": {"url": "http://x"}}]},
             "content[0].type",
         ),
         (
@@ -176,11 +176,25 @@ def test_reasoning_gets_the_name_that_templates_read():
     assert error.param == "messages[0].reasoning"
 
 
-@pytest.mark.parametrize("kind", ["image_url", "input_image", "image", "input_audio", "file", "x"])
-def test_parts_of_other_types_are_refused_by_their_type(kind):
-    error = refused(role="user", content=[{"type": "text", "text": "a"}, {"type": kind}])
+def test_parts_of_other_types_are_refused_by_their_type():
+    error = refused(role="user", content=[{"type": "text", "text": "a"}, {"type": "x"}])
     assert error.param == "messages[0].content[1].type"
-    assert f'got "{kind}"' in str(error) and "not supported" in str(error)
+    assert 'got "x"' in str(error) and "not supported" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, "image") for kind in ("image", "image_url", "input_image")),
+        *((kind, "file") for kind in ("file", "input_file")),
+        *(("input_audio", "recording"), ("document", "document")),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_parts_that_the_model_cannot_read_are_told_of(role, kind, name):
+    parts = [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "x"}}]
+    seen = message(role=role, content=parts)
+    assert seen["content"] == f"a[Left out: {name}. This model reads only text.]"
 
 
 def test_messages_get_the_form_that_templates_want():
@@ -219,6 +233,7 @@ def test_a_schema_that_is_no_object_becomes_an_empty_one(place, schema):
         ("parameters.properties.x.description", False, "false"),
         ("parameters.properties.x.type", ["string", "null"], ["string", "null"]),
         ("parameters.properties.x.properties", {"y": True}, {"y": {}}),
+        ("parameters.properties.x.const", None, None),
         ("parameters.additionalProperties", False, False),
         ("parameters.properties.x.items", True, True),
     ],

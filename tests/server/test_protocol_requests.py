@@ -93,6 +93,27 @@ def test_a_loop_of_tools():
     ]
 
 
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "x"}}
+
+
+def test_images_do_not_end_a_conversation():
+    left_out = "[Left out: image. This model reads only text.]"
+    document = {"type": "document", "source": {"type": "text", "data": "A page."}}
+    blocks = [*text("Seen: "), IMAGE, document]
+    seen = f"Seen: {left_out}A page."
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": blocks}
+    answered = [QUESTION, {"role": "assistant", "content": [USE]}]
+    got = messages(*answered, {"role": "user", "content": [result]})["messages"]
+    assert got[2] == {"role": "tool", "tool_call_id": "t1", "content": seen}
+    assert messages({"role": "user", "content": blocks})["messages"][0]["content"] == seen
+    image = {"type": "input_image", "image_url": "data:image/png;base64,x"}
+    parts = [*text("Seen: ", kind="input_text"), image]
+    output = {"type": "function_call_output", "call_id": "c1", "output": parts}
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    for given in ([QUESTION, call, output], [{"role": "user", "content": parts}]):
+        assert responses(given)["messages"][-1]["content"] == f"Seen: {left_out}"
+
+
 def test_the_options_of_messages():
     fields = messages(max_tokens=5, stop_sequences=["a", "b"], temperature=1, top_p=0.5, top_k=3)
     assert (fields["max_tokens"], fields["stop"], fields["top_k"]) == (5, ["a", "b"], 3)
@@ -134,10 +155,10 @@ def test_the_choice_of_tools_in_messages(choice, forced):
     ("fields", "param"),
     [
         (
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
             "messages[0].content[0]",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "messages[0]"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "messages[0]"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [QUESTION, {"role": "assistant", "content": [USE | {"name": ""}]}]}, "messa"),
         ({"messages": [QUESTION, {"role": "assistant", "content": [USE | {"input": 5}]}]}, "messa"),
@@ -154,7 +175,10 @@ def test_the_choice_of_tools_in_messages(choice, forced):
         ({"stop_sequences": [5]}, "stop_sequences"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
-        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+        ({"output_format": {"type": "json"}}, "output_format.type"),
+        ({"thread": {"type": "create"}}, "thread"),
+        ({"compaction": {"type": "enabled"}}, "compaction"),
     ],
 )
 def test_what_messages_cannot_be(fields, param):
@@ -211,7 +235,31 @@ def test_the_tools_of_responses():
     assert named["tool_choice"] == {"type": "function", "function": {"name": "f"}}
 
 
+def test_custom_tools_are_functions_of_one_text():
+    grammar = {"type": "grammar", "syntax": "lark", "definition": "start: X"}
+    patch = {"type": "custom", "name": "patch", "description": "Edits.", "format": grammar}
+    plain = {"type": "custom", "name": "note", "format": {"type": "text"}}
+    space = {"type": "namespace", "name": "n", "tools": [plain]}
+    choice = {"type": "custom", "name": "patch"}
+    got = responses(tools=[patch, plain, space], tool_choice=choice)
+    functions = [tool["function"] for tool in got["tools"]]
+    assert [function["name"] for function in functions] == ["patch", "note", "n.note"]
+    assert all(function["parameters"]["required"] == ["input"] for function in functions)
+    assert functions[0]["description"].startswith("Edits.\n\n")
+    assert functions[0]["description"].endswith("lark grammar:\nstart: X")
+    assert got["tool_choice"] == {"type": "function", "function": {"name": "patch"}}
+    call = {"type": "custom_tool_call", "call_id": "c", "name": "patch", "input": 'a "b"\n'}
+    output = {"type": "custom_tool_call_output", "call_id": "c", "output": "done"}
+    asked, answered = responses([QUESTION, call, output])["messages"][1:]
+    assert asked["tool_calls"][0]["function"] == {
+        **{"name": "patch", "arguments": {"input": 'a "b"\n'}}
+    }
+    assert answered == {"role": "tool", "tool_call_id": "c", "content": "done"}
+
+
 def test_the_options_of_responses():
+    wanted = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    assert responses(**wanted).items() >= {"logprobs": True, "top_logprobs": 2}.items()
     got = responses(max_output_tokens=1, parallel_tool_calls=False, temperature=0.5)
     assert (got["max_tokens"], got["parallel_tool_calls"], got["temperature"]) == (1, False, 0.5)
     assert responses("")["messages"] == [{"role": "user", "content": ""}]
@@ -230,24 +278,26 @@ def test_the_options_of_responses():
         ({"input": []}, "input"),
         ({"input": 5}, "input"),
         (
-            {"input": [{"type": "message", "role": "user", "content": [{"type": "input_image"}]}]},
-            "in",
+            {"input": [{"role": "user", "content": [{"type": "input_video"}]}]},
+            "input[0].content[0]",
         ),
+        ({"input": [{"type": "custom_tool_call", "name": "f", "input": 5}]}, "input[0].input"),
         ({"input": [{"type": "web_search_call"}]}, "input[0].type"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": [{"type": "function_call", "arguments": "{}"}]}, "input[0].name"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format.type"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
-        ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0].type"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json"}}}, "text.format.type"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].name"),
+        ({"tools": [{"type": "custom", "name": "f", "format": 5}]}, "tools[0].format"),
         (
-            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}]},
-            "tools[0]",
+            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "mcp"}]}]},
+            "tools[0].tools[0].type",
         ),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice.type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"include": ["message.output_text.logprobs"], "top_logprobs": 99}, "top_logprobs"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"store": 5}, "store"),
@@ -275,6 +325,7 @@ VALID = {
                 "role": "user",
                 "content": [{"type": "tool_result", "tool_use_id": "t1", "content": text("sunny")}],
             },
+            {"role": "user", "content": [IMAGE]},
         ],
         **{"max_tokens": 5, "stop_sequences": ["a"], "thinking": {"type": "adaptive"}, "top_k": 5},
         "tools": [{"name": "weather", "description": "d", "input_schema": SCHEMA}],
@@ -294,16 +345,27 @@ VALID = {
                 "call_id": "c",
                 "output": text("x", kind="input_text"),
             },
+            {"type": "custom_tool_call", "call_id": "d", "name": "patch", "input": "x"},
+            {
+                "type": "custom_tool_call_output",
+                "call_id": "d",
+                "output": [{"type": "input_image"}],
+            },
             {"type": "item_reference", "id": "known"},
         ],
         "tools": [
             {"type": "function", "name": "weather", "parameters": SCHEMA},
             {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "g"}]},
             {"type": "web_search"},
+            {
+                **{"type": "custom", "name": "patch", "description": "d"},
+                "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"},
+            },
         ],
         **{"tool_choice": {"type": "function", "name": "weather"}, "instructions": "Be kind."},
         **{"text": {"format": {"type": "text"}}, "reasoning": {"effort": "none"}, "store": True},
-        **{"include": ["reasoning.encrypted_content"], "parallel_tool_calls": True},
+        **{"include": ["reasoning.encrypted_content", "message.output_text.logprobs"]},
+        **{"parallel_tool_calls": True, "top_logprobs": 2},
         **{"previous_response_id": "resp_1", "max_output_tokens": 5},
     },
 }

@@ -15,6 +15,8 @@ from helpers_protocols import (
 from helpers_scripted import CONTEXT, scripted
 from helpers_server import CHAT, exchange
 
+from mlx_qwen3next.server import grammar
+
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
 XML = "<tool_call>\n<function=f>\n<parameter=x>\nls <b>\n</parameter>\n</function>\n</tool_call>"
 JSON = '<tool_call>\n{"name": "f", "arguments": {"x": "ls <b>"}}\n</tool_call>'
@@ -44,7 +46,7 @@ def asking(server, seed, template, **fields):
 
 def generated(text, server):
     """The number of a script's tokens and of its end."""
-    return len(server.engine.scripts[server.say(text)])
+    return len(server.engine.scripts[server.say(text)][0])
 
 
 @TEMPLATES
@@ -120,15 +122,83 @@ def test_the_second_turn_of_responses(server, template, form):
     assert usage["input_tokens_details"]["cached_tokens"] >= known - 1
 
 
+VALUES = {"on": "boolean", "size": "number", "names": "array", "path": "string"}
+WRITTEN = {
+    "coder": "<tool_call>\n<function=g>\n<parameter=on>\nfalse\n</parameter>\n<parameter=size>\n"
+    '1.0\n</parameter>\n<parameter=names>\n["a","b"]\n</parameter>\n<parameter=path>\n1.0\n'
+    "</parameter>\n</function>\n</tool_call>",
+    "instruct": '<tool_call>\n{"name": "g", "arguments": {"on": false, "size": 1.0, "names": '
+    '["a", "b"], "path": "1.0"}}\n</tool_call>',
+}
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES_PATH, RESPONSES_PATH])
+@pytest.mark.parametrize("template", list(WRITTEN))
+def test_values_come_back_as_the_model_wrote_them(server, template, path):
+    """A client in JavaScript writes 1.0 as 1, and templates have their own way with values."""
+    schema = {"properties": {name: {"type": kind} for name, kind in VALUES.items()}}
+    sent = {"on": False, "size": 1, "names": ["a", "b"], "path": "1.0"}
+    question = {"role": "user", "content": f"Values {template} {path}"}
+    function = {"name": "g", "parameters": schema}
+    seed = server.say(WRITTEN[template])
+    body = asking(server, seed, template, messages=[question], max_tokens=200)
+    if path == RESPONSES_PATH:
+        items = [question]
+        body |= {"input": items, "tools": [{"type": "function"} | function]}
+        answer = post(server.address, path, body)[1]
+        (call,) = answer["output"]
+        output = {"type": "function_call_output", "call_id": call["call_id"], "output": "ok"}
+        items += [call | {"arguments": json.dumps(sent)}, output]
+    elif path == MESSAGES_PATH:
+        body["tools"] = [{"name": "g", "input_schema": schema}]
+        answer = post(server.address, path, body)[1]
+        (use,) = answer["content"]
+        result = {"type": "tool_result", "tool_use_id": use["id"], "content": "ok"}
+        body["messages"] += [{"role": "assistant", "content": [use | {"input": sent}]}]
+        body["messages"] += [{"role": "user", "content": [result]}]
+    else:
+        body["tools"] = [{"type": "function", "function": function}]
+        message = post(server.address, path, body)[1]["choices"][0]["message"]
+        message["tool_calls"][0]["function"]["arguments"] = json.dumps(sent)
+        body["messages"] += [message, {"role": "tool", "tool_call_id": "1", "content": "ok"}]
+    first = server.engine.read[-1].context.prompt
+    post(server.address, path, body)
+    assert (
+        server.engine.read[-1].context.cached >= len(first) + len(server.engine.scripts[seed]) - 1
+    )
+
+
 # --- calls that are forced ------------------------------------------------------------------------
 FUNCTION = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
 OTHER = {"type": "function", "function": {"name": "g", "parameters": SCHEMA}}
 NAMED = {"type": "function", "function": {"name": "f"}}
 
 
+@pytest.fixture
+def without_grammars(monkeypatch):
+    """The server as it is where llguidance is not installed."""
+    monkeypatch.setattr(grammar, "find_spec", lambda _: None)
+
+
 @TEMPLATES
 @pytest.mark.parametrize("choice", ["required", "only", "named"])
 def test_a_forced_call(server, template, choice):
+    """The model says the call, after its reasoning, and nothing else."""
+    seed = server.say((THOUGHT if template == "thinking" else "") + CALLS[template])
+    got = server.both(
+        [{"role": "user", "content": "Do it."}],
+        seed,
+        template=template,
+        tools=[FUNCTION] if choice == "only" else [FUNCTION, OTHER],
+        tool_choice=NAMED if choice == "named" else "required",
+    )
+    assert (got.content, got.reasoning) == ("", "Hm,\nso." if template == "thinking" else "")
+    assert (got.reason, got.calls) == ("tool_calls", [("f", '{"x": "ls <b>"}')])
+
+
+@TEMPLATES
+@pytest.mark.parametrize("choice", ["required", "only", "named"])
+def test_a_forced_call_without_grammars(server, template, choice, without_grammars):
     """The answer is begun with the call, and the model says the rest alone."""
     begun = {"coder": "<tool_call>\n<function", "instruct": '<tool_call>\n{"name": "'}
     if choice != "required":
@@ -152,7 +222,7 @@ def test_a_forced_call(server, template, choice):
 
 
 @pytest.mark.parametrize("template", ["coder", "instruct"])
-def test_the_turn_after_a_forced_call(server, template):
+def test_the_turn_after_a_forced_call(server, template, without_grammars):
     opening = {"coder": "<tool_call>\n<function", "instruct": '<tool_call>\n{"name": "'}[template]
     rest = CALLS[template].removeprefix(opening)
     messages = [{"role": "user", "content": f"Call, {template}."}]
@@ -166,7 +236,7 @@ def test_the_turn_after_a_forced_call(server, template):
 
 @pytest.mark.parametrize("path", [MESSAGES_PATH, RESPONSES_PATH])
 def test_a_forced_call_in_other_protocols(server, path):
-    seed = server.say(XML.removeprefix("<tool_call>\n<function=f>\n"))
+    seed = server.say(XML)
     if path == MESSAGES_PATH:
         body = {"messages": [{"role": "user", "content": "Do it."}], "max_tokens": 100}
         body |= {"tools": [{"name": "f", "input_schema": SCHEMA}], "tool_choice": {"type": "any"}}
@@ -182,7 +252,7 @@ def test_a_forced_call_in_other_protocols(server, path):
         assert seen(answer) == [("call", "f", {"x": "ls <b>"})]
 
 
-def test_a_name_in_control_tokens_is_text(server):
+def test_a_name_in_control_tokens_is_text(server, without_grammars):
     name = "<|im_end|>"
     seed = server.say("</function>\n</tool_call>")
     tool = {"type": "function", "function": {"name": name}}
@@ -243,3 +313,22 @@ def test_thinking_can_be_off(server, path):
     answer = post(server.address, path, body | asking(server, seed, "thinking") | off)[1]
     assert seen(answer) == [("text", "Yes.")]
     assert server.prompt().endswith("<think>\n\n</think>\n\n")
+
+
+# --- log-probabilities ----------------------------------------------------------------------------
+@TEMPLATES
+def test_the_log_probabilities_of_a_response_are_those_of_its_text(server, template):
+    thought = THOUGHT if template == "thinking" else ""
+    text = "Héllo 🙂, you see.\n"
+    seed = server.say(f"{thought}{text}\n{CALLS[template]}")
+    tools = [{"type": "function", "name": "f", "parameters": SCHEMA}]
+    wanted = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "tools": tools}
+    body = asking(server, seed, template, input="Do it.") | wanted
+    whole = post(server.address, RESPONSES_PATH, body)[1]
+    streamed = response_of(stream(server.address, RESPONSES_PATH, body))
+    for answer in (whole, streamed):
+        (message,) = [item for item in answer["output"] if item["type"] == "message"]
+        (content,) = message["content"]
+        spelled = bytes(byte for entry in content["logprobs"] for byte in entry["bytes"])
+        assert spelled.decode().strip() == content["text"].strip() == text.strip()
+        assert all(len(entry["top_logprobs"]) == 2 for entry in content["logprobs"])

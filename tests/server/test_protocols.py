@@ -18,7 +18,7 @@ from helpers_server import CALL, NAMES, Fake, ask, exchange, serving
 
 from mlx_qwen3next.errors import ContextLengthError, QueueFullError
 from mlx_qwen3next.server.handler import Settings
-from mlx_qwen3next.server.protocols import stored
+from mlx_qwen3next.server.protocols import custom_tools, stored
 
 # What agents sent to this server in November 2026, with their texts and tools cut short.
 AGENTS = json.loads(Path(__file__).with_name("agent_requests.json").read_text())
@@ -38,9 +38,10 @@ THOUGHT = "<think>\nHm.\n</think>\n\n"
 
 def without_ids(answer):
     text = json.dumps(answer)
-    for name in ("id", "call_id", "signature"):
+    names = ("id", "call_id", "signature", "created_at")
+    for name in names:
         text = text.replace(f'"{name}"', f'"{name}.{name}"')
-    drop = {"id.id", "call_id.call_id", "signature.signature"}
+    drop = {f"{name}.{name}" for name in names}
     return json.loads(text, object_hook=lambda x: {k: x[k] for k in x if k not in drop})
 
 
@@ -137,6 +138,46 @@ def test_a_call_in_a_namespace():
             assert (call["namespace"], call["name"]) == ("n", "weather")
 
 
+CUSTOM = [{"type": "custom", "name": "patch"}]
+INPUTS = {
+    '{"input": "a \\"b\\"\\n\\ud83d\\ude42\\\\"}': 'a "b"\n🙂\\',
+    '{"input": ""}': "",
+    '{"input": 5}': '{"input": 5}',
+    '{"other": "x"}': '{"other": "x"}',
+    "{}": "{}",
+}
+
+
+@pytest.mark.parametrize("arguments", INPUTS)
+def test_a_call_of_a_custom_tool(arguments):
+    call = f'<tool_call>\n{{"name": "patch", "arguments": {arguments}}}\n</tool_call>'
+    body = ASKED[RESPONSES_PATH] | {"tools": CUSTOM, "max_output_tokens": 200}
+    with serving(Fake(call, max_tokens=200)) as server:
+        _, whole = post(server, RESPONSES_PATH, body)
+        streamed = response_of(stream(server, RESPONSES_PATH, body))
+    assert seen(whole) == [("call", "patch", INPUTS[arguments])]
+    assert without_ids(streamed) == without_ids(whole)
+
+
+def test_the_text_of_arguments_that_go_on():
+    text = 'a "b"\n🙂\\'
+    arguments = json.dumps({"input": text})
+    begun = [custom_tools.begun_text(arguments[:end]) for end in range(len(arguments) + 1)]
+    assert all(text.startswith(each) for each in begun)
+    assert sorted(set(begun), key=len) == [text[:end] for end in range(len(text) + 1)]
+
+
+def test_the_input_of_a_custom_tool_comes_in_pieces():
+    text = "*** Begin Patch\n+one\n+two\n"
+    call = f"<tool_call>\n<function=patch>\n<parameter=input>\n{text}\n</parameter>\n</function>"
+    body = ASKED[RESPONSES_PATH] | {"tools": CUSTOM, "max_output_tokens": 200}
+    with serving(Fake(call, max_tokens=200)) as server:
+        events = stream(server, RESPONSES_PATH, body)
+    assert seen(response_of([*events])) == [("call", "patch", text)]
+    deltas = [event for event in events if event["type"].endswith("_input.delta")]
+    assert len(deltas) > 5
+
+
 # --- what agents send -----------------------------------------------------------------------------
 @pytest.mark.parametrize("request_", AGENTS, ids=[request["client"] for request in AGENTS])
 def test_requests_of_agents(request_):
@@ -228,6 +269,11 @@ def test_errors_of_messages(before, status, kind):
 
 def test_errors_of_other_kinds():
     with serving() as server:
+        # Anthropic's client takes this code for "send the whole conversation".
+        thread = {"thread": {"type": "create"}}
+        status, answer = post(server, MESSAGES_PATH, ASKED[MESSAGES_PATH] | thread)
+        code = answer["error"]["details"]["error_code"]
+        assert (status, code) == (400, "thread_unsupported_request")
         status, answer = post(server, MESSAGES_PATH, ASKED[MESSAGES_PATH] | {"model": "other"})
         assert (status, answer["error"]["type"]) == (404, "not_found_error")
         status, answer = post(server, MESSAGES_PATH, b"{")

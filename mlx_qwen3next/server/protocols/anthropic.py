@@ -55,7 +55,8 @@ class Message(Form):
         if isinstance(cause, ContextLengthError):  # Anthropic's words, by which clients know it
             message = f"prompt is too long: {cause.tokens} tokens > {cause.limit} maximum"
         kind = _ERRORS.get(error.status, kind)
-        return {"type": "error", "error": {"type": kind, "message": message}}
+        details = {} if error.code is None else {"details": {"error_code": error.code}}
+        return {"type": "error", "error": {"type": kind, "message": message} | details}
 
     def failed(self, error: RequestError) -> bytes:
         return named(self.error(error))

@@ -19,13 +19,15 @@ from ..checks import (
     string,
     unfit,
 )
-from ..schema import stop_words, token_limit
+from ..messages import UNREADABLE, left_out
+from ..schema import answer_format, stop_words, token_limit
 from .form import SHARED
 
 # Claude Code begins its system prompt with a line that changes from version to version, and with
 # some versions from turn to turn. It means nothing to a model, and would end the known prompt.
 _BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?")
-_UNSUPPORTED = ("mcp_servers", "container", "output_format")
+_LEFT_OUT = ("image", "document")
+_UNSUPPORTED = ("mcp_servers", "container", "compaction")
 
 
 def chat_request(body: dict[str, Any]) -> dict[str, Any]:
@@ -38,9 +40,9 @@ def chat_request(body: dict[str, Any]) -> dict[str, Any]:
     for name in _UNSUPPORTED:
         if body.get(name):
             raise RequestError(f"{name} is not supported; leave it out", name)
-    if "format" in mapping("output_config", body.get("output_config", {})):
-        message = "output_config.format is not supported: the server cannot enforce a format"
-        raise RequestError(message, "output_config.format")
+    if "thread" in body:
+        message = "thread is not supported: the server keeps no messages; send all of them"
+        raise RequestError(message, "thread", code="thread_unsupported_request")
     if "messages" not in body:
         raise RequestError("messages is missing: a request must have it", "messages")
     messages = [_system(body["system"])] if "system" in body else []
@@ -51,6 +53,12 @@ def chat_request(body: dict[str, Any]) -> dict[str, Any]:
     chat = {name: body[name] for name in SHARED if name in body} | {"messages": messages}
     if messages and messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
         chat["continue_final_message"] = True
+    config = mapping("output_config", body.get("output_config", {}))
+    formats = {"output_config.format": config.get("format")}
+    formats["output_format"] = body.get("output_format")  # its name before
+    for path, value in formats.items():
+        if value is not None:
+            chat["response_format"] = answer_format(path, value)
     if "max_tokens" in body:
         chat["max_tokens"] = token_limit("max_tokens", body["max_tokens"])
     if "stop_sequences" in body:
@@ -69,15 +77,31 @@ def _system(value: Any) -> dict[str, Any]:
     return {"role": "system", "content": "".join(_BILLING.sub("", t, count=1) for t in texts)}
 
 
-def _texts(path: str, value: Any) -> list[str]:
-    """The texts of a list of text blocks."""
+def _texts(path: str, value: Any, *others: str) -> list[str]:
+    """The texts of a list of text blocks.
+
+    Args:
+        others: types of blocks that may be among them; see :func:`_text`.
+    """
     if not isinstance(value, list):
         raise unfit(path, value, "a string or a list of blocks")
-    kinds = one_of("text", hint="; other blocks are not supported here")
+    kinds = one_of("text", *others, hint="; other blocks are not supported here")
     blocks = [mapping(f"{path}[{i}]", block) for i, block in enumerate(value)]
     for i, block in enumerate(blocks):
         kinds(f"{path}[{i}].type", block.get("type"))
-    return [string(f"{path}[{i}].text", block.get("text")) for i, block in enumerate(blocks)]
+    return [_text(f"{path}[{i}]", block) for i, block in enumerate(blocks)]
+
+
+def _text(path: str, block: dict[str, Any]) -> str:
+    """The text of a block: of a document, if it is one in plain text; of others, that they are
+    left out."""
+    kind = block["type"]
+    if kind not in UNREADABLE:
+        return string(f"{path}.text", block.get("text"))
+    source = block.get("source")
+    if kind == "document" and isinstance(source, dict) and source.get("type") == "text":
+        return string(f"{path}.source.data", source.get("data"))
+    return left_out(kind)
 
 
 def _messages(path: str, entry: dict[str, Any]) -> list[dict[str, Any]]:
@@ -93,7 +117,7 @@ def _messages(path: str, entry: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(content, list):
         raise unfit(path, content, "a string or a list of blocks")
     messages: list[dict[str, Any]] = []
-    kinds = one_of("text", "tool_result", hint="; other blocks are not supported")
+    kinds = one_of("text", *_LEFT_OUT, "tool_result", hint="; other blocks are not supported")
     for i, entry in enumerate(content):
         at = f"{path}[{i}]"
         block = mapping(at, entry)
@@ -102,14 +126,15 @@ def _messages(path: str, entry: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         if not messages or messages[-1]["role"] != "user":
             messages.append({"role": "user", "content": ""})
-        messages[-1]["content"] += string(f"{at}.text", block.get("text"))
+        messages[-1]["content"] += _text(at, block)
     return messages or [{"role": "user", "content": ""}]
 
 
 def _tool_result(path: str, block: dict[str, Any]) -> dict[str, Any]:
     content = block.get("content", "")
-    text = content if isinstance(content, str) else "".join(_texts(f"{path}.content", content))
-    return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text}
+    if not isinstance(content, str):
+        content = "".join(_texts(f"{path}.content", content, *_LEFT_OUT))
+    return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}
 
 
 def _assistant(path: str, content: Any) -> dict[str, Any]:
@@ -151,6 +176,8 @@ def _tool(path: str, value: Any) -> dict[str, Any]:
         function["description"] = tool["description"]
     if "input_schema" in tool:
         function["parameters"] = tool["input_schema"]
+    if "strict" in tool:
+        function["strict"] = tool["strict"]
     return {"type": "function", "function": function}
 
 

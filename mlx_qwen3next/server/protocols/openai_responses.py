@@ -6,11 +6,13 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from .. import logprobs
 from ..checks import RequestError, boolean, list_of, mapping, string
 from ..events import End, Event
 from ..responses import Context, Response
+from . import custom_tools
 from .form import About, Form, named
-from .openai_responses_requests import chat_request, functions_of, items_of, sealed
+from .openai_responses_requests import LOGPROBS, chat_request, functions_of, items_of, sealed
 from .parts import Part, Parts, Step
 from .stored import Kept
 
@@ -31,16 +33,14 @@ class ModelResponse(Form):
         self._items = items_of(body, about.stored)
         self.request, self._about = chat_request(body, self._items), about
         include = list_of(string)("include", body.get("include", []))
-        if "message.output_text.logprobs" in include:
-            message = "include must not hold message.output_text.logprobs: it is not supported"
-            raise RequestError(message, "include")
+        self._wants_logprobs = LOGPROBS in include
+        self._logprobs: dict[int, list[dict[str, Any]]] = {}  # by a part's index
+        self._told_inputs: dict[int, int] = {}  # characters, by a part's index
         self._seals = "reasoning.encrypted_content" in include
         self._stores = boolean("store", body.get("store", True))
         self._repeated = _REPEATED | {key: body[key] for key in _REPEATED if key in body}
-        self._spaces = {
-            tool["function"]["name"]: space
-            for tool, space in functions_of(body.get("tools", []))
-            if space is not None
+        self._functions = {
+            each.function["function"]["name"]: each for each in functions_of(body.get("tools", []))
         }
         self._id = f"resp_{uuid.uuid4().hex}"
         self._parts = Parts()
@@ -55,11 +55,11 @@ class ModelResponse(Form):
         )
 
     def chunk(self, events: Sequence[Event], sampled: Sequence[Response]) -> bytes:
-        return self._sent(self._parts.add(events))
+        return self._sent(self._parts.add(events), sampled)
 
     def end(self, events: Sequence[Event], sampled: Sequence[Response], end: End) -> bytes:
         self._ending = "incomplete" if end.reason == "length" else "completed"
-        rest = self._sent([*self._parts.add(events), *self._parts.end()])
+        rest = self._sent([*self._parts.add(events), *self._parts.end()], sampled)
         response = self._finished(end)
         return rest + self._named(f"response.{response['status']}", response=response)
 
@@ -67,7 +67,7 @@ class ModelResponse(Form):
         self, events: Sequence[Event], sampled: Sequence[Response], end: End
     ) -> dict[str, Any]:
         self._ending = "incomplete" if end.reason == "length" else "completed"
-        self._parts.add(events)
+        self._sent(self._parts.add(events), sampled)
         return self._finished(end)
 
     def failed(self, error: RequestError) -> bytes:
@@ -107,55 +107,98 @@ class ModelResponse(Form):
         if is_done:
             status = self._ending if part is self._parts[-1] else "completed"
         item: dict[str, Any]
+        content = [self._content(part, is_done=True)] if is_done else []
         match part.kind:
             case "text":
                 item = {"type": "message", "id": f"msg_{part.key}", "role": "assistant"}
-                return item | {"status": status, "content": [_content(part, part.text)] * is_done}
+                return item | {"status": status, "content": content}
             case "reasoning":
                 item = {"type": "reasoning", "id": f"rs_{part.key}", "summary": []}
                 if self._seals and is_done:
                     item["encrypted_content"] = sealed(part.text)
-                return item | {"content": [_content(part, part.text)] * is_done}
-        item = {"type": "function_call", "id": f"fc_{part.key}", "call_id": f"call_{part.key}"}
-        space = self._spaces.get(part.name)
+                return item | {"content": content}
+        space, is_custom = self._kind_of(part)
         name = part.name if space is None else part.name.removeprefix(f"{space}.")
-        item |= {"name": name, "arguments": part.text if is_done else "", "status": status}
+        item = {"call_id": f"call_{part.key}", "name": name, "status": status}
+        if is_custom:
+            text = custom_tools.whole_text(part.text) if is_done else ""
+            item |= {"type": "custom_tool_call", "id": f"ctc_{part.key}", "input": text}
+        else:
+            text = part.text if is_done else ""
+            item |= {"type": "function_call", "id": f"fc_{part.key}", "arguments": text}
         return item if space is None else item | {"namespace": space}
+
+    def _kind_of(self, part: Part) -> tuple[str | None, bool]:
+        """The namespace of a call's function, and whether it stands for a custom tool."""
+        known = self._functions.get(part.name)
+        return (None, False) if known is None else (known.space, known.is_custom)
 
     def _named(self, kind: str, **fields: Any) -> bytes:
         event = {"type": kind, "sequence_number": self._events} | fields
         self._events += 1
         return named(event)
 
-    def _sent(self, steps: Sequence[Step]) -> bytes:
-        return b"".join(self._step(*step) for step in steps)
+    def _sent(self, steps: Sequence[Step], sampled: Sequence[Response]) -> bytes:
+        """The events of steps.
 
-    def _step(self, step: str, part: Part, text: str) -> bytes:
+        Args:
+            sampled: the tokens that the steps come from.
+        """
+        sent = b""
+        for step, part, text in steps:
+            told: list[dict[str, Any]] = []
+            if self._wants_logprobs and step == "more" and part.kind != "call":
+                own, sampled = logprobs.split(sampled, text)
+                if part.kind == "text":
+                    told = logprobs.chat_form(self._context.tokenizer, own)["content"]
+                    self._logprobs.setdefault(part.index, []).extend(told)
+            sent += self._step(step, part, text, told)
+        return sent
+
+    def _step(self, step: str, part: Part, text: str, told: list[dict[str, Any]]) -> bytes:
         item = self._item(part, is_done=step == "end")
         place = {"item_id": item["id"], "output_index": part.index}
         at = place if part.kind == "call" else place | {"content_index": 0}
         stem, key = {
-            "call": ("response.function_call_arguments", "arguments"),
-            "text": ("response.output_text", "text"),
+            "message": ("response.output_text", "text"),
             "reasoning": ("response.reasoning_text", "text"),
-        }[part.kind]
-        logprobs: dict[str, Any] = {"logprobs": []} if part.kind == "text" else {}
+            "function_call": ("response.function_call_arguments", "arguments"),
+            "custom_tool_call": ("response.custom_tool_call_input", "input"),
+        }[item["type"]]
         if step == "more":
-            return self._named(f"{stem}.delta", **at, delta=text, **logprobs)
+            if key == "input":
+                text = self._more_input(part, custom_tools.begun_text(part.text))
+            entries = {"logprobs": told} if part.kind == "text" else {}
+            return self._named(f"{stem}.delta", **at, delta=text, **entries) if text else b""
         added = {"output_index": part.index, "item": item}
-        content = at | {"part": _content(part, part.text if step == "end" else "")}
         if step == "begin":
             begun = self._named("response.output_item.added", **added)
             if part.kind == "call":
                 return begun
-            return begun + self._named("response.content_part.added", **content)
-        done = self._named(f"{stem}.done", **at, **{key: part.text}, **logprobs)
-        if part.kind != "call":
-            done += self._named("response.content_part.done", **content)
+            content = self._content(part, is_done=False)
+            return begun + self._named("response.content_part.added", **at, part=content)
+        done = b""
+        if part.kind == "call":
+            if key == "input" and (rest := self._more_input(part, item["input"])):
+                done = self._named(f"{stem}.delta", **at, delta=rest)
+            done += self._named(f"{stem}.done", **at, **{key: item[key]})
+        else:
+            (content,) = item["content"]
+            entries = {"logprobs": content["logprobs"]} if part.kind == "text" else {}
+            done = self._named(f"{stem}.done", **at, text=content["text"], **entries)
+            done += self._named("response.content_part.done", **at, part=content)
         return done + self._named("response.output_item.done", **added)
 
+    def _more_input(self, part: Part, text: str) -> str:
+        """What a custom tool's input has beyond that which the stream has told."""
+        told = self._told_inputs.get(part.index, 0)
+        self._told_inputs[part.index] = len(text)
+        return text[told:]
 
-def _content(part: Part, text: str) -> dict[str, Any]:
-    if part.kind == "reasoning":
-        return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    def _content(self, part: Part, *, is_done: bool) -> dict[str, Any]:
+        """The content of a text or of reasoning; empty while it is in progress."""
+        text = part.text if is_done else ""
+        if part.kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        entries = self._logprobs.get(part.index, []) if is_done else []
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": entries}

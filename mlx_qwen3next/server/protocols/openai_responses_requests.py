@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checks import RequestError, filled_string, list_of, mapping, one_of, string, unfit
 from ..messages import content, message
-from ..schema import token_limit
+from ..schema import answer_format, token_limit
+from . import custom_tools
 from .form import SHARED
 from .stored import Stored
 
-_UNSUPPORTED = ("background", "conversation", "prompt", "top_logprobs")
-_ITEMS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
+_UNSUPPORTED = ("background", "conversation", "prompt")
+_OUTPUTS = ("function_call_output", "custom_tool_call_output")
+_CALLS = ("function_call", "custom_tool_call")
+_ITEMS = ("message", *_CALLS, *_OUTPUTS, "reasoning", "item_reference")
 # Tools that a server of OpenAI's runs; an agent offers them in case it talks to one.
 _HOSTED = (
     *("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"),
     *("file_search", "code_interpreter", "image_generation", "computer_use_preview", "mcp"),
     *("local_shell", "shell", "tool_search"),
 )
-_kind_of_tool = one_of("function", "namespace", *_HOSTED, hint="; other tools are not supported")
+LOGPROBS = "message.output_text.logprobs"  # in ``include``
 _SEALED = "reasoning:"  # before reasoning in ``encrypted_content``
 
 
@@ -70,9 +73,9 @@ def chat_request(body: dict[str, Any], items: list[dict[str, Any]]) -> dict[str,
         if body.get(name):
             raise RequestError(f"{name} is not supported; leave it out", name)
     text = mapping("text", body.get("text", {}))
-    form = mapping("text.format", text.get("format", {})).get("type", "text")
-    one_of("text", hint=": the server cannot enforce other formats")("text.format.type", form)
     chat = {name: body[name] for name in SHARED if name in body}
+    if "format" in text:
+        chat["response_format"] = answer_format("text.format", text["format"])
     # The position of an item in the input is known only without those of earlier responses.
     place = "input[{}]" if body.get("previous_response_id") is None else "item {}"
     chat["messages"] = _messages(items, place)
@@ -83,11 +86,13 @@ def chat_request(body: dict[str, Any], items: list[dict[str, Any]]) -> dict[str,
         limit = token_limit("max_output_tokens", body["max_output_tokens"])
         chat["max_tokens"] = limit
     if "tools" in body:
-        chat["tools"] = [tool for tool, _ in functions_of(body["tools"])]
+        chat["tools"] = [each.function for each in functions_of(body["tools"])]
     if "tool_choice" in body:
         chat["tool_choice"] = _tool_choice(body["tool_choice"])
     if "parallel_tool_calls" in body:
         chat["parallel_tool_calls"] = body["parallel_tool_calls"]
+    if LOGPROBS in list_of(string)("include", body.get("include", [])):
+        chat |= {"logprobs": True, "top_logprobs": body.get("top_logprobs", 0)}
     reasoning = mapping("reasoning", body.get("reasoning", {}))
     if reasoning.get("effort") == "none":
         options = mapping("chat_template_kwargs", body.get("chat_template_kwargs", {}))
@@ -95,24 +100,37 @@ def chat_request(body: dict[str, Any], items: list[dict[str, Any]]) -> dict[str,
     return chat
 
 
-def functions_of(tools: Any) -> list[tuple[dict[str, Any], str | None]]:
-    """The functions among tools, in the form of a chat, and the namespaces that they are in."""
-    functions: list[tuple[dict[str, Any], str | None]] = []
+class Function(NamedTuple):
+    """A function that the model may call.
+
+    Args:
+        function: in the form of a chat.
+        space: the namespace that it is in.
+        is_custom: whether it stands for a tool that takes a free text.
+    """
+
+    function: dict[str, Any]
+    space: str | None
+    is_custom: bool
+
+
+def functions_of(tools: Any) -> list[Function]:
+    """The functions among tools."""
+    functions: list[Function] = []
     for i, tool in enumerate(list_of(mapping)("tools", tools)):
         path = f"tools[{i}]"
         hint = "; other tools are not supported"
-        kind = one_of("function", "namespace", *_HOSTED, hint=hint)(
-            f"{path}.type", tool.get("type")
-        )
-        if kind == "function":
-            functions.append((_function(path, tool), None))
+        known = one_of("function", "custom", "namespace", *_HOSTED, hint=hint)
+        kind = known(f"{path}.type", tool.get("type"))
+        if kind in ("function", "custom"):
+            functions.append(_function(path, tool))
         elif kind == "namespace":
             space = filled_string(f"{path}.name", tool.get("name"))
             inner = list_of(mapping)(f"{path}.tools", tool.get("tools"))
             for j, function in enumerate(inner):
                 at = f"{path}.tools[{j}]"
-                one_of("function")(f"{at}.type", function.get("type"))
-                functions.append((_function(at, function, space), space))
+                one_of("function", "custom")(f"{at}.type", function.get("type"))
+                functions.append(_function(at, function, space))
     return functions
 
 
@@ -130,10 +148,15 @@ def _unsealed(text: Any) -> str:
     return opened.removeprefix(_SEALED) if opened.startswith(_SEALED) else ""
 
 
-def _function(path: str, tool: dict[str, Any], space: str | None = None) -> dict[str, Any]:
+def _function(path: str, tool: dict[str, Any], space: str | None = None) -> Function:
     name = _qualified(filled_string(f"{path}.name", tool.get("name")), space)
-    kept = {key: tool[key] for key in ("description", "parameters") if key in tool}
-    return {"type": "function", "function": {"name": name} | kept}
+    is_custom = tool["type"] == "custom"
+    if is_custom:
+        kept = custom_tools.fields_of(path, tool)
+    else:
+        kept = {key: tool[key] for key in ("description", "parameters", "strict") if key in tool}
+    function = {"type": "function", "function": {"name": name} | kept}
+    return Function(function, space, is_custom)
 
 
 def _qualified(name: str, space: str | None) -> str:
@@ -144,7 +167,8 @@ def _qualified(name: str, space: str | None) -> str:
 def _tool_choice(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    one_of("function", hint="; other tools cannot be forced")("tool_choice.type", value.get("type"))
+    kinds = one_of("function", "custom", hint="; other tools cannot be forced")
+    kinds("tool_choice.type", value.get("type"))
     name = filled_string("tool_choice.name", value.get("name"))
     return {"type": "function", "function": {"name": name}}
 
@@ -157,7 +181,7 @@ def _messages(items: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
             known = {name: item[name] for name in ("role", "content") if name in item}
             messages.append(message(path, known))
             continue
-        if kind == "function_call_output":
+        if kind in _OUTPUTS:
             output, _ = content(f"{path}.output", item.get("output", ""), thinks=False)
             call = item.get("call_id")
             messages.append({"role": "tool", "tool_call_id": call, "content": output})
@@ -182,6 +206,10 @@ def _add(answer: dict[str, Any], path: str, item: dict[str, Any]) -> None:
         if space is not None:
             filled_string(f"{path}.namespace", space)
         name = _qualified(filled_string(f"{path}.name", item.get("name")), space)
-        function = {"name": name, "arguments": item.get("arguments")}
+        arguments = item.get("arguments")
+        if item["type"] == "custom_tool_call":
+            text = string(f"{path}.input", item.get("input", ""))
+            arguments = custom_tools.arguments_of(text)
+        function = {"name": name, "arguments": arguments}
         call = {"type": "function", "id": item.get("call_id"), "function": function}
         answer.setdefault("tool_calls", []).append(call)

@@ -1,4 +1,4 @@
-"""Responses that are kept for later requests, in memory alone."""
+"""What is kept for later requests, in memory alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checks import RequestError, shown
+from ..written_calls import WrittenCalls
 
 MOST = 256  # responses
 MOST_BYTES = 64 * 2**20  # of their JSON
@@ -28,9 +29,14 @@ class Kept:
 
 
 class Stored:
-    """The last responses; the oldest go first when there are too many or they are too large."""
+    """The last responses; the oldest go first when there are too many or they are too large.
+
+    Attributes:
+        calls: how the model has written its calls.
+    """
 
     def __init__(self) -> None:
+        self.calls = WrittenCalls()
         self._kept: OrderedDict[str, tuple[Kept, int]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
