@@ -6,7 +6,8 @@ together.
 
 from __future__ import annotations
 
-from typing import TypeAlias, cast
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, cast
 
 import mlx.core as mx
 from mlx_lm.models.activations import swiglu
@@ -19,6 +20,31 @@ Stored: TypeAlias = Experts | TransposedWeights
 SharedExpert: TypeAlias = tuple[Stored, Stored]  # gate and up [2 I, H], down [H, I]
 
 MANY = 64  # pairs of rows and experts from which on they are sorted, as in mlx-lm
+
+Products: TypeAlias = Callable[
+    [mx.array, Stored, Stored, mx.array, bool], mx.array
+]  # as :func:`products`
+
+
+class Slots(Protocol):
+    """A stack that holds some of the experts at a time, and gets others in their place.
+
+    The host has to know which experts are wanted, so :meth:`place` and :meth:`products` wait for
+    the device.
+    """
+
+    def place(self, routing: mx.array) -> mx.array | None:
+        """Returns a kernels' routing whose experts are numbers of slots, in the same order; None if
+        it wants more experts than there are slots. All of them are there by then.
+        """
+
+    def read_by(self, result: mx.array) -> None:
+        """Says that ``result`` reads slots, which stay as they are until it is evaluated."""
+
+    def products(
+        self, rows: mx.array, gate_up: Stored, down: Stored, indices: mx.array, is_sorted: bool
+    ) -> mx.array:
+        """Returns what :func:`products` does; ``gate_up`` and ``down`` are the slots."""
 
 
 def route(
@@ -66,6 +92,14 @@ def only_own(experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array
     return mx.where(here, experts - own.start, 0), mx.where(here, weights, 0)
 
 
+def products(
+    rows: mx.array, gate_up: Stored, down: Stored, indices: mx.array, is_sorted: bool
+) -> mx.array:
+    """Returns each row through its experts; ``rows`` ``[R, 1, 1, H]``, ``indices`` ``[R, k]``."""
+    gate, up = mx.split(_gather(rows, gate_up, indices, is_sorted), 2, axis=-1)
+    return _gather(swiglu(gate, up), down, indices, is_sorted)
+
+
 def sparse_experts(
     x: mx.array,
     logits: mx.array,
@@ -78,6 +112,7 @@ def sparse_experts(
     normalise: bool,
     shared: SharedExpert | None = None,
     own: range | None = None,
+    products: Products = products,
 ) -> mx.array:
     """Returns ``residual`` plus the mixture of experts, on packed weights.
 
@@ -89,6 +124,7 @@ def sparse_experts(
         experts: E; top_k, normalise: as for :func:`route`.
         shared: the shared expert, if its quantization is another than the others'.
         own: the experts that ``gate_up`` and ``down`` have, if not all.
+        products: computes each row through its experts.
 
     Returns:
         ``[..., H]``.
@@ -107,13 +143,16 @@ def sparse_experts(
         else:
             gate, up = mx.split(_multiply(x, shared[0]), 2, axis=-1)
             residual = residual + weight * _multiply(swiglu(gate, up), shared[1])
-    return _mixture(x, gate_up, down, residual, indices, weights, own).reshape(shape)
+
+    def mixed(rows: mx.array, indices: mx.array, is_sorted: bool) -> mx.array:
+        return products(rows, gate_up, down, indices, is_sorted)
+
+    return _mixture(x, mixed, residual, indices, weights, own).reshape(shape)
 
 
 def _mixture(
     x: mx.array,
-    gate_up: Stored,
-    down: Stored,
+    mixed: Callable[[mx.array, mx.array, bool], mx.array],
     residual: mx.array,
     indices: mx.array,
     weights: mx.array,
@@ -122,19 +161,20 @@ def _mixture(
     """Returns ``residual`` plus each row's weighted experts.
 
     Args:
-        x, residual: ``[R, H]``. indices, weights: ``[R, k]``. The others as in
-            :func:`sparse_experts`.
+        x, residual: ``[R, H]``. indices, weights: ``[R, k]``. own: see :func:`sparse_experts`.
+        mixed: :func:`products` on the weights.
     """
     if indices.size < MANY:
-        y = _mixed(x[:, None, None], gate_up, down, indices, is_sorted=False)  # [R, k, 1, H]
+        y = mixed(x[:, None, None], indices, False)  # [R, k, 1, H]
         return mx.addmm(residual[:, None], weights[:, None], y.squeeze(-2)).squeeze(-2)
     # Sorted by expert, so that MLX reads an expert's weights once.
     k, indices, weights = indices.shape[1], indices.flatten(), weights.flatten()
     if own is None:
         order = mx.argsort(indices)
-        y = _mixed(x[order // k, None, None], gate_up, down, indices[order, None], is_sorted=True)
-        y = y[mx.argsort(order)].reshape(-1, k, x.shape[-1])
-        return residual + (y * weights.reshape(-1, k, 1)).sum(axis=-2)
+        y = mixed(x[order // k, None, None], indices[order, None], True)
+        places = _inverse(order)
+        y = y[places].reshape(-1, k, x.shape[-1])
+        return mx.addmm(residual[:, None], weights.reshape(-1, 1, k), y).squeeze(-2)
     # Pairs without weight belong to other ranks; their number has to be known here.
     here = weights > 0
     order = mx.argsort(mx.where(here, indices, len(own) + 1))
@@ -142,21 +182,15 @@ def _mixture(
     if order.size == 0:
         return residual
     rows = order // k
-    y = _mixed(x[rows, None, None], gate_up, down, indices[order, None], is_sorted=True)
+    y = mixed(x[rows, None, None], indices[order, None], True)
     y = y.reshape(-1, x.shape[-1]) * weights[order, None]
     return residual.at[rows].add(y)
 
 
-def _mixed(
-    rows: mx.array,
-    gate_up: Stored,
-    down: Stored,
-    indices: mx.array,
-    is_sorted: bool,
-) -> mx.array:
-    """Returns each row through its experts; ``rows`` ``[R, 1, 1, H]``, ``indices`` ``[R, k]``."""
-    gate, up = mx.split(_gather(rows, gate_up, indices, is_sorted), 2, axis=-1)
-    return _gather(swiglu(gate, up), down, indices, is_sorted)
+def _inverse(order: mx.array) -> mx.array:
+    """Returns the inverse of a permutation, without another sort."""
+    places = mx.arange(order.size, dtype=order.dtype)
+    return mx.put_along_axis(mx.zeros_like(order), order, places, axis=0)
 
 
 def _multiply(x: mx.array, weights: Stored) -> mx.array:

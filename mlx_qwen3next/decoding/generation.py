@@ -50,6 +50,8 @@ class GenerationResponse(MLXGenerationResponse):
     drafted: dict[str, int] = field(default_factory=dict)  # by source, as in SOURCES
     accepted: dict[str, int] = field(default_factory=dict)  # those that were right
     cached_tokens: int = 0  # of the prompt, found in a PromptCache
+    # Where experts are read from disk: hits, misses, bytes read, seconds waited for them.
+    experts: dict[str, float] = field(default_factory=dict)
 
 
 def generate_step(
@@ -254,7 +256,8 @@ def _stream(
 ) -> Generator[GenerationResponse]:
     text = TextDecoder(tokenizer)
     prompt_seconds, start = 0.0, time.perf_counter()
-    drafts = Acceptance()
+    drafts, streamed = Acceptance(), model.streamed
+    begun = {} if streamed is None else streamed.counts()
     with wired_limit(model), closing(steps):
         for count, step in enumerate(steps, start=1):
             drafts.add(step)
@@ -283,6 +286,9 @@ def _stream(
                 drafted=dict(drafts.drafted),
                 accepted=dict(drafts.accepted),
                 cached_tokens=progress.known or 0,
+                experts={name: n - begun[name] for name, n in streamed.counts().items()}
+                if streamed is not None
+                else {},
             )
             if finish_reason:
                 return
@@ -337,5 +343,12 @@ def statistics(last: GenerationResponse | None) -> str:
         lines.append(
             f"Speculation: {last.rounds} rounds, {last.mean_accept_length:.2f} tokens a round; "
             f"drafts accepted: {shares}"
+        )
+    if experts := last.experts:
+        wanted = experts["hits"] + experts["misses"]
+        lines.append(
+            f"Experts: {experts['hits'] / max(wanted, 1):.1%} of {wanted} wanted were in memory; "
+            f"{experts['bytes'] / 1e9:.3f} GB read, waited {experts['waited']:.3f} s for "
+            f"({experts['bytes'] / 1e9 / max(experts['waited'], 1e-9):.2f} GB/s)"
         )
     return "\n".join(lines)
