@@ -383,9 +383,6 @@ class LayerSlots(Slots):
 
         def start(i: int) -> None:
             slots, experts, numbers = groups[i]
-            if slots is not self:
-                slots.settle()
-                slots.vacate()
             slots.start(self.stored, experts, numbers)
 
         if groups:
