@@ -18,6 +18,8 @@ from .memory import memory_lines
 from .run import run_bench
 from .variants import variants_table
 
+EXPERT_BITS = (2, 3, 4, 5, 6, 8)
+
 EPILOG = """examples:
   python -m mlx_qwen3next.bench
       measure the bundled demo model, in a few minutes
@@ -68,6 +70,12 @@ def parser() -> LineParser:
         metavar="N",
         help="With --shape: number of layers (default: for 80b as many as fit this machine, up to "
         "48; for small 8).",
+    )
+    subject.add_argument(
+        "--expert-bits",
+        type=int,
+        choices=EXPERT_BITS,
+        help="With --shape: bits of the experts (default: 4, as all else but the routers).",
     )
     subject.add_argument(
         "--contexts",

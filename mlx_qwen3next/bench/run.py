@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--tokens must be at least 2: the time of the first token is that of the prompt"
         )
-    if args.layers is not None and args.shape is None:
-        raise ValueError("--layers is for --shape alone: the layers of other models are fixed")
+    for name in ("layers", "expert_bits"):
+        if getattr(args, name) is not None and args.shape is None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is for --shape alone: other models have theirs")
     if args.layers is not None and (args.layers % shapes.PERIOD or args.layers > shapes.FULL):
         raise ValueError(
             f"--layers must be a multiple of {shapes.PERIOD} (three linear layers, one of "
@@ -123,12 +126,14 @@ def model_directory(
         yield directory, {"name": name, "revision": _revision(directory), "shape": None}
         return
     models = 1 if args.without_mlx_lm else 2 + (choice == "both")
-    layers = args.layers
+    layers, experts = args.layers, args.expert_bits or shapes.BITS
+    bits = partial(shapes.bits_of, experts=experts)
     if layers is None:  # a period has all kinds of layer that there are kernels for
-        layers = shapes.PERIOD if args.kernels else shapes.layers_that_fit(args.shape, models)
+        layers = shapes.PERIOD if args.kernels else shapes.layers_that_fit(args.shape, models, bits)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        shapes.write(Path(folder), args.shape, layers)
+        shapes.write(Path(folder), args.shape, layers, bits)
         name = f"random weights in the shapes of --shape {args.shape}, {layers} layers"
+        name += f", experts of {experts} bits" * (experts != shapes.BITS)
         yield (
             Path(folder),
             {"name": name, "revision": None, "shape": args.shape, "layers": layers},

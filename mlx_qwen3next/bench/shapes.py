@@ -1,4 +1,4 @@
-"""Makes models of random 4-bit weights in true shapes, to measure speed without a download.
+"""Makes models of random quantized weights in true shapes, to measure speed without a download.
 
 The models are written as converted ones, so that loading and memory are those of a real model.
 """
@@ -30,6 +30,11 @@ FULL = 48  # layers of the 80B model
 # The size of a layer's output relative to the residual stream. It is small, as in trained models;
 # otherwise routers would choose other experts after every rounding.
 ADDS = 0.1
+# Modules of an MLP whose bits may be others than BITS.
+_OWN_BITS = (
+    *("gate", "shared_expert_gate"),
+    *(f"switch_mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 _ADDED = ("out_proj", "o_proj", "down_proj")
 ROOM = 0.7  # share of the memory for weights; activations, caches and packing need the rest
 
@@ -79,7 +84,17 @@ _SMALL = _80B | {
 SHAPES = {"80b": _80B, "small": _SMALL}
 
 
-def layers_that_fit(shape: str, models: int) -> int:
+Bits = Callable[[str], int]
+
+
+def bits_of(path: str, experts: int = BITS) -> int:
+    """The bits of the linear layer, or of the experts' stack, that has a path."""
+    if layouts.is_router(path):
+        return ROUTER_BITS
+    return experts if ".switch_mlp." in path else BITS
+
+
+def layers_that_fit(shape: str, models: int, bits: Bits = bits_of) -> int:
     """The number of layers with which several models fit this machine's memory comfortably.
 
     It is at least one period, with which the models may fit only one after the other.
@@ -87,11 +102,12 @@ def layers_that_fit(shape: str, models: int) -> int:
     Args:
         shape: a key of ``SHAPES``.
         models: the number of models in memory at the same time.
+        bits: those of each module, by its path.
 
     Raises:
         ValueError: not even one model of one period fits.
     """
-    few, more = (size_of(shape, n) for n in (PERIOD, 2 * PERIOD))
+    few, more = (size_of(shape, n, bits) for n in (PERIOD, 2 * PERIOD))
     room = capacity.spare() * ROOM
     if room < few:
         raise ValueError(
@@ -102,18 +118,13 @@ def layers_that_fit(shape: str, models: int) -> int:
     return min(FULL if shape == "80b" else 2 * PERIOD, max(1, periods) * PERIOD)
 
 
-def size_of(shape: str, layers: int) -> int:
+def size_of(shape: str, layers: int, bits: Bits = bits_of) -> int:
     """The size of the model on disk in bytes."""
-    return sum(tensor.nbytes for tensor in headers(shape, layers).values())
+    return sum(tensor.nbytes for tensor in headers(shape, layers, bits).values())
 
 
-def bits_of(path: str) -> int:
-    """The bits of the linear layer, or of the experts' stack, that has a path."""
-    return ROUTER_BITS if layouts.is_router(path) else BITS
-
-
-def headers(shape: str, layers: int, bits: Callable[[str], int] = bits_of) -> dict[str, Tensor]:
-    """The headers of the tensors that :func:`write` writes, by name; or those at other bits."""
+def headers(shape: str, layers: int, bits: Bits = bits_of) -> dict[str, Tensor]:
+    """The headers of the tensors that :func:`write` writes, by name."""
     return {
         path: Tensor(Path(name), NAMES[array.dtype], tuple(array.shape))
         for name, parameters in _parts(shape, layers, bits).items()
@@ -121,37 +132,37 @@ def headers(shape: str, layers: int, bits: Callable[[str], int] = bits_of) -> di
     }
 
 
-def write(directory: Path, shape: str, layers: int) -> None:
+def write(directory: Path, shape: str, layers: int, bits: Bits = bits_of) -> None:
     """Writes the model: a file for each layer, one for the rest of the trunk, and the MTP head.
 
     Raises:
         ValueError: the disk has not enough space.
     """
-    need, free = size_of(shape, layers), shutil.disk_usage(directory).free
+    need, free = size_of(shape, layers, bits), shutil.disk_usage(directory).free
     if need * 1.02 > free:
         raise ValueError(
             f"--shape {shape}: {layers} layers need {need / capacity.GB:.1f} GB in {directory}, "
             f"which has {free / capacity.GB:.1f} GB; use fewer --layers or another TMPDIR"
         )
-    (directory / "config.json").write_text(json.dumps(config(shape, layers), indent=1))
+    (directory / "config.json").write_text(json.dumps(config(shape, layers, bits), indent=1))
     random = np.random.default_rng(0)
-    parts = _parts(shape, layers)
+    parts = _parts(shape, layers, bits)
     metadata = {"format": "mlx", layouts.MARK: json.dumps({"made_by": "bench", "shape": shape})}
     for name, parameters in tqdm(
         parts.items(), "random weights", unit="file", disable=None, leave=False
     ):
-        tensors = dict(drawn(parameters, random))
+        tensors = dict(drawn(parameters, random, bits))
         mx.save_safetensors(str(directory / name), tensors, metadata)
 
 
-def config(shape: str, layers: int) -> dict[str, Any]:
+def config(shape: str, layers: int, bits: Bits = bits_of) -> dict[str, Any]:
     """The content of the model's config.json."""
     quantization: dict[str, Any] = {"group_size": GROUP, "bits": BITS, "mode": "affine"}
-    routers = [f"model.layers.{i}.mlp" for i in range(layers)] + ["mtp.layers.0.mlp"]
-    for path in routers:
-        for gate in ("gate", "shared_expert_gate"):
-            exception = {"group_size": GROUP, "bits": ROUTER_BITS, "mode": "affine"}
-            quantization[f"{path}.{gate}"] = exception
+    for layer in (*(f"model.layers.{i}" for i in range(layers)), "mtp.layers.0"):
+        for path in (f"{layer}.mlp.{name}" for name in _OWN_BITS):
+            if bits(path) != BITS:
+                exception = {"group_size": GROUP, "bits": bits(path), "mode": "affine"}
+                quantization[path] = exception
     return {
         **SHAPES[shape],
         "num_hidden_layers": layers,
@@ -160,9 +171,7 @@ def config(shape: str, layers: int) -> dict[str, Any]:
     }
 
 
-def _parts(
-    shape: str, layers: int, bits: Callable[[str], int] = bits_of
-) -> dict[str, dict[str, mx.array]]:
+def _parts(shape: str, layers: int, bits: Bits) -> dict[str, dict[str, mx.array]]:
     """Maps file names and parameter paths to unevaluated arrays of the right shape and dtype."""
     model = Model(Config.from_dict(config(shape, layers)))
     mtp_head.attach(model)
@@ -182,7 +191,7 @@ def _parts(
     return parts
 
 
-def quantize(model: nn.Module, bits: Callable[[str], int] = bits_of) -> None:
+def quantize(model: nn.Module, bits: Bits = bits_of) -> None:
     """Quantizes the linear layers and the experts' stacks of a model."""
 
     def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -192,7 +201,7 @@ def quantize(model: nn.Module, bits: Callable[[str], int] = bits_of) -> None:
 
 
 def drawn(
-    parameters: dict[str, mx.array], random: np.random.Generator
+    parameters: dict[str, mx.array], random: np.random.Generator, bits: Bits = bits_of
 ) -> Iterator[tuple[str, mx.array]]:
     """Draws the values of parameters, scaled so that activations neither grow nor vanish.
 
@@ -204,7 +213,7 @@ def drawn(
         if like.dtype == mx.uint32:
             value = mx.array(random.integers(0, 2**32, shape, np.uint32))
         elif kind in ("scales", "biases"):
-            top, inputs = 2 ** bits_of(module) - 1, shape[-1] * GROUP
+            top, inputs = 2 ** bits(module) - 1, shape[-1] * GROUP
             # A uniform code's standard deviation is top / sqrt(12), the weights' 1 / sqrt(inputs).
             scale = math.sqrt(12 / inputs) / top
             if module.endswith("embed_tokens"):

@@ -1,22 +1,27 @@
-"""Attention over many tokens on a CPU, where MLX's own multiplies with the keys slowly.
+"""Attention over many tokens on a CPU, block by block, on all cores.
 
-MLX's CPU backend computes all scores at once, by a product with a transposed view of the keys. Its
-BLAS takes more than twice as long for that as for a product with keys that are stored transposed.
-And half of a causal prompt's scores are masked: a piece of the queries needs only the keys that it
-can see.
+MLX's CPU backend computes all scores at once, on one core, by a product with a transposed view of
+the keys. Its BLAS takes more than twice as long for that as for a product with keys that are stored
+transposed, and for blocks of keys that leave the cache. Half of a causal prompt's scores are
+masked besides. Here a piece of the queries meets the keys that it can see a block at a time.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 
-# Queries in a piece, and the number of queries from which transposing the keys pays (NOTES.md,
-# "Causal attention on a CPU").
-PIECE = 256
+# Queries in a piece, keys in a block, and the number of queries from which transposing the keys
+# pays (NOTES.md, "Causal attention on a CPU").
+PIECE, BLOCK = 128, 1024
 FROM = 16
+# Scores from which on several cores compute them.
+MANY = 1 << 22
 
 
 def attention(
@@ -39,20 +44,71 @@ def attention(
 
 
 def _in_pieces(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """Returns causal attention, computed :data:`PIECE` queries at a time."""
+    """Returns causal attention, :data:`PIECE` queries of a key head's group at a time."""
     B, nh, L, hd = q.shape
     nkv, S = k.shape[1:3]
-    q = (q * scale).reshape(B, nkv, nh // nkv, L, hd)
     k = mx.contiguous(k.swapaxes(-1, -2))  # [B, nkv, hd, S]
-    pieces = []
+    queries = _of_heads((q * scale).reshape(B, nkv, nh // nkv, L, hd))
+    keys, values = _of_heads(k), _of_heads(v)
+    streams = _streams() if B * nh * L * S >= MANY else _streams()[:1]
+    last: list[Sequence[mx.array]] = [()] * len(streams)  # result of each core
+    pieces, turn = [], 0
     for start in range(0, L, PIECE):
-        piece = q[:, :, :, start : start + PIECE]
-        P = piece.shape[3]
-        seen = S - L + start + P
-        scores = piece.reshape(B, nkv, -1, hd) @ k[..., :seen]
-        scores = scores.reshape(B, nkv, -1, P, seen)
-        scores = mx.where(mx.tri(P, seen, seen - P, mx.bool_), scores, -mx.inf)
-        weights = mx.softmax(scores, axis=-1, precise=True)
-        o = weights.reshape(B, nkv, -1, seen) @ v[:, :, :seen]
-        pieces.append(o.reshape(B, nh, P, hd))
+        heads = []
+        for some, k, v in zip(queries, keys, values, strict=True):
+            some = some[:, start : start + PIECE]
+            with mx.stream(streams[turn]):
+                heads.append(_piece(some, k, v, S - L + start, last[turn]))
+            last[turn] = heads[-1:]
+            turn = (turn + 1) % len(streams)
+        pieces.append(mx.stack(heads).reshape(B, nh, -1, hd))
     return mx.concatenate(pieces, axis=2)
+
+
+def _piece(
+    q: mx.array, k: mx.array, v: mx.array, offset: int, after: Sequence[mx.array]
+) -> mx.array:
+    """Returns the causal attention of some heads' queries to one head's keys.
+
+    The softmax is Milakov and Gimelshein's 2018, "Online normalizer calculation for softmax": the
+    sums so far are scaled anew whenever a block has a higher score.
+
+    Args:
+        q: ``[r, P, hd]``, at the positions from ``offset`` on.
+        k: ``[hd, S]``. v: ``[S, hd]``.
+        after: arrays to be computed before. MLX would otherwise compute the scores of all blocks
+            first, and keep them.
+
+    Returns:
+        ``[r, P, hd]``.
+    """
+    r, P, hd = q.shape
+    seen, rows = offset + P, q.reshape(-1, hd).astype(mx.float32)
+    top, total, o = mx.array(-mx.inf), mx.array(0.0), mx.array(0.0)
+    for start in range(0, seen, BLOCK):
+        end = min(start + BLOCK, seen)
+        scores = mx.depends(rows, after) @ k[:, start:end].astype(mx.float32)
+        if end > offset + 1:  # the first query does not see all
+            visible = mx.tri(P, end - start, offset - start, mx.bool_)
+            scores = mx.where(visible, scores.reshape(r, P, -1), -mx.inf).reshape(r * P, -1)
+        higher = mx.maximum(top, scores.max(axis=-1, keepdims=True))
+        weights, shrunk = mx.exp(scores - higher), mx.exp(top - higher)
+        total = total * shrunk + weights.sum(axis=-1, keepdims=True)
+        o = o * shrunk + weights @ v[start:end].astype(mx.float32)
+        top, after = higher, (o, total)
+    return (o / total).astype(q.dtype).reshape(q.shape)
+
+
+def _of_heads(x: mx.array) -> list[mx.array]:
+    """Returns views of each head of each sequence; ``x`` is ``[B, nkv, ...]``."""
+    return [
+        head.squeeze((0, 1))
+        for row in mx.split(x, x.shape[0])
+        for head in mx.split(row, x.shape[1], 1)
+    ]
+
+
+@cache
+def _streams() -> list[Any]:
+    """The streams to compute on, one a core; each has a thread of its own."""
+    return [mx.new_thread_local_stream(mx.cpu) for _ in range(os.cpu_count() or 1)]

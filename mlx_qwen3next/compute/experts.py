@@ -172,8 +172,9 @@ def _mixture(
     if own is None:
         order = mx.argsort(indices)
         y = mixed(x[order // k, None, None], indices[order, None], True)
-        y = y[mx.argsort(order)].reshape(-1, k, x.shape[-1])
-        return residual + (y * weights.reshape(-1, k, 1)).sum(axis=-2)
+        places = _inverse(order)
+        y = y[places].reshape(-1, k, x.shape[-1])
+        return mx.addmm(residual[:, None], weights.reshape(-1, 1, k), y).squeeze(-2)
     # Pairs without weight belong to other ranks; their number has to be known here.
     here = weights > 0
     order = mx.argsort(mx.where(here, indices, len(own) + 1))
@@ -184,6 +185,12 @@ def _mixture(
     y = mixed(x[rows, None, None], indices[order, None], True)
     y = y.reshape(-1, x.shape[-1]) * weights[order, None]
     return residual.at[rows].add(y)
+
+
+def _inverse(order: mx.array) -> mx.array:
+    """Returns the inverse of a permutation, without another sort."""
+    places = mx.arange(order.size, dtype=order.dtype)
+    return mx.put_along_axis(mx.zeros_like(order), order, places, axis=0)
 
 
 def _multiply(x: mx.array, weights: Stored) -> mx.array:

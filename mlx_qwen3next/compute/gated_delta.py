@@ -72,14 +72,17 @@ def causal_conv(rows: mx.array, weight: mx.array) -> mx.array:
     Returns:
         ``[B, L, C]`` in the dtype of ``rows``.
     """
-    K = weight.shape[1]
-    taps = weight.squeeze(-1).T  # [K, C]
+    C, K, _ = weight.shape
     L = rows.shape[1] - K + 1
-    if L == 1:
-        return nn.silu((rows * taps).sum(axis=1, keepdims=True))
-    y = rows[:, :L] * taps[0]
-    for j in range(1, K):
-        y = y + rows[:, j : j + L] * taps[j]
+    taps = [tap.reshape(C) for tap in mx.split(weight.squeeze(-1).T, K)]
+    return _convolved(taps, [rows[:, j : j + L] for j in range(K)])
+
+
+@partial(mx.compile, shapeless=True)
+def _convolved(taps: list[mx.array], shifted: list[mx.array]) -> mx.array:
+    y = shifted[0] * taps[0]
+    for x, tap in zip(shifted[1:], taps[1:], strict=True):
+        y = y + x * tap
     return nn.silu(y)
 
 

@@ -23,6 +23,7 @@ from ..model.cache import Cache
 from ..model.qwen3_next import Model
 from ..model.reading import MOST
 from ..prompt_cache.store import PromptCache
+from .constraint import Constraint
 from .detokenize import TextDecoder
 from .pace import FIXED, PromptPace
 from .sampling import Chooser, Sampling, check_integer
@@ -35,6 +36,7 @@ SOURCES = {  # of drafts, in the closing lines
     "lookup": "copied",
     "mtp": "from the MTP head",
     "dflash": "from the draft model",
+    "grammar": "forced by the grammar",
 }
 
 
@@ -100,7 +102,8 @@ def generate_step(
         sampler: an mlx-lm callable, instead of the options that choose a token. Must depend on
             its argument and ``mx.random`` alone.
         logits_processors: mlx-lm callables, before the penalties. With them "auto" drafts nothing:
-            some follow the text from call to call, and would take drafts for it.
+            some follow the text from call to call, and would take drafts for it. One of them may be
+            a :class:`mlx_qwen3next.decoding.constraint.Constraint`, which changes nothing in that.
         sampling: the options of :class:`mlx_qwen3next.decoding.sampling.Sampling` (``temp``,
         ``top_p``, …).
 
@@ -110,7 +113,7 @@ def generate_step(
     prompt = check_prompt(prompt, model)
     processors = list(logits_processors or ())
     speculation = Speculation.of(model)
-    if processors:
+    if any(not isinstance(processor, Constraint) for processor in processors):
         mtp = "off" if mtp == "auto" else mtp
         lookup = "off" if lookup == "auto" else lookup
     depth = speculation.depth(mtp, lookup)

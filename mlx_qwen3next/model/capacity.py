@@ -14,6 +14,8 @@ from .cache import slots
 from .config import Config
 
 GB = 1e9
+# The part of a Mac's memory that macOS lets the GPU keep resident by default.
+GPU_SHARE = 0.75
 
 
 def cache_bytes(config: Config, context: int, *, mtp: bool, itemsize: int) -> int:

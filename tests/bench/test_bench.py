@@ -53,6 +53,7 @@ class Fake:
         slower = 10 if self.side.which == "stock" else 1
         return {
             "first": self.seconds * n * slower * factor, "further": 0.004 * slower,
+            "chunk": [self.seconds * n, n], "over": 2e7, "formula": 3e7,
             "tokens": self.tokens.get((self.side.which, mtp), TOKENS),
             "per_round": 2.0 if mtp != "off" else 1.0, "accepted": [],
             "drafted": {"0": 1, "2": 3}, "peak": 5, "resident": 6,
@@ -257,6 +258,7 @@ def test_without_mlx_lm_there_is_no_ratio(fake, bench):
     [
         (["--tokens", 1], "--tokens must be at least 2"),
         (["--layers", 4], "--layers is for --shape"),
+        (["--expert-bits", 3], "--expert-bits is for --shape"),
         (["--shape", "small", "--layers", 3], "multiple of 4"),
         (["--contexts", "128,0"], "at least 1, got '0'"),
         (["--contexts", "many"], "got 'many'"),

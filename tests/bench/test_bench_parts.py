@@ -1,6 +1,7 @@
 """The parts of the bench: bytes, limits, agreement, sides, growth, prompts, random weights."""
 
 import shutil
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -156,16 +157,18 @@ def test_prompts_without_a_tokenizer_are_random_but_always_the_same():
 
 
 # --- random weights ------------------------------------------------------------------------------
-def test_random_weights_run_on_both_sides(tmp_path, monkeypatch):
+@pytest.mark.parametrize("experts", [4, 3])
+def test_random_weights_run_on_both_sides(tmp_path, monkeypatch, experts):
+    bits = partial(shapes.bits_of, experts=experts)
     tiny = {"vocab_size": 512, "hidden_size": 128, "num_experts": 8, "head_dim": 32}
     monkeypatch.setitem(shapes.SHAPES, "small", shapes.SHAPES["small"] | tiny)
-    shapes.write(tmp_path, "small", 4)
+    shapes.write(tmp_path, "small", 4, bits)
     files = find_files(tmp_path)
     assert len(files) == 6  # four layers, the rest of the trunk, the head
-    written, planned = read_headers(files), shapes.headers("small", 4)
+    written, planned = read_headers(files), shapes.headers("small", 4, bits)
     form = [{name: (t.dtype, t.shape) for name, t in of.items()} for of in (written, planned)]
     assert form[0] == form[1]
-    assert sum(t.nbytes for t in written.values()) == shapes.size_of("small", 4)
+    assert sum(t.nbytes for t in written.values()) == shapes.size_of("small", 4, bits)
     ours, (stock, _) = load_model(tmp_path, dtype=mx.float32), load_stock(tmp_path)
     stock.set_dtype(mx.float32)
     tokens = mx.arange(40)[None]
@@ -173,7 +176,12 @@ def test_random_weights_run_on_both_sides(tmp_path, monkeypatch):
     assert relative_error(logits, stock(tokens)) < 1e-4
     assert 0.3 < logits.std().item() < 3
     assert ours.mtp is not None and ours.args.max_position_embeddings >= 65536
-    assert ours.args.quantization["model.layers.3.mlp.gate"]["bits"] == 8
+    said = ours.args.quantization
+    assert said["model.layers.3.mlp.gate"]["bits"] == 8
+    assert said.get("model.layers.3.mlp.switch_mlp.up_proj", said)["bits"] == experts
+    layers = [*ours.layers, *ours.mtp.layers]
+    assert all(layer.mlp.down_proj.bits == experts for layer in layers)
+    assert all(("shared_expert" in layer.mlp) == (experts != 4) for layer in layers)
 
 
 def test_random_weights_need_room(tmp_path, monkeypatch):

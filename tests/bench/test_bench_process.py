@@ -16,11 +16,11 @@ from mlx_qwen3next.bench.sides import Side, Worker, WorkerError
 
 BENCH = [sys.executable, "-m", "mlx_qwen3next.bench"]
 SPECULATED = 24  # tokens, where the command has 128
-SHORTER = f"""
+SHORTER = """
 import sys
 from mlx_qwen3next.bench import measure
 from mlx_qwen3next.bench.__main__ import main
-measure.SPECULATED, measure.WARM_UP = {SPECULATED}, {SPECULATED}
+measure.SPECULATED = measure.WARM_UP = {}
 sys.exit(main())
 """
 
@@ -50,7 +50,7 @@ def test_a_whole_run(tmp_path):
     file = tmp_path / "figures.json"
     done = subprocess.run(
         [
-            *(sys.executable, "-c", SHORTER, "--model", str(GOLDENS / "base")),
+            *(sys.executable, "-c", SHORTER.format(SPECULATED), "--model", str(GOLDENS / "base")),
             *("--dtype", "float32", "--repeats", "1", "--contexts", "8,16", "--tokens", "4"),
             *("--growth", "2048", "--json", str(file)),
         ],
@@ -71,6 +71,10 @@ def test_a_whole_run(tmp_path):
             (sample,) = figures["samples"]["speed"][label][n]
             assert len(sample["tokens"]) == 4 and sample["first"] > 0 and sample["further"] > 0
             assert sample["peak"] > 10**5 and sample["resident"] > 10**7
+            if label == labels[0]:
+                seconds, tokens = sample["chunk"]
+                assert 0 < seconds < sample["first"] and tokens == int(n) - 1
+                assert sample["formula"] > 10**4 and 0 < sample["over"] < sample["peak"]
             assert figures["medians"]["decode"][label][n] == 1 / sample["further"]
         assert figures["samples"]["steps"][label]["queued"] > 50
     assert figures["samples"]["bandwidth"] > 1e8
@@ -153,8 +157,8 @@ def test_two_processes_that_run_one_model(tmp_path):
     """Only rank 0 reports; the other rank follows the worker of rank 0."""
     file = tmp_path / "figures.json"
     command = [
-        *("-c", SHORTER, "--model", GOLDENS / "permutation", "--repeats", "1"),
-        *("--contexts", "8,16", "--tokens", "4", "--pipeline", "1,1", "--json", file),
+        *("-c", SHORTER.format(4), "--model", GOLDENS / "permutation", "--repeats", "1"),
+        *("--contexts", "8", "--tokens", "2", "--pipeline", "1,1", "--json", file),
     ]
     (status, out, err), other = group.run(tmp_path, 2, command)
     assert status == 0, err

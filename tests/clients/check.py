@@ -31,7 +31,7 @@ _NODE = "node@22"  # npm's package of it
 # Variables that a client needs to run and to install; all others stay here.
 _KEPT = ("PATH", "LANG", "TERM", "NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE")
 _KEPT_KINDS = ("PIP_", "SSL_", "npm_config_", "http_", "https_", "HTTP_", "HTTPS_", "no_", "NO_")
-_HEADER = ("client", "version", "step", "result", "prompt", "same", "known", "processed", "new")
+_HEADER = ("client", "version", "steps", "result", "prompt", "same", "known", "processed", "new")
 
 
 @dataclass
@@ -163,6 +163,14 @@ def check(client: Client, keep: bool) -> list[tuple[str, ...]]:
     return lines
 
 
+def joined(lines: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The lines of a table, with those that differ only in their steps as one."""
+    steps: dict[tuple[str, ...], list[str]] = {}
+    for client, version, step, *rest in lines:
+        steps.setdefault((client, version, *rest), []).append(step)
+    return [(*line[:2], ", ".join(names), *line[2:]) for line, names in steps.items()]
+
+
 def main() -> int:
     """Checks the clients that are named, or all; returns 1 if one of them has not passed."""
     parser = argparse.ArgumentParser(
@@ -179,7 +187,7 @@ def main() -> int:
         if not args.clients or client.name in args.clients:
             lines += check(client, args.keep)
             print(lines[-1], file=sys.stderr)
-    for line in (_HEADER, ("---",) * len(_HEADER), *lines):
+    for line in (_HEADER, ("---",) * len(_HEADER), *joined(lines)):
         print("|", " | ".join(line), "|")
     return int(any(line[3] != "passed" for line in lines))
 

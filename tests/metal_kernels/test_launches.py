@@ -34,7 +34,15 @@ def test_a_period_of_mixed_bits(mix, monkeypatch):
 
 def test_a_period_without_kernels():
     """MLX's own operations alone: fewer launches than mlx-lm's."""
-    assert launches.per_period(launches.ours, 1).total() == 148
+    assert launches.per_period(launches.ours, 1).total() == 142
+
+
+@pytest.mark.parametrize(
+    "make, kernels, expected",
+    [(launches.mlx_lm, False, 186), (launches.ours, False, 166), (launches.ours, True, 104)],
+)
+def test_a_period_of_a_prompt(make, kernels, expected):
+    assert launches.per_period(make, 512, kernels=kernels).total() == expected
 
 
 def test_a_period_of_mlx_lm():

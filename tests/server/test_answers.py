@@ -142,7 +142,7 @@ def ambiguous(arguments):
 def test_random_calls_are_read_back_as_they_were_written(form):
     rng = random.Random(5)
     count = 0
-    while count < 20_000:
+    while count < 5_000:
         calls = list(random_calls(rng))
         if form == "xml" and any(ambiguous(arguments) for _, arguments in calls):
             continue
@@ -176,7 +176,7 @@ def damaged(rng, text):
 def test_damaged_answers_lose_nothing():
     """No exception, and every character is in the reasoning, the content or a call's text."""
     rng = random.Random(6)
-    for i in range(20_000):
+    for i in range(5_000):
         form = rng.choice(["xml", "json"])
         calls = list(random_calls(rng))
         thought = rng.choice(["", "<think>\nHm.\n</think>\n\n"])
