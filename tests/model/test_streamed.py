@@ -333,3 +333,17 @@ def test_kernels_run_on_slots(bits, quantized):
             y = mixture(held)(*case)
             assert mixture(held).slots._readers and mx.array_equal(y, expected)
             assert launches["expert_down"] > (1 if rows == 1 else 2)
+
+
+def test_a_rehearsal_reads_nothing_and_leaves_nothing_to_compute(quantized):
+    model = streamed(3, quantized["3"])
+    with model.streamed.rehearsal(model) as short:
+        before = model.streamed.counts()
+        assert [layer.is_linear for layer in short.layers] == [True, False]
+        for rows in (1, 40):
+            short(mx.array(TOKENS[:1, :rows]), short.make_cache())
+        assert model.streamed.counts() == before
+        assert not any(of._readers for of in model.streamed.slots)
+    case = inputs(40, model)
+    reference = mixture(load_model(quantized["3"]))
+    assert mx.array_equal(mixture(model)(*case), reference(*case))
