@@ -260,7 +260,6 @@ class LayerSlots(Slots):
     def fill(self) -> None:
         """Reads the first experts, as many as there are slots."""
         self._hold(np.arange(self.size))
-        self.hits = self.misses = 0
 
     def read_by(self, result: mx.array) -> None:
         if not self.is_rehearsal:
