@@ -7,7 +7,7 @@ import random
 import mlx.core as mx
 import pytest
 from float64 import relative_error
-from helpers_generate import golden, greedy
+from helpers_generate import golden, greedy, interleaved
 from helpers_serving import Sequences, assert_holds
 from helpers_speculative import Cycle
 from mlx_lm.models.cache import QuantizedKVCache
@@ -306,24 +306,30 @@ def test_keys_and_values_are_quantized(depth, i, start):
 @pytest.mark.parametrize("depth", [0, 3])
 def test_quantized_sequences_of_a_batch(depth):
     """Each is quantized from its own position on, and goes on as it does alone."""
-    options = {"kv_bits": 2, "kv_group_size": 32, "quantized_kv_start": 12}
-    counts = {0: 24, 3: 20, 1: 16, 2: 9}
+    model, options = interleaved(), {"kv_bits": 2, "kv_group_size": 32, "quantized_kv_start": 12}
     sequences = Sequences(
-        model(), FixedDepth(depth), quantization=KVQuantization(**options), step_size=5
+        model, FixedDepth(depth), quantization=KVQuantization(**options), step_size=5
     )
-    uids = {insert(sequences, i, counts[i]): i for i in (0, 3, 1)}
+    expected = {}
+
+    def join(i, n):
+        prompt = [token % 64 for token in prompts()[i]]
+        for kept in (options, {}):
+            steps = generate_step(prompt, model, max_tokens=n, mtp="off", **kept)
+            expected.setdefault(i, []).append([mx.exp(step.logprobs) for step in steps][-1])
+        return sequences.insert(prompt, n)
+
+    uids = {join(i, n): i for i, n in ((0, 24), (3, 20), (1, 16))}
     while not any(sequences.told.values()):
         sequences.step()
-    uids[insert(sequences, 2, counts[2])] = 2  # joins, ends first
+    uids[join(2, 9)] = 2  # ends first
     sequences.run()
     for uid, i in uids.items():
-        end = sequences.ends[uid]
-        for kept in (options, {}):
-            *_, last = generate_step(prompts()[i], model(), max_tokens=counts[i], mtp="off", **kept)
-            error = relative_error(mx.exp(end.logprobs), mx.exp(last.logprobs))
-            assert error <= 1e-5 if kept else error > 1e-3
-        trunk = end.prompt_cache[: len(model().layers)]
-        assert [c.bits for c in trunk if isinstance(c, QuantizedKVCache)] == [2]
+        end, (quantized, plain) = sequences.ends[uid], expected[i]
+        assert relative_error(mx.exp(end.logprobs), quantized) <= 1e-5
+        assert relative_error(quantized, plain) > 1e-3
+        trunk = end.prompt_cache[: len(model.layers)]
+        assert [c.bits for c in trunk if isinstance(c, QuantizedKVCache)] == [2, 2]
         assert tokens_held(trunk) == len(end.all_tokens)
         assert end.all_tokens == sequences.text(uid)
 
