@@ -197,9 +197,10 @@ class Engine:
             self._failed(error)
             return False
         self._stream = mx.default_stream(mx.default_device())
-        self._memory = Memory(self._model, self._checkpoints)
-        quantized = self.args.kv_bits is not None
-        self._pace = PromptPace.of(self._model, self.args.max_stall, quantized=quantized)
+        args, quantized = self.args, self.args.kv_bits is not None
+        self._kv = KVQuantization(args.kv_bits, args.kv_group_size, args.quantized_kv_start)
+        self._memory = Memory(self._model, self._checkpoints, self._kv)
+        self._pace = PromptPace.of(self._model, args.max_stall, quantized=quantized)
         self._make_batch(depth)
         self._loaded.set()
         return True
@@ -225,7 +226,7 @@ class Engine:
         self._batch = SpeculativeBatchGenerator(
             self._model,
             depth,
-            KVQuantization(args.kv_bits, args.kv_group_size, args.quantized_kv_start),
+            self._kv,
             self._pace,
             completion_batch_size=args.decode_concurrency,
             prefill_batch_size=args.prompt_concurrency,

@@ -29,6 +29,7 @@ from mlx_qwen3next.model.cache import (
     slots,
     tokens_held,
 )
+from mlx_qwen3next.model.quantized_kv import KVQuantization
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = ["base", "eps"]  # taps 4 and 3, r = 2 and 3
@@ -264,6 +265,32 @@ def test_room_that_was_reserved_is_there_at_once():
     assert held == 2 * slots(5000) * 64 * 4
     assert grown(entries, 4000) < 1.01 and entries[0].nbytes == held
     assert grown(entries, 1024) < 1.1 and entries[0].nbytes > held
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_quantized_room_is_reserved_likewise(bits):
+    """From nothing as well, in bits that fill no word."""
+    quantization = KVQuantization(bits, 32, 0)
+    entries = [AttentionCache() for _ in range(LAYERS)]
+    quantization.reserve(entries, 5000)
+    quantization.apply(entries, 5000)
+    assert grown(entries, 1) < 1.1
+    held = entries[0].nbytes
+    assert held == 2 * slots(5000) * 64 * quantization.itemsize(4, 5000)
+    assert grown(entries, 4000) < 1.1 and entries[0].nbytes == held
+    assert grown(entries, 1024) < 1.4 and entries[0].nbytes > held
+
+
+def test_plain_keys_and_values_have_no_room_for_what_will_be_quantized():
+    quantization, entry = KVQuantization(4, 32, 300), AttentionCache()
+    entries, new = [entry], mx.ones((1, 1, 300, 64))
+    quantization.reserve(entries, 5000)
+    entry.update_and_fetch(new, new)
+    assert entry.nbytes == 2 * slots(300) * 64 * 4
+    quantization.apply(entries, 5000)
+    (quantized,) = entries
+    assert quantized.nbytes == 2 * slots(5000) * 64 * quantization.itemsize(4, 300)
+    assert quantized.offset == 300 and quantization.limited(7, 298) == 2
 
 
 def test_a_sixteenth_more_room_at_most():

@@ -430,11 +430,3 @@ def test_a_long_prompt_is_read_in_small_chunks_beside_a_stream(chunks, mtp, load
         assert max(n for _, n in chunks) == LEAST
         live.read(20).leave()
     assert live.text.startswith(expected_text(first, 12, load=load))
-
-
-def test_with_quantized_keys_and_values_chunks_have_full_size(chunks):
-    """The tokens depend on the chunks then."""
-    flags = ("--kv-bits", 8, "--max-stall", 1e-9, "--prefill-step-size", 100)
-    with running(*flags, load=narrow) as engine:
-        ask(engine, [7] * 231, max_tokens=1)
-    assert [n for _, n in chunks] == [100, 100, 30]
