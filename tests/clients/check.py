@@ -152,8 +152,6 @@ def check(client: Client, keep: bool) -> list[tuple[str, ...]]:
                 counts = ["-"] * 5
                 if row.second is not None and engine.second_turn is not None:
                     counts = [str(count) for count in engine.counts()]
-            if row.needs and outcome != "passed":
-                outcome = f"needs {row.needs}"
             if outcome != "passed":
                 print(f"--- {client.name}, {row.name}: {outcome}", file=sys.stderr)
                 print(log.read_text(errors="replace")[-4000:], file=sys.stderr)

@@ -12,7 +12,6 @@ _DONE = "All done."
 _WEATHER = Call("weather", {"city": "Paris"})
 _CITY = '{"name": "Paris", "people": 2100000}'
 _CITY_CALL = {"name": "Paris", "people": 2_100_000}
-_STRUCTURE = "structured output"
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class Row:
         first, second: the model's answers; no second answer, no second turn.
         files: names and texts in the folder that it works in.
         calls: whether proof of a call, or of an edit, must be in that folder.
-        needs: what the server must have.
     """
 
     name: str
@@ -34,7 +32,6 @@ class Row:
     second: Call | str | None = _DONE
     files: dict[str, str] = field(default_factory=dict)
     calls: bool = True
-    needs: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,10 @@ def _loop(client: str, name: str, program: str = "sdk.py") -> Row:
     return Row(name, [program, f"{client}-{name}", "{url}"], _WEATHER)
 
 
-def _single(client: str, name: str, answer: Call | str, needs: str = "", program="sdk.py") -> Row:
+def _single(client: str, name: str, answer: Call | str, program: str = "sdk.py") -> Row:
     """A row with one answer, which the program checks."""
     command = [program, f"{client}-{name}", "{url}"]
-    return Row(name, command, answer, second=None, calls=False, needs=needs)
+    return Row(name, command, answer, second=None, calls=False)
 
 
 _EDIT = """proof.txt
@@ -135,8 +132,8 @@ CLIENTS = [
         ),
         _single("openai", "logprobs", _DONE),
         _single("openai", "completions", _DONE),
-        _single("openai", "parse", _CITY, _STRUCTURE),
-        _single("openai", "responses-parse", _CITY, _STRUCTURE),
+        _single("openai", "parse", _CITY),
+        _single("openai", "responses-parse", _CITY),
     ),
     _python(
         "anthropic",
@@ -144,14 +141,14 @@ CLIENTS = [
         *(_loop("anthropic", name) for name in ("tools", "stream", "runner")),
         _single("anthropic", "count", _DONE),
         _single("anthropic", "forced", Call("city", _CITY_CALL)),
-        _single("anthropic", "parse", _CITY, _STRUCTURE),
+        _single("anthropic", "parse", _CITY),
     ),
     _python(
         "langchain",
         ["langchain", "langchain-openai", "langchain-anthropic"],
         *(_loop("langchain", name) for name in ("tools", "anthropic", "responses")),
         _single("langchain", "function_calling", Call("City", _CITY_CALL)),
-        _single("langchain", "json_schema", _CITY, _STRUCTURE),
+        _single("langchain", "json_schema", _CITY),
     ),
     _python(
         "pydantic-ai",
@@ -163,7 +160,7 @@ CLIENTS = [
             _WEATHER,
             Call("final_result", _CITY_CALL),
         ),
-        _single("pydantic-ai", "native", _CITY, _STRUCTURE),
+        _single("pydantic-ai", "native", _CITY),
     ),
     Client(
         "ai-sdk",
@@ -172,7 +169,7 @@ CLIENTS = [
             *(_loop("ai-sdk", name, "sdk.mjs") for name in ("chat", "chat-stream", "responses")),
             _loop("ai-sdk", "anthropic", "sdk.mjs"),
             _single("ai-sdk", "forced", Call("city", _CITY_CALL), program="sdk.mjs"),
-            _single("ai-sdk", "object", _CITY, _STRUCTURE, program="sdk.mjs"),
+            _single("ai-sdk", "object", _CITY, program="sdk.mjs"),
         ],
         node=True,
     ),
@@ -180,6 +177,6 @@ CLIENTS = [
         "instructor",
         ["instructor"],
         _single("instructor", "tools", Call("City", _CITY_CALL)),
-        _single("instructor", "json_schema", _CITY, _STRUCTURE),
+        _single("instructor", "json_schema", _CITY),
     ),
 ]
