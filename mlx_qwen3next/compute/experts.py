@@ -6,6 +6,7 @@ together.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias, cast
 
 import mlx.core as mx
@@ -66,6 +67,20 @@ def only_own(experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array
     return mx.where(here, experts - own.start, 0), mx.where(here, weights, 0)
 
 
+def combine(y: mx.array, places: mx.array, weights: mx.array, residual: mx.array) -> mx.array:
+    """Returns ``residual`` plus the weighted sum of each row's experts.
+
+    Args:
+        y: ``[N, H]``, the results of all pairs of rows and experts, in any order.
+        places: ``[R, k]``, those of each row's pairs in it. weights: ``[R, k]``.
+        residual: ``[R, H]``.
+
+    Returns:
+        ``[R, H]``.
+    """
+    return mx.addmm(residual[:, None], weights[:, None], y[places]).squeeze(-2)
+
+
 def sparse_experts(
     x: mx.array,
     logits: mx.array,
@@ -78,6 +93,7 @@ def sparse_experts(
     normalise: bool,
     shared: SharedExpert | None = None,
     own: range | None = None,
+    combining: Callable[..., mx.array] = combine,
 ) -> mx.array:
     """Returns ``residual`` plus the mixture of experts, on packed weights.
 
@@ -89,6 +105,7 @@ def sparse_experts(
         experts: E; top_k, normalise: as for :func:`route`.
         shared: the shared expert, if its quantization is another than the others'.
         own: the experts that ``gate_up`` and ``down`` have, if not all.
+        combining: the form of :func:`combine` for many rows.
 
     Returns:
         ``[..., H]``.
@@ -107,7 +124,8 @@ def sparse_experts(
         else:
             gate, up = mx.split(_multiply(x, shared[0]), 2, axis=-1)
             residual = residual + weight * _multiply(swiglu(gate, up), shared[1])
-    return _mixture(x, gate_up, down, residual, indices, weights, own).reshape(shape)
+    mixture = _mixture(x, gate_up, down, residual, indices, weights, own, combining)
+    return mixture.reshape(shape)
 
 
 def _mixture(
@@ -118,6 +136,7 @@ def _mixture(
     indices: mx.array,
     weights: mx.array,
     own: range | None,
+    combining: Callable[..., mx.array],
 ) -> mx.array:
     """Returns ``residual`` plus each row's weighted experts.
 
@@ -133,9 +152,8 @@ def _mixture(
     if own is None:
         order = mx.argsort(indices)
         y = _mixed(x[order // k, None, None], gate_up, down, indices[order, None], is_sorted=True)
-        places = _inverse(order)
-        y = y[places].reshape(-1, k, x.shape[-1])
-        return mx.addmm(residual[:, None], weights.reshape(-1, 1, k), y).squeeze(-2)
+        y, places = y.reshape(-1, x.shape[-1]), _inverse(order).reshape(-1, k)
+        return combining(y, places, weights.reshape(-1, k), residual)
     # Pairs without weight belong to other ranks; their number has to be known here.
     here = weights > 0
     order = mx.argsort(mx.where(here, indices, len(own) + 1))

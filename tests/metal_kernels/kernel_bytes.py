@@ -84,6 +84,13 @@ def experts(rows, bits=4, shared_bits=None):
     return traffic(lambda: operations._experts_kernel(x, logits, gate_up, down, x, **options))
 
 
+def combined(rows):
+    """What follows the experts' products of many rows."""
+    places = mx.random.permutation(rows * (TOP + 1)).astype(mx.uint32).reshape(rows, -1)
+    y, x = random(places.size, H), random(rows, H)
+    return traffic(lambda: metal_kernels.combine(y, places, random(*places.shape), x))
+
+
 def chosen(rows):
     """How many distinct experts :func:`experts` reads, the shared one included."""
     logits = random(rows, EXPERTS + 1)[:, :EXPERTS]
@@ -142,6 +149,9 @@ def main():
             for name, counted in buffers.items():
                 if least(counted) >= 4096:
                     print(row(kernel, rows, name, counted))
+    for kernel, buffers in combined(32).items():
+        for name, counted in buffers.items():
+            print(row(kernel, 32, name, counted))
     for bits in (2, 3, 5, 6, 8):
         for kernel, buffers in experts(1, bits, shared_bits=8 if bits < 8 else None).items():
             for name, counted in buffers.items():

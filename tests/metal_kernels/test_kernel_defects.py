@@ -171,6 +171,12 @@ def down_apart(dtype):
     metal_kernels.expert_down(x, weights, routed(dtype), residual, shared)
 
 
+def combined(dtype):
+    normal = numbers_from(7, dtype)
+    places = mx.array(np.random.default_rng(8).permutation(15).reshape(3, 5), mx.uint32)
+    metal_kernels.combine(normal(15, 24), places, normal(3, 5), normal(3, 24))
+
+
 # ---- running them, with the text changed ----
 
 
@@ -489,6 +495,26 @@ rows that are not there | down | run | out of bounds read of 4 bytes at byte 288
 lane < R => lane <= R
 same outputs from every simdgroup | down | run | race: write of byte 0 of y
 (block * SG + simdgroup) * kOutputs => block * SG * kOutputs
+a row's last pair not added | combined | numbers | y is wrong
+k = 0; k < K; k++ => k = 0; k + 1 < K; k++
+weight of another pair | combined | numbers | y is wrong
+load(weights, row * K + k) => load(weights, row * K)
+results in the order of the rows | combined | numbers | y is wrong
+(places[row * K + k]) => (row * K + k)
+wrong stride of the places | combined | run | out of bounds read of 4 bytes at byte 60 of 'places'
+places[row * K + k] => places[(row + 1) * K + k]
+columns twice | combined | run | race: write of byte 4 of y
+thread_position_in_grid.x * kColumns => thread_position_in_grid.x
+columns not made | combined | run | output 'y' was not fully written: first byte 12
+c < kColumns; c++) {\n    y => c + 1 < kColumns; c++) {\n    y
+pairs' sum in T | combined | rounded | y was rounded
+sums[c] += weight => sums[c] = static_cast<T>(sums[c]) + weight
+pairs' products in T | combined | rounded | y was rounded
+sums[c] += weight * load(from, c) => sums[c] += static_cast<T>(weight) * from[c]
+pairs' sums from no first value | combined | pattern | y is wrong
+sums[kColumns] = {}; => sums[kColumns];
+residual of another row | combined | numbers | y is wrong
+load(residual + start, c) => load(residual + first, c)
 """
 UNORDERED = "race: .* of threadgroup memory|uninitialised threadgroup memory"
 
