@@ -30,8 +30,8 @@ TOKENS = (2048, 8192)
 # Bytes read and written a token, by launch.
 Passes = dict[str, tuple[int, int]]
 
-ROUTER: Passes = {
-    "router's logits": (H * T, (E + 1) * T),
+LOGITS: Passes = {"router's logits": (H * T, (E + 1) * T)}
+ROUTER = LOGITS | {
     "logits in float32, and negative": (E * T, 2 * E * WORD),
     "experts by logit": (E * WORD, E * WORD),
     "softmax": (E * WORD, E * WORD),
@@ -68,7 +68,8 @@ SEPARATE |= {
     "plus residual": (2 * H * T, H * T),
 }
 PLAIN = OWN | UNSORTED | {"weighted sum and residual": ((ALL * (H + 1) + H) * T, H * T)}
-KERNELS = OWN | {"combine": (ALL * (WORD + T) + (ALL + 1) * H * T, H * T)}
+KERNELS = LOGITS | {"choose": ((E + 1) * T, ALL * (WORD + T))} | products(ALL, "gate and up")
+KERNELS |= {"combine": (ALL * (WORD + T) + (ALL + 1) * H * T, H * T)}
 STOCK: Passes = {
     "router's logits": (H * T, E * T),
     "softmax": (E * T, E * T),

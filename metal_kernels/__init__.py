@@ -19,7 +19,7 @@ from .experts import (
 from .gated_delta import gated_delta_replay, gated_delta_step, takes_gated_delta
 from .kernel import Kernel, available, source_hash
 from .norms import add_rms_norm, rms_norm
-from .router import route, takes_router
+from .router import choose, route, takes_choice, takes_router
 
 __all__ = [
     "Experts",
@@ -28,6 +28,7 @@ __all__ = [
     "attention_gate",
     "attention_heads",
     "available",
+    "choose",
     "combine",
     "expert_down",
     "expert_gate_up",
@@ -36,6 +37,7 @@ __all__ = [
     "rms_norm",
     "route",
     "source_hash",
+    "takes_choice",
     "takes_combine",
     "takes_experts",
     "takes_gated_delta",

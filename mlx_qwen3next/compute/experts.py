@@ -7,7 +7,7 @@ together.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import mlx.core as mx
 from mlx_lm.models.activations import swiglu
@@ -67,6 +67,33 @@ def only_own(experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array
     return mx.where(here, experts - own.start, 0), mx.where(here, weights, 0)
 
 
+def choose(
+    logits: mx.array, like: mx.array, *, experts: int, top_k: int, normalise: bool
+) -> tuple[mx.array, mx.array]:
+    """Returns the experts of each row, the shared one last, and their weights.
+
+    Args:
+        logits: ``[R, E]``, or ``[R, E + 1]`` if a shared expert is number E, its gate last.
+        like: gives the weights' dtype. experts: E; top_k, normalise: as for :func:`route`.
+
+    Returns:
+        ``(experts, weights)``, each ``[R, top_k]`` or ``[R, top_k + 1]``.
+    """
+    chosen = route(logits[:, :experts], top_k, normalise, like)
+    return _with_shared(*chosen, experts, logits[:, experts:], like)
+
+
+def _with_shared(
+    experts: mx.array, weights: mx.array, number: int, gate: mx.array, like: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Adds the expert of a number, which all rows have, unless ``gate`` has no logit for it."""
+    if gate.shape[1] == 0:
+        return experts, weights
+    shared = mx.full(gate.shape, number, experts.dtype)
+    experts = mx.concatenate([experts, shared], axis=1)
+    return experts, mx.concatenate([weights, _gate(gate, like)], axis=1)
+
+
 def combine(y: mx.array, places: mx.array, weights: mx.array, residual: mx.array) -> mx.array:
     """Returns ``residual`` plus the weighted sum of each row's experts.
 
@@ -81,6 +108,16 @@ def combine(y: mx.array, places: mx.array, weights: mx.array, residual: mx.array
     return mx.addmm(residual[:, None], weights[:, None], y[places]).squeeze(-2)
 
 
+class Forms(NamedTuple):
+    """The forms of :func:`choose` and :func:`combine`, for many rows."""
+
+    choose: Callable[..., tuple[mx.array, mx.array]] = choose
+    combine: Callable[..., mx.array] = combine
+
+
+COMPOSITIONS = Forms()
+
+
 def sparse_experts(
     x: mx.array,
     logits: mx.array,
@@ -93,7 +130,7 @@ def sparse_experts(
     normalise: bool,
     shared: SharedExpert | None = None,
     own: range | None = None,
-    combining: Callable[..., mx.array] = combine,
+    forms: Forms = COMPOSITIONS,
 ) -> mx.array:
     """Returns ``residual`` plus the mixture of experts, on packed weights.
 
@@ -105,26 +142,29 @@ def sparse_experts(
         experts: E; top_k, normalise: as for :func:`route`.
         shared: the shared expert, if its quantization is another than the others'.
         own: the experts that ``gate_up`` and ``down`` have, if not all.
-        combining: the form of :func:`combine` for many rows.
+        forms: those of the steps before and after the products.
 
     Returns:
         ``[..., H]``.
     """
     shape = x.shape
     x, logits, residual = (a.reshape(-1, a.shape[-1]) for a in (x, logits, residual))
-    indices, weights = route(logits[:, :experts], top_k, normalise, like=x)
-    if own is not None:
-        indices, weights = only_own(indices, weights, own)
-    if logits.shape[1] > experts:
-        weight = _gate(logits[:, experts:], like=x)
+    if own is None:
+        columns = logits if shared is None else logits[:, :experts]
+        indices, weights = forms.choose(
+            columns, x, experts=experts, top_k=top_k, normalise=normalise
+        )
+    else:
+        chosen = route(logits[:, :experts], top_k, normalise, like=x)
+        indices, weights = only_own(*chosen, own)
         if shared is None:
-            number = mx.full((x.shape[0], 1), len(own or range(experts)), indices.dtype)
-            indices = mx.concatenate([indices, number], axis=1)
-            weights = mx.concatenate([weights, weight], axis=1)
-        else:
-            gate, up = mx.split(_multiply(x, shared[0]), 2, axis=-1)
-            residual = residual + weight * _multiply(swiglu(gate, up), shared[1])
-    mixture = _mixture(x, gate_up, down, residual, indices, weights, own, combining)
+            gate = logits[:, experts:]
+            indices, weights = _with_shared(indices, weights, len(own), gate, x)
+    if shared is not None:
+        gate, up = mx.split(_multiply(x, shared[0]), 2, axis=-1)
+        y = _multiply(swiglu(gate, up), shared[1])
+        residual = residual + _gate(logits[:, experts:], like=x) * y
+    mixture = _mixture(x, gate_up, down, residual, indices, weights, own, forms)
     return mixture.reshape(shape)
 
 
@@ -136,7 +176,7 @@ def _mixture(
     indices: mx.array,
     weights: mx.array,
     own: range | None,
-    combining: Callable[..., mx.array],
+    forms: Forms,
 ) -> mx.array:
     """Returns ``residual`` plus each row's weighted experts.
 
@@ -153,7 +193,7 @@ def _mixture(
         order = mx.argsort(indices)
         y = _mixed(x[order // k, None, None], gate_up, down, indices[order, None], is_sorted=True)
         y, places = y.reshape(-1, x.shape[-1]), _inverse(order).reshape(-1, k)
-        return combining(y, places, weights.reshape(-1, k), residual)
+        return forms.combine(y, places, weights.reshape(-1, k), residual)
     # Pairs without weight belong to other ranks; their number has to be known here.
     here = weights > 0
     order = mx.argsort(mx.where(here, indices, len(own) + 1))

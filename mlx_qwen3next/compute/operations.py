@@ -242,6 +242,29 @@ attention_gate = Operation(
 
 
 # --- sparse experts ------------------------------------------------------------------------------
+def _choose_kernel(logits: mx.array, like: mx.array, **options: Any) -> tuple[mx.array, mx.array]:
+    return kernels.choose(logits, **options)
+
+
+def _choose_facts(
+    logits: mx.array, like: mx.array, *, experts: int, top_k: int, normalise: bool
+) -> tuple[Any, ...]:
+    return *logits.shape, logits.dtype, like.dtype == logits.dtype, experts, top_k, normalise
+
+
+def _choose_kind(
+    R: int, columns: int, dtype: mx.Dtype, same: bool, E: int, top_k: int, normalise: bool
+) -> str | None:
+    """A few rows go through the kernels below, so for their composition nothing is proved."""
+    many = R * (top_k + columns - E) >= experts.MANY
+    if dtype not in _NAMES or not same or not many or not kernels.takes_choice(R, E, top_k):
+        return None
+    extras = " shared" * (columns > E) + " normalised" * normalise
+    return f"{_NAMES[dtype]} {rows_class(R)} E={E} top={top_k}{extras}"
+
+
+choose = Operation("choose", _choose_kernel, experts.choose, _choose_facts, _choose_kind)
+
 PROVED_ROWS = 1024  # of a prompt at most: with all of them, a proof would need three times as much
 
 
@@ -345,7 +368,7 @@ def _without_residual(
 sparse_experts = Operation(
     "sparse_experts",
     _experts_kernel,
-    partial(experts.sparse_experts, combining=combine),
+    partial(experts.sparse_experts, forms=experts.Forms(choose, combine)),
     _experts_facts,
     _experts_kind,
     exact=experts.sparse_experts,

@@ -84,11 +84,17 @@ def experts(rows, bits=4, shared_bits=None):
     return traffic(lambda: operations._experts_kernel(x, logits, gate_up, down, x, **options))
 
 
-def combined(rows):
-    """What follows the experts' products of many rows."""
+def of_prompts(rows):
+    """The kernels before and after the experts' products of many rows."""
+    logits, options = random(rows, EXPERTS + 1), {"experts": EXPERTS, "top_k": TOP}
     places = mx.random.permutation(rows * (TOP + 1)).astype(mx.uint32).reshape(rows, -1)
     y, x = random(places.size, H), random(rows, H)
-    return traffic(lambda: metal_kernels.combine(y, places, random(*places.shape), x))
+
+    def call():
+        _, weights = metal_kernels.choose(logits, normalise=True, **options)
+        metal_kernels.combine(y, places, weights, x)
+
+    return traffic(call)
 
 
 def chosen(rows):
@@ -149,7 +155,7 @@ def main():
             for name, counted in buffers.items():
                 if least(counted) >= 4096:
                     print(row(kernel, rows, name, counted))
-    for kernel, buffers in combined(32).items():
+    for kernel, buffers in of_prompts(32).items():
         for name, counted in buffers.items():
             print(row(kernel, 32, name, counted))
     for bits in (2, 3, 5, 6, 8):

@@ -63,7 +63,7 @@ def test_activations_are_moved_once(rows):
 def test_the_results_of_a_rows_experts_are_read_once():
     """In whatever order they lie; the places and weights are little beside them."""
     rows = 8
-    (buffers,) = kernel_bytes.combined(rows).values()
+    buffers = kernel_bytes.of_prompts(rows)["combine"]
     for name, values in {"x": rows * (TOP + 1) * H, "residual": rows * H, "y": rows * H}.items():
         assert kernel_bytes.least(buffers[name]) == values * 2
         assert kernel_bytes.ratio(buffers[name]) == 1

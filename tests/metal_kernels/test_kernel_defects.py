@@ -126,6 +126,14 @@ def routed(dtype):
     )
 
 
+def chosen(dtype):
+    logits = np.random.default_rng(9).normal(0, 1, (3, EXPERTS + 1))
+    metal_kernels.choose(
+        mx.array(logits).astype(mx.bfloat16).astype(dtype),
+        **{"experts": EXPERTS, "top_k": TOP, "normalise": True},
+    )
+
+
 def stack(normal, outputs, bits, experts=EXPERTS + 1):
     weight = normal(experts, outputs, 256, scale=1 / 16)
     if bits == 16:
@@ -453,11 +461,21 @@ values[v] > best => values[v] >= best
 tie of lanes to the highest index | routed | numbers | routing is wrong
 simd_min(best == top ? index : static_cast<uint>(E - 1)) => simd_max(best == top ? index : 0u)
 shared expert's weight without sigmoid | routed | numbers | routing is wrong
-sigmoid(load(from, E)) => load(from, E)
+S + Top] = sigmoid(load(from, E)) => S + Top] = load(from, E)
 sum of a diverged simdgroup | routed | run | divergent synchronisation: .* simd operation
 if (Normalise) { => if (lane < 3) {
 expert listed for every pair | gate_up | reads | weights read
 sorted[i] / R != sorted[i - 1] / R) { => true) { distinct = i + 1; all = N;
+shared expert not chosen | chosen | run | output 'experts' was not fully written: first byte 12
+if (lane < S) { => if (lane < Top) {
+shared expert's weight of a row's neighbour | chosen | numbers | weights is wrong
+weight = sigmoid(load(from, E)) => weight = sigmoid(load(logits, E))
+rows side by side that overlap | chosen | run | race: write of byte 12 of experts
+experts[row * S + lane] = expert => experts[row * Top + lane] = expert
+weights rounded on the way | chosen | rounded | weights was rounded
+static_cast<T>(weight); => static_cast<T>(static_cast<T>(2 * weight / 3) * 1.5f);
+same row for all simdgroups | chosen | run | race: write of byte 0 of experts
+thread_position_in_grid.x / 32); => threadgroup_position_in_grid.x);
 
 == experts
 misaligned words | gate_up | run | misaligned

@@ -387,54 +387,6 @@ def test_the_mixture():
     assert launches == {"router": 1, "expert_gate_up": 1, "expert_down": 1}
 
 
-# --- what follows the products of many rows ------------------------------------------------------
-class Combined(NamedTuple):
-    R: int
-    k: int
-    H: int
-
-    def __call__(self, dtype):
-        """Results, places, weights and residual, of distinct rows."""
-        mx.random.seed(sum(self))
-        places = mx.random.permutation(self.R * self.k).astype(mx.uint32).reshape(self.R, self.k)
-        weights = mx.random.uniform(0, 1, places.shape).astype(dtype)
-        y, residual = normal(places.size, self.H, dtype=dtype), normal(self.R, self.H, dtype=dtype)
-        return y, places, weights, residual
-
-
-COMBINED = [  # less than a threadgroup, several a row; few pairs and many
-    *(Combined(1, 8, 8), Combined(7, 3, 132), Combined(3, 11, 1040), Combined(2, 32, 64)),
-]
-
-
-@pytest.mark.parametrize("case", COMBINED, ids=lambda case: "R{}-k{}-H{}".format(*case))
-@every_dtype
-def test_combine(case, dtype):
-    inputs = case(dtype)
-    y, places, weights, residual = (np.array(a.astype(mx.float32)) for a in inputs)
-    sums = (weights[..., None] * y[places.astype(int)]).sum(axis=1)
-    builds = in_turns((COMBINED, case), (DTYPES, dtype))
-    got = prove(lambda: [kernels.combine(*inputs)], {"y": mx.array(residual + sums)}, builds)
-    assert got["y"].dtype == dtype
-
-
-def test_the_pairs_of_a_row_are_added_in_their_order():
-    """In float32, onto the residual last: only then nothing is left of the large ones."""
-    y = mx.array([1.0, 2.0**25, -(2.0**25), 1.0, 2.0**25, 1.0, -(2.0**25), 0.0])
-    inputs = mx.repeat(y[:, None], 8, 1), mx.arange(8, dtype=mx.uint32).reshape(2, 4)
-    with executed():
-        sums = kernels.combine(*inputs, mx.ones((2, 4)), mx.full((2, 8), 0.5))
-    assert sums[:, 0].tolist() == [1.5, 0.5]
-
-
-@pytest.mark.parametrize(
-    ("rows", "k", "H", "taken"),
-    [(8192, 11, 2048, True), (1, 8, 8, True), (1, 7, 8, False), (4, 2, 6, False), (0, 8, 8, False)],
-)
-def test_takes_combine(rows, k, H, taken):
-    assert kernels.takes_combine(rows, k, H) == taken
-
-
 # --- the text ------------------------------------------------------------------------------------
 @by_host
 def test_text():
@@ -445,6 +397,5 @@ def test_text():
             for bits in BITS:
                 Layer(Stack(*shape), bits, dtype)()
             Layer(Stack(*shape), 3, dtype, shared=(8, 32))()
-        kernels.combine(*COMBINED[0](dtype))
 
     assert mistakes_in_text(*(lambda d=dtype: calls(d) for dtype in DTYPES)) == []

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.metal
 PROMPT = "import os\nimport sys\n\ndef main(argv):\n"
 LINEAR, ATTENTION = 3, 1  # layers of the demo model
 ROUTED = LINEAR + ATTENTION
-OF_PROMPTS = {"combine"}  # launched where rows are many
+OF_PROMPTS = {"choose", "combine"}  # launched where rows are many
 
 
 MIX = {"switch_mlp.down": (32, 5), "switch_mlp": (64, 3), "": (64, 8)}  # the first that fits
@@ -126,7 +126,7 @@ def test_a_prompt(length):
     with executed() as launches:
         assert relative_error(model(text, cache), expected) < 1e-5
     assert (launches["gated_delta_step"], launches["router"]) == (LINEAR, 0)
-    assert launches["combine"] == ROUTED
+    assert launches["choose"] == launches["combine"] == ROUTED
     for ours, other in zip(cache[:LINEAR], theirs[:LINEAR], strict=True):
         assert relative_error(ours.cache[1], other.cache[1]) < 1e-5
 

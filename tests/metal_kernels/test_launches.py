@@ -43,7 +43,7 @@ def test_a_period_without_kernels():
 
 @pytest.mark.parametrize(
     "make, kernels, expected",
-    [(launches.mlx_lm, False, 186), (launches.ours, False, 166), (launches.ours, True, 100)],
+    [(launches.mlx_lm, False, 186), (launches.ours, False, 166), (launches.ours, True, 68)],
 )
 def test_a_period_of_a_prompt(make, kernels, expected):
     assert launches.per_period(make, 512, kernels=kernels).total() == expected
