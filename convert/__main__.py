@@ -15,6 +15,8 @@ from .quantize import HEAD_BITS, MTP_BITS, UNQUANTIZED
 EPILOG = """examples:
   %(prog)s --hf-path Qwen/Qwen3-Next-80B-A3B-Instruct --mlx-path qwen3-next-4bit -q
       a 4-bit model with its MTP head, which mlx-lm and LM Studio can load as well
+  %(prog)s --hf-path Qwen/Qwen3-Next-80B-A3B-Instruct --mlx-path qwen3-next-48gb --fit 48
+      the bits that a 48 GB Mac has room for, where they matter most
   %(prog)s --hf-path Qwen/Qwen3-Next-80B-A3B-Instruct --mlx-path qwen3-next-4bit -q --stream
       the same, without ever having all of the 163 GB source on disk
   %(prog)s --hf-path Qwen/Qwen3-Next-80B-A3B-Instruct --attach-mtp --mlx-path DIR
@@ -98,6 +100,22 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="With --attach-mtp: take the head of another model of the same shapes, too, such as "
         "Instruct's for Coder-Next. Its drafts are less often right; the text stays the same.",
+    )
+    extra.add_argument(
+        "--fit",
+        type=float,
+        metavar="GB",
+        help="Choose the bits of each part so that the whole model stays in the memory of a Mac of "
+        "GB (36, 48, 64, …), with 8,192 tokens of context, at the smallest loss. -q is implied; of "
+        "the other quantization flags --q-group-size and --mtp-bits apply. The source is read "
+        "twice, and a layer of it is in memory at a time.",
+    )
+    extra.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="With --fit: a text like those that the model will be used for, on which the loss is "
+        "measured; 8,192 tokens are used (default: Python's documentation and library). 'none' "
+        "goes by what is expected of each part instead.",
     )
     extra.add_argument(
         "--stream",

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from mlx_qwen3next.checkpoint.files import MTP_FILE
 from mlx_qwen3next.storage.replacing import PARTIAL
 
 from . import attaching, package, report, weights
+from . import fit as fitting
 from .drafter import convert_drafter, is_drafter
 from .plan import DTYPES, Conversion, plan_conversion
-from .progress import PROGRESS_FILE, STREAMED, Progress
+from .progress import HIDDEN, PROGRESS_FILE, STREAMED, Progress, saying_how_to_go_on
 from .quantize import DEFAULTS, HEAD_BITS, Predicate, base_quantization
 from .repository import Repository, open_source
 from .verify import verify as compare
@@ -38,6 +39,8 @@ def convert(
     mtp_bits: int | None = None,
     attach_mtp: bool = False,
     any_trunk: bool = False,
+    fit: float | None = None,
+    calibration: str | None = None,
     stream: bool = False,
     dry_run: bool = False,
     verify: bool = False,
@@ -58,6 +61,10 @@ def convert(
             unquantized.
         attach_mtp: convert the head alone and put it beside the model at ``mlx_path``.
         any_trunk: with ``attach_mtp``, take the head of another model of the same shapes, too.
+        fit: the memory of a Mac in GB that the model is to stay in as a whole; it chooses the bits
+            of each part. Of the quantization ``q_group_size`` alone may be given.
+        calibration: with ``fit``, the file of the text that errors are measured on; None for the
+            text that is there, "none" for expected errors.
         stream: keep a repository's weight files only as long as they are needed.
         dry_run: print sizes and needs, and do nothing.
         verify: read the result again and compare it with the source.
@@ -66,6 +73,23 @@ def convert(
         ValueError: an argument or the source is not usable, or the result cannot be written.
     """
     _check_choices(q_mode=q_mode, dtype=dtype, mtp=mtp, mtp_bits=mtp_bits)
+    if fit is None:
+        if calibration is not None:
+            raise ValueError("--calibration needs --fit")
+    else:
+        if not 0 < fit < float("inf"):
+            raise ValueError(f"--fit must be a number of GB, got {fit:g}")
+        if stream and calibration != fitting.NO_TEXT:
+            raise ValueError(
+                "calibration reads the source before it is converted: with --stream, "
+                "--calibration none is needed"
+            )
+        if q_bits or dequantize or quant_predicate or attach_mtp or q_mode != "affine":
+            raise ValueError(
+                "--fit chooses the bits itself: --q-bits, --q-mode, --quant-predicate, -d and "
+                "--attach-mtp do not go with it"
+            )
+        quantize = True
     if quantize and dequantize:
         raise ValueError("choose either -q (--quantize) or -d (--dequantize)")
     if not quantize and (q_bits, q_group_size, q_mode) != (None, None, "affine"):
@@ -86,6 +110,7 @@ def convert(
             dequantize=dequantize,
             quant_predicate=quant_predicate,
             mtp_bits=mtp_bits,
+            fit=fit,
             stream=stream,
             dry_run=dry_run,
             verify=verify,
@@ -101,6 +126,7 @@ def convert(
         _say(f"{target}: a DFlash drafter, for --draft-model")
         return
 
+    recipe: list[str] = []
     target = attaching.find_model(mlx_path) if attach_mtp else _target(mlx_path)
     result = target / MTP_FILE if attach_mtp else target
     partial = result.with_name(result.name + PARTIAL)
@@ -118,17 +144,24 @@ def convert(
             _say(f"not checking that the head belongs to this model; if not, {attaching.EFFECT}")
     else:
         _keep_apart(source.directory.resolve(), target, partial)
-        conversion = plan_conversion(
+        plan = functools.partial(
+            plan_conversion,
             source,
             dtype=DTYPES.get(dtype or ""),
-            base=base,
-            predicate=quant_predicate,
             head=mtp == "keep",
             mtp_bits=mtp_bits,
         )
+        if fit is None:
+            conversion = plan(base=base, predicate=quant_predicate)
+        else:
+            group_size = q_group_size or DEFAULTS["affine"][0]
+            conversion, choice = fitting.fit(
+                *(plan, fit, group_size, calibration, target, partial), measured=not dry_run
+            )
+            recipe = choice.describe()
     if dry_run:
         files = conversion.files(partial)
-        print(report.describe(conversion, files, weights.chunks(files, source)))
+        print(report.describe(conversion, files, weights.chunks(files, source), recipe))
         return
 
     if all(weights.is_laid_out(file) for file in conversion.files(target)):
@@ -161,13 +194,14 @@ def _make(conversion: Conversion, partial: Path, result: Path, title: str) -> No
     report.check_disk(partial, conversion, files, work)
     # A count of finished chunks means nothing for another division into chunks.
     task = {**conversion.mark, "pieces": len(work)}
-    with Progress(partial, task) as progress, _saying_how_to_go_on(progress, len(work)):
+    with Progress(partial, task) as progress, saying_how_to_go_on(progress, len(work)):
         weights.write(files, work, conversion.source, progress)
         if result.name == MTP_FILE:
             os.replace(partial / MTP_FILE, result)
         else:
             package.complete(conversion, files, partial, title)
             shutil.rmtree(partial / STREAMED, ignore_errors=True)
+            (partial / HIDDEN).unlink(missing_ok=True)
             os.rename(partial, result)
     _say(f"{result}: {conversion.bits_per_weight:.3f} bits per weight")
 
@@ -214,22 +248,6 @@ def _target(mlx_path: str | Path) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"--mlx-path {mlx_path} is no usable folder: {error}") from None
     return target
-
-
-@contextmanager
-def _saying_how_to_go_on(progress: Progress, chunks: int) -> Iterator[None]:
-    """Adds to the message of an interrupt or a disk error how the conversion goes on."""
-    try:
-        yield
-    except (KeyboardInterrupt, OSError) as error:
-        state = (
-            f"with {progress.done / chunks:.0%} done; the same command goes on from there, "
-            f"deleting {progress.folder} gives it up"
-        )
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"interrupted {state}") from None
-        where = error.filename or progress.folder
-        raise ValueError(f"{where}: {error.strerror or error}, {state}") from None
 
 
 def _say(text: str) -> None:

@@ -17,12 +17,13 @@ from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.storage.replacing import write_text
 
 from .plan import Conversion
+from .progress import CALIBRATION
 from .source import SMALL_FILES, Source
 from .weights import File
 
 CARD = "README.md"
 # Files that describe the source's weights, not the converted ones.
-_ABOUT_WEIGHTS = ("config.json", "*.index.json", "*quant*config.json")
+_ABOUT_WEIGHTS = ("config.json", "*.index.json", "*quant*config.json", CALIBRATION)
 
 
 def complete(conversion: Conversion, files: Sequence[File], folder: Path, title: str) -> None:

@@ -54,10 +54,16 @@ class Conversion:
         return weights.lay_out(self.parameters, folder, metadata)
 
     @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weights in memory: the norms of ``NORMS_FILE`` take others' places."""
+        files = self.parameters.items()
+        return sum(p.nbytes for name, ps in files if name != NORMS_FILE for p in ps)
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits per weight over all parameters, scales included."""
         parameters = [p for name, ps in self.parameters.items() if name != NORMS_FILE for p in ps]
-        return 8 * sum(p.nbytes for p in parameters) / sum(p.size for p in parameters)
+        return 8 * self.resident_bytes / sum(p.size for p in parameters)
 
 
 def plan_conversion(
@@ -69,6 +75,7 @@ def plan_conversion(
     trunk: bool = True,
     head: bool = True,
     mtp_bits: int | None = None,
+    searched: bool = False,
 ) -> Conversion:
     """Plans a conversion, after checking everything that headers show.
 
@@ -77,6 +84,7 @@ def plan_conversion(
         base: see :class:`Conversion`.
         predicate, mtp_bits: see :func:`quantize.recipe`.
         trunk, head: whether to convert them.
+        searched: see :func:`quantize.quantize`.
 
     Raises:
         ValueError: the source is not whole, or an argument does not suit it.
@@ -106,7 +114,7 @@ def plan_conversion(
         if f"{path}.weight" in shapes
     }
 
-    parameters = _parameters(source, origins, shapes, chosen, dtype)
+    parameters = _parameters(source, origins, shapes, chosen, dtype, searched)
     stored = [
         [p.path, str(p.dtype), p.quantization] for members in parameters.values() for p in members
     ]
@@ -119,6 +127,8 @@ def plan_conversion(
         "recipe": _digest(stored),
         "contents": _digest([source.contents, source.raw_config]),
     }
+    if searched:
+        mark["ranges"] = "searched"
     if head and (not trunk or source.head_config != source.config):
         mark[HEAD_CONFIG] = source.head_config.to_dict()  # the trunk beside it may have another
     return Conversion(source, model, dtype, base, chosen, parameters, mark)
@@ -130,6 +140,7 @@ def _parameters(
     shapes: Mapping[str, layouts.Shape],
     chosen: Mapping[str, Quantization],
     dtype: mx.Dtype,
+    searched: bool,
 ) -> dict[str, list[Parameter]]:
     """File -> its parameters."""
     parameters: dict[str, list[Parameter]] = {TRUNK: [], MTP_FILE: [], NORMS_FILE: []}
@@ -147,7 +158,8 @@ def _parameters(
             else:
                 parameters[NORMS_FILE].append(exact)
         quantization = chosen.get(path.removesuffix(".weight"))
-        parameters[file].append(Parameter(path, shape, origins[path], stored_dtype, quantization))
+        parameter = Parameter(path, shape, origins[path], stored_dtype, quantization, searched)
+        parameters[file].append(parameter)
     return {name: members for name, members in parameters.items() if members}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,8 @@ from mlx_qwen3next.storage.replacing import PARTIAL, write_text
 
 PROGRESS_FILE = "progress.json"
 STREAMED = "source"  # the folder of weight files that are kept only as long as they are needed
+CALIBRATION = "calibration.json"  # what --fit has measured
+HIDDEN = "calibration.safetensors"  # hidden states, while it measures
 
 
 class Progress:
@@ -53,7 +56,7 @@ class Progress:
             raise ValueError(f"{where} cannot be written: {error.strerror}") from None
 
     def _take_up(self) -> None:
-        contents = {path.name for path in self.folder.iterdir()} - {STREAMED}
+        contents = {path.name for path in self.folder.iterdir()} - {STREAMED, CALIBRATION, HIDDEN}
         if not contents - {PROGRESS_FILE + PARTIAL}:
             return self.record(0)
         try:
@@ -91,3 +94,23 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         os.close(self._lock)
+
+
+@contextmanager
+def saying_how_to_go_on(progress: Progress, total: int) -> Iterator[None]:
+    """Adds to the message of an interrupt or a disk error how the conversion goes on.
+
+    Args:
+        total: the value of ``progress.done`` at the end.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        state = (
+            f"with {progress.done / total:.0%} done; the same command goes on from there, "
+            f"deleting {progress.folder} gives it up"
+        )
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted {state}") from None
+        where = error.filename or progress.folder
+        raise ValueError(f"{where}: {error.strerror or error}, {state}") from None

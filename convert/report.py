@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_qwen3next.checkpoint.files import MTP_FILE, NORMS_FILE
+from mlx_qwen3next.checkpoint.files import MTP_FILE
 from mlx_qwen3next.model import capacity
-from mlx_qwen3next.model.capacity import GB
+from mlx_qwen3next.model.capacity import GB, GPU_SHARE
 
 from . import weights
 from .plan import Conversion
@@ -17,8 +17,6 @@ from .repository import Repository
 from .weights import Chunk, File
 
 MACS = (16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory that Macs come with
-# The part of a Mac's memory that macOS lets the GPU keep resident by default.
-GPU_SHARE = 0.75
 _CONTEXTS = (8_192, 262_144)
 # Peak of a conversion on the largest layers; NOTES.md has the measurement.
 _WORKING_MEMORY = 0.5 * GB
@@ -62,8 +60,17 @@ def check_disk(
             )
 
 
-def describe(conversion: Conversion, files: Sequence[File], work: Sequence[Chunk]) -> str:
-    """The report of ``--dry-run``."""
+def describe(
+    conversion: Conversion,
+    files: Sequence[File],
+    work: Sequence[Chunk],
+    recipe: Sequence[str] = (),
+) -> str:
+    """The report of ``--dry-run``.
+
+    Args:
+        recipe: lines about what ``--fit`` chose.
+    """
     source, config = conversion.source, conversion.source.config
     kinds = Counter(tensor.dtype for tensor in source.tensors.values())
     bytes_in = sum(tensor.nbytes for tensor in source.tensors.values())
@@ -82,6 +89,7 @@ def describe(conversion: Conversion, files: Sequence[File], work: Sequence[Chunk
     output = sum(by_file.values())
     lines += [
         f"             together {_size(output)}, {conversion.bits_per_weight:.3f} bits per weight",
+        *(f"{'recipe' if i == 0 else '':12} {line}" for i, line in enumerate(recipe)),
         f"disk         {_size(disk_needed(conversion, files, work))}",
     ]
     if isinstance(source, Repository) and not source.streamed:
@@ -90,12 +98,11 @@ def describe(conversion: Conversion, files: Sequence[File], work: Sequence[Chunk
             "(--stream keeps one file at a time)"
         )
     lines.append(f"memory       less than {_WORKING_MEMORY / GB:.1f} GB while converting")
-    in_memory = output - by_file.get(NORMS_FILE, 0)
     for context in sorted({min(c, config.max_position_embeddings) for c in _CONTEXTS}):
         cache = capacity.cache_bytes(
             config, context, mtp=MTP_FILE in by_file, itemsize=conversion.dtype.size
         )
-        need = in_memory + cache
+        need = conversion.resident_bytes + cache
         macs = [f"{mac} GB" for mac in MACS if GPU_SHARE * mac * 2**30 >= need]
         lines.append(
             f"to run       {_size(need)} with {context:,} tokens of context: "

@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
-from mlx_qwen3next.checkpoint.loading import default_dtype
-from mlx_qwen3next.model import layouts
 from mlx_qwen3next.model.mtp_head import MTPHead
 from mlx_qwen3next.model.qwen3_next import DecoderLayer, RMSNorm
 from mlx_qwen3next.storage import safetensors
 
 from . import weights
+from .layers import Reader, in_model_dtype, load_part, reader
 from .plan import Conversion
 from .repository import Repository
 from .weights import TRUNK, File, Parameter
@@ -31,7 +28,6 @@ PROMPTS = (
     "def fibonacci(n: int) -> int:\n    ",
     "The capital of France is Paris. The capital of Italy is",
 )
-Reader = Callable[[str], mx.array]  # a parameter's path to its value
 
 
 def verify(conversion: Conversion, folder: Path) -> str:
@@ -91,18 +87,7 @@ def _compare_weights(conversion: Conversion, files: list[File]) -> list[str]:
 
 
 def _compare_logits(conversion: Conversion, files: list[File], folder: Path) -> list[str]:
-    parameters = {p.path: p for name, ps in conversion.parameters.items() for p in ps}
     places = {p.path: (p, file) for file in files for p in file.parameters.values()}
-    dtype = default_dtype()
-
-    def in_model_dtype(path: str, value: mx.array) -> mx.array:
-        return value.astype(mx.float32 if layouts.is_float32(path) else dtype)
-
-    def original(path: str) -> mx.array:
-        parameter = parameters[path]
-        return in_model_dtype(
-            path, parameter.origin.rows(conversion.source.read, 0, parameter.shape[0])
-        )
 
     def converted(path: str) -> mx.array:
         parameter, file = places[path]  # a norm's exact one, whose file comes last
@@ -112,7 +97,7 @@ def _compare_logits(conversion: Conversion, files: list[File], folder: Path) -> 
         conversion.source.fetch(file)
     tokens = mx.array([_tokens(conversion, folder)])
     (a, drafts_a), (b, drafts_b) = (
-        _run(conversion, tokens, original),
+        _run(conversion, tokens, reader(conversion)),
         _run(conversion, tokens, converted),
     )
     lines = ["  trunk: " + _difference(a, b)]
@@ -132,12 +117,7 @@ def _run(
 ) -> tuple[mx.array, mx.array | None]:
     """The logits of trunk and head ``[1, L, vocab]``, with one layer in memory at a time."""
     config = conversion.source.config
-    paths = conversion.model.parameter_shapes()
-
-    def load(module: nn.Module, prefix: str) -> Any:
-        names = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
-        return module.load_weights([(name, read(prefix + name)) for name in names])
-
+    load = partial(load_part, conversion, read)
     table = read("model.embed_tokens.weight")
     x = table[tokens]
     mask = create_attention_mask(x)

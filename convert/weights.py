@@ -24,12 +24,14 @@ from mlx_qwen3next.storage import safetensors
 from mlx_qwen3next.storage.safetensors import Tensor
 
 from .progress import Progress
-from .quantize import Quantization, dequantize
+from .quantize import Quantization, dequantize, quantize
 from .source import Source
 
 TRUNK = "model.safetensors"
 LARGEST_FILE = 5_000_000_000  # bytes
 _ENTRY = 500  # bytes, more than a header has for one tensor beside its name
+# Apple's page of memory, in bytes: an expert that begins at one can be read past the page cache.
+_ALIGNMENT = 16_384
 _CHUNK = 2**22  # numbers in a chunk: 16 MB as float32; larger ones were slower
 _BATCH = 8  # chunks evaluated together
 _RECORD_SECONDS = 5.0
@@ -44,6 +46,7 @@ class Parameter:
     origin: Origin
     dtype: mx.Dtype  # its own, or that of its scales
     quantization: Quantization | None
+    searched: bool = False  # whether its quantization is :func:`quantize`'s searched one
 
     @property
     def contents(self) -> dict[str, tuple[mx.Dtype, Shape]]:
@@ -69,7 +72,7 @@ class Parameter:
     @property
     def nbytes(self) -> int:
         """Bytes of its :attr:`contents`."""
-        return sum(math.prod(shape) * dtype.size for dtype, shape in self.contents.values())
+        return sum(_nbytes(dtype, shape) for dtype, shape in self.contents.values())
 
     def values(self, source: Source, first: int, last: int) -> tuple[list[mx.array], mx.array]:
         """Makes rows ``first:last`` of its contents, in order; and whether they are all finite."""
@@ -77,13 +80,17 @@ class Parameter:
         finite = _all_finite(value)
         if self.quantization is None:
             return [value], finite
-        return list(mx.quantize(value, **self.quantization)), finite
+        return list(quantize(value, self.quantization, self.searched)), finite
 
     def restore(self, contents: Sequence[mx.array]) -> mx.array:
         """Rows of the parameter in float32, made from the same rows of its contents."""
         if self.quantization is None:
             return contents[0].astype(mx.float32)
         return dequantize(contents, self.quantization).astype(mx.float32)
+
+
+def _nbytes(dtype: mx.Dtype, shape: Shape) -> int:
+    return math.prod(shape) * dtype.size
 
 
 def _all_finite(value: mx.array) -> mx.array:
@@ -117,6 +124,9 @@ def lay_out(
 ) -> list[File]:
     """Lays out the output's files.
 
+    In each the tensors come first whose sizes are multiples of _ALIGNMENT, so that they begin at
+    one, as the data does: the format allows no holes between tensors.
+
     Args:
         parameters: file -> its parameters; ``TRUNK`` stands for as many files as it takes.
         metadata: of every file.
@@ -129,7 +139,9 @@ def lay_out(
     result = []
     for name, members in files.items():
         contents = {k: v for parameter in members for k, v in parameter.contents.items()}
-        header, places = safetensors.lay_out(folder / name, contents, metadata)
+        order = sorted(contents, key=lambda name: _nbytes(*contents[name]) % _ALIGNMENT != 0)
+        contents = {name: contents[name] for name in order}
+        header, places = safetensors.lay_out(folder / name, contents, metadata, _ALIGNMENT)
         result.append(File(folder / name, header, dict(enumerate(members)), places))
     return result
 
@@ -142,7 +154,7 @@ def _split(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
         added = parameter.nbytes + sum(len(name) + _ENTRY for name in parameter.contents)
         if not parts or size + added > LARGEST_FILE:
             parts.append([])
-            size = _ENTRY  # the metadata's
+            size = _ENTRY + _ALIGNMENT  # the metadata's, and spaces
         parts[-1].append(parameter)
         size += added
     return parts

@@ -50,12 +50,12 @@ def windows(count: int) -> list[tuple[int, int, int]]:
     return spans
 
 
-def bits_per_byte(model: Model, tokenizer: TokenizerWrapper) -> float:
-    """The model's bits per byte over all held-out files."""
+def bits_per_byte(model: Model, tokenizer: TokenizerWrapper, limit: int | None = None) -> float:
+    """The model's bits per byte over all held-out files, or their first ``limit`` tokens."""
     bits, size = 0.0, 0
     for file in tqdm(files(), "text", unit="file", leave=False):
-        tokens = tokens_of(tokenizer, file)
-        size += file.stat().st_size
+        tokens = tokens_of(tokenizer, file)[:, :limit]
+        size += len(tokenizer.decode(tokens[0, 1:].tolist()).encode())
         for start, first, end in windows(tokens.shape[1]):
             window = tokens[:, start:end]
             losses = nn.losses.cross_entropy(model(window[:, :-1]), window[:, 1:])
@@ -63,15 +63,15 @@ def bits_per_byte(model: Model, tokenizer: TokenizerWrapper) -> float:
     return bits / size
 
 
-def acceptance(model: Model, tokenizer: TokenizerWrapper) -> list[float]:
+def acceptance(model: Model, tokenizer: TokenizerWrapper, limit: int = CONTEXT) -> list[float]:
     """The share of drafts at each depth that equal the trunk's choice, if all drafts before do.
 
-    It is measured on the first CONTEXT tokens of every file. A deeper draft counts only where the
+    It is measured on the first ``limit`` tokens of every file. A deeper draft counts only where the
     text continues with the trunk's own choice, because otherwise the next choice is not known.
     """
     asked, right = [0] * DRAFTS, [0] * DRAFTS
     for file in tqdm(files(), "drafts", unit="file", leave=False):
-        tokens = tokens_of(tokenizer, file)[:, :CONTEXT]
+        tokens = tokens_of(tokenizer, file)[:, :limit]
         hidden = model.model(tokens)
         chosen = model.logits(hidden)[0].argmax(axis=-1).tolist()
         text, cache = tokens[0].tolist(), model.mtp.make_cache()

@@ -94,16 +94,23 @@ class Served:
         connection.request(method, path, body and json.dumps(body), headers)
         return connection.getresponse()
 
-    def ask(self, messages: list[dict], leave_after: int | None = None, **options) -> Answer:
+    def ask(
+        self,
+        messages: list[dict],
+        leave_after: int | None = None,
+        patience: float = 600,
+        **options,
+    ) -> Answer:
         """Asks for a chat completion as a stream; returns the answer.
 
         Args:
             leave_after: the number of pieces of text after which the client closes the connection.
+            patience: seconds without a byte, after which it does so as well, with a TimeoutError.
             options: other fields of the request.
         """
         body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         start, answer = time.perf_counter(), Answer()
-        with self.request("POST", "/v1/chat/completions", body | options) as response:
+        with self.request("POST", "/v1/chat/completions", body | options, patience) as response:
             answer.status = response.status
             if response.status != 200:
                 answer.text = response.read().decode()

@@ -1,12 +1,15 @@
 """A load test of the server with many clients: it finds wrong tokens, leaks and stuck requests.
 
     python examples/server_load.py [--minutes 10] [--clients 32] [--faults]
+    python examples/server_load.py --longest 32768 --total 200 --requests 40 --clients 4
 
 First the program sends each request of a pool alone, to a server without prompt cache and drafts.
 Then many clients send these requests at random; a client disconnects in the middle of a fifth of
-them. The program compares every complete answer. With ``--faults``, forwards fail now and then, the
-disk of the prompt cache is sometimes full, files of the cache are damaged, and the server is killed
-and started again. Linux only (the program reads memory from /proc).
+them. The program compares every complete answer. With ``--longest`` the requests have prompts of up
+to so many tokens, and half of those who disconnect do so while their prompt is read. With
+``--faults``, forwards fail now and then, the disk of the prompt cache is sometimes full, files of
+the cache are damaged, and the server is killed and started again. Linux only (the program reads
+memory from /proc).
 """
 
 import argparse
@@ -26,6 +29,7 @@ from served import OURS, Answer, Served, float32_copy
 
 LEAVE = 0.2  # the share of requests whose client disconnects in the middle
 LEFT = "left"
+CHARACTERS = 3  # of a token, about
 
 # A server in which some forwards and some writes of the prompt cache fail.
 FAULTY = """
@@ -72,11 +76,26 @@ def pool(size: int) -> list[dict]:
     return requests
 
 
+def long_pool(size: int, longest: int) -> list[dict]:
+    """Requests whose prompts have up to so many tokens, short ones as often as long ones."""
+    rng = random.Random(2)
+    source = (inspect.getsource(textwrap) + inspect.getsource(statistics)) * 8
+    requests = []
+    for i in range(size):
+        tokens = longest ** rng.uniform(0.5, 1)
+        start = rng.randrange(4) * 5000  # some begin alike
+        content = source[start : start + int(CHARACTERS * tokens)] + f"# {i}"
+        messages = [{"role": "user", "content": content}]
+        requests.append({"messages": messages, "max_tokens": rng.choice([1, 10, 40])})
+    return requests
+
+
 class Load:
     """The clients, and the outcomes of their requests."""
 
     def __init__(self, served: Served, requests: list[dict], right: list[Answer]):
         self._served, self._requests, self._right = served, requests, right
+        self.leaves_prompts = False
         self.over = threading.Event()
         self.down = threading.Event()  # the server is stopped on purpose
         self.seen: collections.Counter = collections.Counter()
@@ -89,16 +108,19 @@ class Load:
         while not self.over.is_set():
             i = rng.randrange(len(self._requests))
             leave = rng.randrange(20) if rng.random() < LEAVE else None
-            seen = self._ask(i, leave)
+            hurries = self.leaves_prompts and leave is not None and rng.random() < 0.5
+            seen = self._ask(i, leave, rng.uniform(0.1, 0.9) if hurries else 600)
             with self._lock:
                 self.seen[seen] += 1
             if seen == "no connection":
                 time.sleep(0.5)
 
-    def _ask(self, i: int, leave: int | None) -> str:
+    def _ask(self, i: int, leave: int | None, patience: float) -> str:
         restarting = self.down.is_set()
         try:
-            answer = self._served.ask(leave_after=leave, **self._requests[i])
+            answer = self._served.ask(leave_after=leave, patience=patience, **self._requests[i])
+        except TimeoutError:
+            return LEFT if patience < 1 else "no answer"
         except OSError as error:
             gone = restarting or self.down.is_set()
             return "no connection" if gone else f"connection: {type(error).__name__}"
@@ -135,11 +157,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=60, help="requests in the pool")
+    parser.add_argument("--longest", type=int, help="tokens of the longest prompt")
+    parser.add_argument("--total", type=int, default=10**9, help="requests, after which it ends")
     parser.add_argument("--mtp", default="2")
     parser.add_argument("--faults", action="store_true")
     parser.add_argument("--log", type=Path, help="file for the server's output")
     args = parser.parse_args()
-    requests = pool(args.requests)
+    long = args.longest is not None
+    requests = long_pool(args.requests, args.longest) if long else pool(args.requests)
     with tempfile.TemporaryDirectory() as scratch:
         kept, model = Path(scratch) / "kept", Path(scratch) / "model"
         model.mkdir()
@@ -152,12 +177,15 @@ def main() -> int:
         options += ["--prompt-cache-bytes", "200MB"]
         with Served(command, *options, log=args.log) as served:
             load = Load(served, requests, right)
+            load.leaves_prompts = long
             threads = [threading.Thread(target=load.client, args=(i,)) for i in range(args.clients)]
             for thread in threads:
                 thread.start()
             memory, start, rng = [], time.monotonic(), random.Random(0)
             next_fault = 120.0
             while (seconds := time.monotonic() - start) < 60 * args.minutes:
+                if sum(load.seen.values()) >= args.total:
+                    break
                 time.sleep(10)
                 memory.append(served.memory() / 1e6)
                 print(f"{seconds:5.0f} s {memory[-1]:6.0f} MB", dict(load.seen), flush=True)

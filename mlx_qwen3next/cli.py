@@ -92,6 +92,12 @@ def counts(text: str) -> tuple[int, ...]:
     return tuple(count(part) for part in text.split(","))
 
 
+def amounts(text: str) -> tuple[float, ...]:
+    """Parses numbers of more than 0, separated by commas."""
+    parts = text.split(",")
+    return tuple(_number(part, float, lambda n: n > 0, "numbers of more than 0") for part in parts)
+
+
 def layer_counts(text: str) -> tuple[int, ...]:
     """Parses numbers of layers, separated by commas."""
     try:
@@ -137,6 +143,13 @@ def rope_scaling(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"must be yarn:FACTOR, such as yarn:4, got {text!r}")
     expected = "yarn:FACTOR with a number of at least 1"
     return {"rope_type": kind, "factor": _number(factor, float, lambda f: f >= 1, expected)}
+
+
+def experts_in_memory(text: str) -> str | float:
+    """Parses "auto", "all" or a number of GB."""
+    if text in ("auto", "all"):
+        return text
+    return _number(text, float, lambda gb: gb > 0, "'auto', 'all' or a number of GB")
 
 
 def _number(
@@ -198,6 +211,20 @@ def add_speed_options(group: Any) -> None:
         default="auto",
         help="Use of this package's Metal kernels: 'auto' uses each kernel that has proved right "
         "and fast on this machine, 'on' uses all of them, 'off' none (default: %(default)s).",
+    )
+
+
+def add_experts_in_memory(group: Any) -> None:
+    """Adds ``--experts-in-memory`` to a group of flags."""
+    group.add_argument(
+        "--experts-in-memory",
+        type=experts_in_memory,
+        default="auto",
+        metavar="{auto,all,GB}",
+        help="Memory for the experts, which are most of the model: 'all', or a number of GB, where "
+        "the others are read from disk when they are wanted. 'auto' holds all where they fit, and "
+        "otherwise as many as do (default: %(default)s). This changes the speed, not the answer. "
+        "The model must be converted to MLX.",
     )
 
 
@@ -352,7 +379,7 @@ def load_options(args: argparse.Namespace, size: int) -> dict[str, Any]:
     Raises:
         ValueError: as for :func:`division`.
     """
-    names = "adapter_path", "mtp_from", "draft_model", "rope_scaling"
+    names = "adapter_path", "mtp_from", "draft_model", "rope_scaling", "experts_in_memory"
     return division(args, size) | {name: getattr(args, name) for name in names}
 
 

@@ -15,6 +15,19 @@ class ContextLengthError(ValueError):
         self.tokens, self.limit = tokens, limit
 
 
+class FieldError(ValueError):
+    """A field of a request has a value that the model cannot do.
+
+    Args:
+        message: names the fault.
+        param: the path of the field.
+    """
+
+    def __init__(self, message: str, param: str):
+        super().__init__(message)
+        self.param = param
+
+
 class QueueFullError(RuntimeError):
     """As many requests wait for an answer as may."""
 

@@ -11,6 +11,7 @@ import sys
 
 from .cli import (
     Parser,
+    add_experts_in_memory,
     add_group_options,
     add_kv_options,
     add_rope_scaling,
@@ -64,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add_essential_flags(essential)
     add_speed_options(essential)
     add_rope_scaling(essential)
+    add_experts_in_memory(essential)
     add_group_options(result)
     return result
 

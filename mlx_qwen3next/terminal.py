@@ -99,6 +99,8 @@ def _run(args: argparse.Namespace, group: Group, demo_prompt: str, default_promp
         **options,
     )
     limit_cache()
+    if model.streamed is not None:
+        print(model.streamed.plan, file=sys.stderr)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
 

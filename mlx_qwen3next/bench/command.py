@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import metal_kernels
-from ..cli import LineParser, add_group_options, count, counts, guarded, positive_seconds
+from ..cli import LineParser, add_group_options, amounts, count, counts, guarded, positive_seconds
 from . import shapes
 from .agreement import Disagreement
 from .host import host_table
 from .kernels import kernel_lines
+from .memory import memory_lines
 from .run import run_bench
 from .variants import variants_table
 
@@ -122,6 +123,13 @@ def parser() -> LineParser:
         "takes to queue it, by part, as on an Apple GPU. Needs no GPU. On an Apple GPU also the "
         "time of a step with other settings of command buffers, in some minutes.",
     )
+    alone.add_argument(
+        "--experts-in-memory",
+        type=amounts,
+        metavar="GB,GB,…",
+        help="Measure nothing else than plain decoding with these GB of experts in memory, the "
+        "others on disk, beside what is expected; --plots draws it.",
+    )
     effort = result.add_argument_group("effort")
     effort.add_argument(
         "--repeats",
@@ -165,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(host_table())
                 if metal_kernels.available():
                     print(variants_table())
+            elif args.experts_in_memory is not None:
+                print("\n".join(memory_lines(args)))
             elif args.kernels:
                 print("\n".join(kernel_lines(args)))
             else:

@@ -44,6 +44,23 @@ def draw(folder: Path, medians: Mapping[str, Any], growth: Sequence[Mapping[str,
         _write(folder / "growth.png", lambda figure: _growth(figure, growth), (6.4, 10))
 
 
+def draw_memory(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Writes ``memory.png``: the speed of decoding by the memory for experts.
+
+    Args:
+        rows: for each amount its ``memory`` in GB, the ``speed`` and the ``expected`` one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def by_memory(figure: Any) -> None:
+        axes, memory = figure.subplots(), [row["memory"] for row in rows]
+        axes.plot(memory, [row["speed"] for row in rows], marker="o", label="measured")
+        axes.plot(memory, [row["expected"] for row in rows], "k--", label="expected")
+        _label(axes, "Decoding, experts on disk", "GB of experts in memory", "tokens a second")
+
+    _write(folder / "memory.png", by_memory, (6.4, 4.2))
+
+
 def _growth(figure: Any, rows: Sequence[Mapping[str, float]]) -> None:
     n = [row["tokens"] for row in rows]
     reading, step, memory = figure.subplots(3, 1)

@@ -34,7 +34,7 @@ def lines(
     parts = [
         _sides(run) + _queueing(run),
         _agreement(run),
-        _speed("prefill", run, medians, "prefill") + _reading(run, medians, traffic),
+        _speed("prefill", run, medians, "prefill") + _reading(run, medians, traffic) + _chunks(run),
         _speed("decoding", run, medians, "decode") + _limit(run, medians),
         _turns(run, medians["turns"]),
         _speculation(run, medians, traffic),
@@ -129,6 +129,23 @@ def _speed(title: str, run: Run, medians: Mapping[str, Any], what: str) -> list[
             mine, limits = rates[side.label], medians["limit"][side.label]
             shares = [_ratio(mine, limits, n, "{:.1%}") for n in run.contexts]
             rows.append([f"  of the limit: {side.label}", *shares])
+    return table(rows)
+
+
+def _chunks(run: Run) -> list[str]:
+    """Writes how long a prompt's chunks took, and how much memory."""
+    rows = [["  its longest chunk, and memory over weights", *map(str, run.contexts)]]
+    for side in run.sides:
+        samples = run.raw["speed"].get(side.label, {})
+        if side.which == "ours" and samples:
+            last = {n: some[-1] for n, some in samples.items() if some}
+            chunks = {n: "{:.2f} s, {} tokens".format(*s["chunk"]) for n, s in last.items()}
+            memory = {n: f"{s['over'] / GB:.3f} GB" for n, s in last.items()}
+            formula = {n: f"{s['formula'] / GB:.3f} GB" for n, s in last.items()}
+            parts = {"longest chunk": chunks, "peak": memory, "formula": formula}
+            for name, cells in parts.items():
+                found = [cells.get(n, NONE) for n in run.contexts]
+                rows.append([f"  {name}: {side.label}", *found])
     return table(rows)
 
 

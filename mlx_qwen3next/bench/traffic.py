@@ -91,7 +91,7 @@ def traffic(tensors: Mapping[str, Tensor], config: Config, itemsize: int) -> Tra
         *(round(trunk), round(output), round(head), 2 * fixed, kv),
         left_out=round(left_out),
         used=used,
-        reading=Reading(config, itemsize, math.inf),
+        reading=Reading(config, itemsize, math.inf, in_pieces=False),
     )
 
 

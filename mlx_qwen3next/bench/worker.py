@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,7 @@ from ..compute import proof
 from ..compute.cpu_matmul import TransposedLinear
 from ..decoding import queueing
 from ..decoding.generation import generate_step
+from ..decoding.pace import PromptPace
 from ..decoding.preparation import prepare
 from ..decoding.sequence import prefill
 from ..decoding.speculation import Speculation
@@ -50,6 +52,7 @@ from ..errors import first_line
 from ..group import ALONE, Group, join
 from ..model import capacity
 from ..model.cache import Undo, settle
+from ..model.reading import Reading
 from ..prompt_cache.store import PromptCache
 from .graph import arrays_of, count
 
@@ -167,6 +170,8 @@ class Ours(Backend):
         self._cache_limit = queueing.limit_cache()
         maybe_set_recommended_wired_limit()  # as the commands do
         self._group, self.rank = group, group.rank
+        self._itemsize = getattr(mx, dtype).size
+        self._progress: list[tuple[float, int]] = []  # seconds, and prompt tokens processed by then
         self._grown: list[Any] = []
         self._before = 0
 
@@ -175,8 +180,35 @@ class Ours(Backend):
         return super().held() | {"queueing": how}
 
     def steps(self, prompt: list[int], tokens: int, mtp: str | int) -> Iterable[Any]:
+        self._progress = []
+
+        def progress(processed: int, _: int) -> None:
+            self._progress.append((time.perf_counter(), processed))
+
         options = {"max_tokens": tokens, "mtp": cast(Any, mtp), "lookup": "off"}
-        return generate_step(prompt, self.model, **options)
+        return generate_step(prompt, self.model, prompt_progress_callback=progress, **options)
+
+    def generate(self, prompt: list[int], tokens: int, mtp: str | int = "off") -> dict[str, Any]:
+        """As the other side's.
+
+        Returns:
+            Also ``chunk``: seconds and tokens of the prompt's chunk that took longest; ``over``:
+            the peak of memory over what was in use before, in bytes; ``formula``: these bytes as
+            predicted.
+        """
+        gc.collect()
+        before = mx.get_active_memory()
+        sample = super().generate(prompt, tokens, mtp)
+        config, scratch, longest = self.model.args, 0, (0.0, 0)
+        reading = Reading.here(config, self._itemsize)
+        for (start, held), (end, processed) in pairwise(self._progress):
+            longest = max(longest, (end - start, processed - held))
+            scratch = max(scratch, reading.scratch(processed - held, held))
+        cache = capacity.cache_bytes(
+            config, len(prompt) + tokens, mtp=mtp != "off", itemsize=self._itemsize
+        )
+        memory = {"over": sample["peak"] - before, "formula": cache + scratch}
+        return sample | {"chunk": longest} | memory
 
     def turns(self, first: list[int], more: list[int], tokens: int, keep: bool) -> dict[str, Any]:
         spare = min(self._group.gather("spare", capacity.spare()))
@@ -219,8 +251,14 @@ class Ours(Backend):
             mx.clear_cache()
             self._before = mx.get_active_memory()
             self._grown = self.model.make_cache()
-        start = time.perf_counter()
-        prefill(self.model, self._grown, mx.array(tokens))
+        pace, start = PromptPace.of(self.model), time.perf_counter()
+        while tokens:
+            held = held_by(self.model, self._grown)
+            n = pace.size(len(tokens), held)
+            pace.start()
+            prefill(self.model, self._grown, mx.array(tokens[:n]))
+            pace.stop(n, held)
+            tokens = tokens[n:]
         return time.perf_counter() - start
 
     def grown(self) -> dict[str, float]:

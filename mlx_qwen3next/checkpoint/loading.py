@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..errors import first_line
 from ..group import ALONE, Group
-from ..model import capacity, layouts, mtp_head, packing
+from ..model import capacity, layouts, mtp_head, packing, streamed
 from ..model.config import Config, read_json
 from ..model.layouts import Origin
 from ..model.parallel import divide
@@ -29,13 +29,14 @@ from ..model.qwen3_next import Model
 from ..model.sharding import Mode, Shard, take
 from ..storage import safetensors
 from ..storage.safetensors import Tensor
-from . import files, foreign, match
+from . import files, foreign, match, streaming
 from .adapter import add_adapter, read_adapter
 from .drafters import Drafter, attach_drafter, find_drafter
 from .fingerprint import fingerprint, head_digest
 from .heads import Head, find_head, head_config
 from .hub import read_config, resolve
 from .quantized import quantize
+from .streaming import ExpertsInMemory, Plan, check_options
 
 # Context assumed for the memory check where the caller gives none.
 DEFAULT_CONTEXT = 8192
@@ -56,13 +57,14 @@ def load(
     group: Group = ALONE,
     mode: Mode | None = None,
     layers: Sequence[int] | None = None,
+    experts_in_memory: ExpertsInMemory = "all",
 ) -> tuple[Model, TokenizerWrapper]:
     """Loads a model and its tokenizer.
 
     Args:
         path_or_repo: a local directory, a hub repository id, or None for the bundled demo model.
-        dtype, context, mtp_from, draft_model, rope_scaling, pack, group, mode, layers: see
-            :func:`load_model`.
+        dtype, context, mtp_from, draft_model, rope_scaling, pack, group, mode, layers,
+        experts_in_memory: see :func:`load_model`.
         revision: branch, tag or commit of a hub repository.
         tokenizer_config: further arguments of transformers' ``AutoTokenizer``.
         adapter_path: the directory of a LoRA, DoRA or full fine-tune made by ``mlx_lm.lora``.
@@ -70,13 +72,14 @@ def load(
     Raises:
         ValueError: the checkpoint cannot be loaded; the message names the file and the fault.
     """
+    held = check_options(experts_in_memory, pack=pack, group=group, adapter=adapter_path)
     drafts = _find_drafts(mtp_from, draft_model, path_or_repo, revision, group)
     directory = resolve(path_or_repo, revision)
     _read_config(directory, rope_scaling)  # its errors come before the tokenizer's
     tokenizer = _load_tokenizer(directory, tokenizer_config)
     if adapter_path is None:
         return _load(
-            directory, drafts, rope_scaling, dtype, context, pack, group, mode, layers
+            directory, drafts, rope_scaling, dtype, context, pack, group, mode, layers, held
         ), tokenizer
     if group.size > 1:
         raise ValueError("an adapter cannot be divided among ranks; fuse it with mlx_lm.fuse first")
@@ -99,6 +102,7 @@ def load_model(
     group: Group = ALONE,
     mode: Mode | None = None,
     layers: Sequence[int] | None = None,
+    experts_in_memory: ExpertsInMemory = "all",
 ) -> Model:
     """Loads a model without a tokenizer; its MTP head is attached if the checkpoint has one.
 
@@ -123,13 +127,17 @@ def load_model(
         group, mode, layers: the ranks that divide the model, and the way to divide it: see
             :func:`mlx_qwen3next.model.parallel.divide`. Each rank reads and holds its part
             alone.
+        experts_in_memory: "all"; or the GB that the trunk's experts may take, where the others are
+            read from disk when they are wanted, which changes the speed, not the results; or "auto"
+            to hold all where they fit, and otherwise as many as do. ``model.streamed`` tells of it.
 
     Raises:
         ValueError: as for :func:`load`; or the ranks' files are not the same.
     """
+    held = check_options(experts_in_memory, pack=pack, group=group, adapter=None)
     drafts = _find_drafts(mtp_from, draft_model, path_or_repo, revision, group)
     directory = resolve(path_or_repo, revision)
-    return _load(directory, drafts, rope_scaling, dtype, context, pack, group, mode, layers)
+    return _load(directory, drafts, rope_scaling, dtype, context, pack, group, mode, layers, held)
 
 
 class _Drafts(NamedTuple):
@@ -173,6 +181,7 @@ def _load(
     group: Group = ALONE,
     mode: Mode | None = None,
     layers: Sequence[int] | None = None,
+    experts_in_memory: ExpertsInMemory = "all",
 ) -> Model:
     """Loads a model from a directory, and what drafts from another if one is given."""
     head = drafts.head
@@ -208,10 +217,15 @@ def _load(
     if group.size > 1:
         _check_same(directory, head, group, dtype, config)
     part = divide(model, group, mode, layers)
-    _check_memory(model, dtype, context)
+    plan = streaming.plan(model, tensors, experts_in_memory, dtype, context, directory)
+    _check_memory(model, dtype, context, plan)
 
     model.eval()
-    own = {path: origins[part.whole_path(path)] for path, _ in _parameters(model)}
+    own = {
+        path: origins[part.whole_path(path)]
+        for path, _ in _parameters(model)
+        if not streaming.is_streamed(path, plan)
+    }
     read = _read(own, stored, dtype, part)
     # Only a large model takes long enough for the bar to appear.
     bar = tqdm(read, "loading", total=len(own), unit="tensor", leave=False, delay=2, disable=None)
@@ -219,7 +233,17 @@ def _load(
         model.load_weights([(path, value)], strict=False)
     if drafts.drafter is not None:
         attach_drafter(model, drafts.drafter, dtype)
+    if plan is not None:
+        return _streamed(model, plan, tensors, dtype)
     return _for_inference(model) if pack else model
+
+
+def _streamed(model: Model, plan: Plan, tensors: Mapping[str, Tensor], dtype: mx.Dtype) -> Model:
+    stored = streamed.hold(model, plan.size, lambda p, a: match.dtype_in_memory(p, a, dtype))
+    _for_inference(model)
+    experts = streamed.stream(model, plan.size, stored, tensors)
+    experts.plan = streaming.measured(plan, experts)
+    return model
 
 
 def _read_config(directory: Path, rope_scaling: Mapping[str, Any] | None) -> Config:
@@ -284,8 +308,13 @@ def _parameters(model: Model) -> list[tuple[str, mx.array]]:
     return leaves
 
 
-def _check_memory(model: Model, dtype: mx.Dtype, context: int) -> None:
-    weights = sum(a.size * match.dtype_in_memory(p, a, dtype).size for p, a in _parameters(model))
+def _check_memory(model: Model, dtype: mx.Dtype, context: int, plan: Plan | None) -> None:
+    weights = sum(
+        a.size * match.dtype_in_memory(p, a, dtype).size
+        for p, a in _parameters(model)
+        if not streaming.is_streamed(p, plan)
+    )
+    weights += 0 if plan is None else plan.memory
     cache = capacity.cache_bytes(
         model.args, context, mtp=model.mtp is not None, itemsize=dtype.size
     )

@@ -7,7 +7,7 @@ together.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import mlx.core as mx
 from mlx_lm.models.activations import swiglu
@@ -20,6 +20,27 @@ Stored: TypeAlias = Experts | TransposedWeights
 SharedExpert: TypeAlias = tuple[Stored, Stored]  # gate and up [2 I, H], down [H, I]
 
 MANY = 64  # pairs of rows and experts from which on they are sorted, as in mlx-lm
+
+
+class Slots(Protocol):
+    """A stack that holds some of the experts at a time, and gets others in their place.
+
+    The host has to know which experts are wanted, so :meth:`place` and :meth:`products` wait for
+    the device.
+    """
+
+    def place(self, routing: mx.array) -> mx.array | None:
+        """Returns a kernels' routing whose experts are numbers of slots, in the same order; None if
+        it wants more experts than there are slots. All of them are there by then.
+        """
+
+    def read_by(self, result: mx.array) -> None:
+        """Says that ``result`` reads slots, which stay as they are until it is evaluated."""
+
+    def products(
+        self, rows: mx.array, gate_up: Stored, down: Stored, indices: mx.array, is_sorted: bool
+    ) -> mx.array:
+        """Returns what :func:`products` does; ``gate_up`` and ``down`` are the slots."""
 
 
 def route(
@@ -94,6 +115,14 @@ def _with_shared(
     return experts, mx.concatenate([weights, _gate(gate, like)], axis=1)
 
 
+def products(
+    rows: mx.array, gate_up: Stored, down: Stored, indices: mx.array, is_sorted: bool
+) -> mx.array:
+    """Returns each row through its experts; ``rows`` ``[R, 1, 1, H]``, ``indices`` ``[R, k]``."""
+    gate, up = mx.split(_gather(rows, gate_up, indices, is_sorted), 2, axis=-1)
+    return _gather(swiglu(gate, up), down, indices, is_sorted)
+
+
 def combine(y: mx.array, places: mx.array, weights: mx.array, residual: mx.array) -> mx.array:
     """Returns ``residual`` plus the weighted sum of each row's experts.
 
@@ -109,9 +138,10 @@ def combine(y: mx.array, places: mx.array, weights: mx.array, residual: mx.array
 
 
 class Forms(NamedTuple):
-    """The forms of :func:`choose` and :func:`combine`, for many rows."""
+    """The forms of the steps of :func:`sparse_experts`; the first and the last for many rows."""
 
     choose: Callable[..., tuple[mx.array, mx.array]] = choose
+    products: Callable[[mx.array, Stored, Stored, mx.array, bool], mx.array] = products
     combine: Callable[..., mx.array] = combine
 
 
@@ -142,7 +172,7 @@ def sparse_experts(
         experts: E; top_k, normalise: as for :func:`route`.
         shared: the shared expert, if its quantization is another than the others'.
         own: the experts that ``gate_up`` and ``down`` have, if not all.
-        forms: those of the steps before and after the products.
+        forms: those of its steps.
 
     Returns:
         ``[..., H]``.
@@ -164,36 +194,39 @@ def sparse_experts(
         gate, up = mx.split(_multiply(x, shared[0]), 2, axis=-1)
         y = _multiply(swiglu(gate, up), shared[1])
         residual = residual + _gate(logits[:, experts:], like=x) * y
-    mixture = _mixture(x, gate_up, down, residual, indices, weights, own, forms)
+
+    def mixed(rows: mx.array, indices: mx.array, is_sorted: bool) -> mx.array:
+        return forms.products(rows, gate_up, down, indices, is_sorted)
+
+    mixture = _mixture(x, mixed, forms.combine, residual, indices, weights, own)
     return mixture.reshape(shape)
 
 
 def _mixture(
     x: mx.array,
-    gate_up: Stored,
-    down: Stored,
+    mixed: Callable[[mx.array, mx.array, bool], mx.array],
+    combine: Callable[..., mx.array],
     residual: mx.array,
     indices: mx.array,
     weights: mx.array,
     own: range | None,
-    forms: Forms,
 ) -> mx.array:
     """Returns ``residual`` plus each row's weighted experts.
 
     Args:
-        x, residual: ``[R, H]``. indices, weights: ``[R, k]``. The others as in
-            :func:`sparse_experts`.
+        x, residual: ``[R, H]``. indices, weights: ``[R, k]``. own: see :func:`sparse_experts`.
+        mixed: :func:`products` on the weights. combine: the form for many rows.
     """
     if indices.size < MANY:
-        y = _mixed(x[:, None, None], gate_up, down, indices, is_sorted=False)  # [R, k, 1, H]
+        y = mixed(x[:, None, None], indices, False)  # [R, k, 1, H]
         return mx.addmm(residual[:, None], weights[:, None], y.squeeze(-2)).squeeze(-2)
     # Sorted by expert, so that MLX reads an expert's weights once.
     k, indices, weights = indices.shape[1], indices.flatten(), weights.flatten()
     if own is None:
         order = mx.argsort(indices)
-        y = _mixed(x[order // k, None, None], gate_up, down, indices[order, None], is_sorted=True)
+        y = mixed(x[order // k, None, None], indices[order, None], True)
         y, places = y.reshape(-1, x.shape[-1]), _inverse(order).reshape(-1, k)
-        return forms.combine(y, places, weights.reshape(-1, k), residual)
+        return combine(y, places, weights.reshape(-1, k), residual)
     # Pairs without weight belong to other ranks; their number has to be known here.
     here = weights > 0
     order = mx.argsort(mx.where(here, indices, len(own) + 1))
@@ -201,7 +234,7 @@ def _mixture(
     if order.size == 0:
         return residual
     rows = order // k
-    y = _mixed(x[rows, None, None], gate_up, down, indices[order, None], is_sorted=True)
+    y = mixed(x[rows, None, None], indices[order, None], True)
     y = y.reshape(-1, x.shape[-1]) * weights[order, None]
     return residual.at[rows].add(y)
 
@@ -210,18 +243,6 @@ def _inverse(order: mx.array) -> mx.array:
     """Returns the inverse of a permutation, without another sort."""
     places = mx.arange(order.size, dtype=order.dtype)
     return mx.put_along_axis(mx.zeros_like(order), order, places, axis=0)
-
-
-def _mixed(
-    rows: mx.array,
-    gate_up: Stored,
-    down: Stored,
-    indices: mx.array,
-    is_sorted: bool,
-) -> mx.array:
-    """Returns each row through its experts; ``rows`` ``[R, 1, 1, H]``, ``indices`` ``[R, k]``."""
-    gate, up = mx.split(_gather(rows, gate_up, indices, is_sorted), 2, axis=-1)
-    return _gather(swiglu(gate, up), down, indices, is_sorted)
 
 
 def _multiply(x: mx.array, weights: Stored) -> mx.array:

@@ -18,6 +18,7 @@ import numpy as np
 from .. import metal_kernels as kernels
 from ..metal_kernels import Experts
 from . import attention, experts, gated_delta, norms
+from .experts import Slots
 from .gated_delta import DeltaWeights, LayerState, Tape
 from .proof import Operation
 from .rope import Rope, inverse_frequencies
@@ -368,9 +369,59 @@ def _without_residual(
 sparse_experts = Operation(
     "sparse_experts",
     _experts_kernel,
-    partial(experts.sparse_experts, forms=experts.Forms(choose, combine)),
+    partial(experts.sparse_experts, forms=experts.Forms(choose, combine=combine)),
     _experts_facts,
     _experts_kind,
     exact=experts.sparse_experts,
+    proof=_without_residual,
+)
+
+
+# --- sparse experts in slots ---------------------------------------------------------------------
+def _slots_kernel(
+    x: mx.array,
+    logits: mx.array,
+    gate_up: Experts,
+    down: Experts,
+    residual: mx.array,
+    *,
+    slots: Slots,
+    shared: tuple[Experts | None, Experts | None] | None = None,
+    **options: Any,
+) -> mx.array:
+    shared_gate_up, shared_down = shared or (None, None)
+    routing = slots.place(kernels.route(logits, **options))
+    if routing is not None:
+        y = kernels.expert_gate_up(x, gate_up, routing, shared_gate_up)
+        y = kernels.expert_down(y, down, routing, residual, shared_down)
+        slots.read_by(y)
+        return y
+    # These rows want more experts than there are slots. A row's result depends on that row alone.
+    rows = [a.reshape(1, -1, a.shape[-1]) for a in (x, logits, residual)]
+    options |= {"slots": slots, "shared": shared}
+    halves = []
+    for half in zip(*(mx.split(a, [a.shape[1] // 2], axis=1) for a in rows), strict=True):
+        halves.append(_slots_kernel(half[0], half[1], gate_up, down, half[2], **options))
+    return mx.concatenate(halves, axis=1).reshape(residual.shape)
+
+
+def _slots_composition(*arrays: Any, slots: Slots, **options: Any) -> mx.array:
+    forms = experts.Forms(choose, slots.products, combine)
+    return experts.sparse_experts(*arrays, forms=forms, **options)
+
+
+def _exact_slots(*arrays: Any, slots: Slots, **options: Any) -> mx.array:
+    forms = experts.Forms(products=slots.products)
+    return experts.sparse_experts(*arrays, forms=forms, **options)
+
+
+def _slots_facts(*arrays: Any, slots: Slots, **options: Any) -> tuple[Any, ...]:
+    return _experts_facts(*arrays, **options)
+
+
+# The kind, and with it the finding, is that of the operation on stacks: both run the same kernels.
+sparse_experts_in_slots = Operation(
+    *("sparse_experts", _slots_kernel, _slots_composition, _slots_facts, _experts_kind),
+    exact=_exact_slots,
     proof=_without_residual,
 )

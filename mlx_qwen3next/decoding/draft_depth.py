@@ -68,7 +68,7 @@ class FixedDepth:
 
     Args:
         depth: of all sources but the next; None for what ``measured`` chooses.
-        lookup: of the drafter that copies; None likewise.
+        lookup: of the drafters that copy, or know from a grammar; None likewise.
         measured: chooses among the sources without a depth, where the others have no drafts.
     """
 
@@ -78,7 +78,7 @@ class FixedDepth:
         self._depth, self._lookup, self._measured = depth, lookup, measured
 
     def _of(self, source: str) -> int | None:
-        return self._lookup if source == "lookup" else self._depth
+        return self._lookup if source in ("lookup", "grammar") else self._depth
 
     def idle(self, source: str) -> bool:
         depth = self._of(source)

@@ -23,6 +23,7 @@ from ..model.cache import Cache
 from ..model.qwen3_next import Model
 from ..model.reading import MOST
 from ..prompt_cache.store import PromptCache
+from .constraint import Constraint
 from .detokenize import TextDecoder
 from .pace import FIXED, PromptPace
 from .sampling import Chooser, Sampling, check_integer
@@ -35,6 +36,7 @@ SOURCES = {  # of drafts, in the closing lines
     "lookup": "copied",
     "mtp": "from the MTP head",
     "dflash": "from the draft model",
+    "grammar": "forced by the grammar",
 }
 
 
@@ -48,6 +50,8 @@ class GenerationResponse(MLXGenerationResponse):
     drafted: dict[str, int] = field(default_factory=dict)  # by source, as in SOURCES
     accepted: dict[str, int] = field(default_factory=dict)  # those that were right
     cached_tokens: int = 0  # of the prompt, found in a PromptCache
+    # Where experts are read from disk: hits, misses, bytes read, seconds waited for them.
+    experts: dict[str, float] = field(default_factory=dict)
 
 
 def generate_step(
@@ -98,7 +102,8 @@ def generate_step(
         sampler: an mlx-lm callable, instead of the options that choose a token. Must depend on
             its argument and ``mx.random`` alone.
         logits_processors: mlx-lm callables, before the penalties. With them "auto" drafts nothing:
-            some follow the text from call to call, and would take drafts for it.
+            some follow the text from call to call, and would take drafts for it. One of them may be
+            a :class:`mlx_qwen3next.decoding.constraint.Constraint`, which changes nothing in that.
         sampling: the options of :class:`mlx_qwen3next.decoding.sampling.Sampling` (``temp``,
         ``top_p``, …).
 
@@ -108,7 +113,7 @@ def generate_step(
     prompt = check_prompt(prompt, model)
     processors = list(logits_processors or ())
     speculation = Speculation.of(model)
-    if processors:
+    if any(not isinstance(processor, Constraint) for processor in processors):
         mtp = "off" if mtp == "auto" else mtp
         lookup = "off" if lookup == "auto" else lookup
     depth = speculation.depth(mtp, lookup)
@@ -251,7 +256,8 @@ def _stream(
 ) -> Generator[GenerationResponse]:
     text = TextDecoder(tokenizer)
     prompt_seconds, start = 0.0, time.perf_counter()
-    drafts = Acceptance()
+    drafts, streamed = Acceptance(), model.streamed
+    begun = {} if streamed is None else streamed.counts()
     with wired_limit(model), closing(steps):
         for count, step in enumerate(steps, start=1):
             drafts.add(step)
@@ -280,6 +286,9 @@ def _stream(
                 drafted=dict(drafts.drafted),
                 accepted=dict(drafts.accepted),
                 cached_tokens=progress.known or 0,
+                experts={name: n - begun[name] for name, n in streamed.counts().items()}
+                if streamed is not None
+                else {},
             )
             if finish_reason:
                 return
@@ -334,5 +343,12 @@ def statistics(last: GenerationResponse | None) -> str:
         lines.append(
             f"Speculation: {last.rounds} rounds, {last.mean_accept_length:.2f} tokens a round; "
             f"drafts accepted: {shares}"
+        )
+    if experts := last.experts:
+        wanted = experts["hits"] + experts["misses"]
+        lines.append(
+            f"Experts: {experts['hits'] / max(wanted, 1):.1%} of {wanted} wanted were in memory; "
+            f"{experts['bytes'] / 1e9:.3f} GB read, waited {experts['waited']:.3f} s for "
+            f"({experts['bytes'] / 1e9 / max(experts['waited'], 1e-9):.2f} GB/s)"
         )
     return "\n".join(lines)

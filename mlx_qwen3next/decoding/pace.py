@@ -38,7 +38,8 @@ class PromptPace:
         reading: counts what chunks take. None, the default, measures nothing, and all chunks have
             full size.
         max_stall: seconds that a chunk may take beside live streams. A chunk that no stream waits
-            for may take 2 seconds, or ``max_stall`` if that is more.
+            for may take 2 seconds, or ``max_stall`` if that is more. Infinity leaves it to the
+            memory alone to limit chunks.
         group: the processes that run the model; rank 0 decides.
         recent: multiply-adds and seconds of the last chunks, which are kept up to date.
         clock: returns the time in seconds.
@@ -59,6 +60,8 @@ class PromptPace:
     @classmethod
     def of(cls, model: Model, max_stall: float = MAX_STALL) -> PromptPace:
         """Makes a pace that knows what was measured of this model before."""
+        if model.streamed is not None:
+            max_stall = math.inf  # a chunk of any size reads nearly all experts
         recent = vars(model).setdefault("_recent_chunks", deque(maxlen=_RECENT))
         reading = Reading.here(model.args, default_dtype().size)
         return cls(reading, max_stall, model.group, recent)
@@ -74,8 +77,10 @@ class PromptPace:
         """
         if self._reading is None:
             return full
-        limit = self._max_stall if streams else max(self._max_stall, PATIENCE)
-        if self._recent:
+        if self._max_stall == math.inf:
+            work, most = math.inf, full
+        elif self._recent:
+            limit = self._max_stall if streams else max(self._max_stall, PATIENCE)
             pace = min(work / seconds for work, seconds in self._recent)
             work, most = MARGIN * limit * pace, full
         else:

@@ -73,6 +73,8 @@ def prepare(
         check_integer("chunk", chunk, least=1)
     if model.group.size > 1:
         return
+    if model.streamed is not None:
+        model = model.streamed.shortened(model)  # all of them would have to be read
     if proof.uses_kernels() and proof.mode() == "auto":
         if chunk is None:
             chunk = max(Reading.here(model.args, default_dtype().size).most(math.inf, 0), 1)

@@ -27,6 +27,7 @@ from mlx_lm.sample_utils import (
 
 from ..group import ALONE, Group
 from . import random_numbers
+from .constraint import Constraint, allow
 from .top_k import MOST, TopKSampler
 
 # Takes logits [1, vocab] and the drafts [1] before; gives a draft [1], by the rules of the tokens.
@@ -149,11 +150,15 @@ class Chooser:
         sampler: log-probabilities ``[1, vocab]`` to a token ``[1]``. Draws from ``mx.random`` if it
             is random.
         processors: mlx-lm's: ``(tokens [n], logits [1, vocab])`` to logits; they see the prompt and
-            what was chosen after it, drafts included.
+            what was chosen after it, drafts included. One of them may be a constraint, which then
+            comes after the others.
         prompt: the tokens ``[n]`` uint32 before the first choice.
         key: seeds the random numbers, together with a position; None draws one.
         position: how many tokens were chosen with that key before.
         group: the processes that run the model; rank 0 chooses for all.
+
+    Attributes:
+        constraint: among the processors, if there is one; it has accepted what was chosen.
     """
 
     def __init__(
@@ -165,9 +170,13 @@ class Chooser:
         position: int = 0,
         group: Group = ALONE,
     ):
-        self._sampler, self._processors, self._group = sampler, processors, group
+        self._sampler, self._group = sampler, group
+        self._processors = [p for p in processors if not isinstance(p, Constraint)]
+        self.constraint = next((p for p in processors if isinstance(p, Constraint)), None)
         self._tokens = np.array(prompt)
-        self._greedy = sampler is greedy_sampler and not processors
+        if self.constraint is not None:
+            self.constraint.follow(self._tokens)
+        self._greedy = sampler is greedy_sampler and not self._processors
         self._position = position
         self._key = 0 if self._greedy else draw_key() if key is None else key
 
@@ -178,7 +187,8 @@ class Chooser:
             logits: ``[1, vocab]``.
             after: tokens ``[1]`` between the last that was given to :meth:`extend` and the choice.
         """
-        token, logprobs = self._choose(self._process(logits, after), len(after))
+        masks = self._masks(logits, after, len(after))
+        token, logprobs = self._choose(self._process(logits, after, masks), len(after))
         return self._group.agree(token), logprobs
 
     def choose_all(self, logits: mx.array, drafts: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
@@ -190,25 +200,42 @@ class Chooser:
         Returns:
             Tokens ``[n + 1]``, and log-probabilities ``[n + 1, vocab]``.
         """
+        masks = self._masks(logits, drafts, 0)
+
+        def processed(i: int) -> mx.array:
+            row = None if masks is None else masks[i : i + 1]
+            return self._process(logits[i : i + 1], drafts[:i], row)
+
         rows = range(len(drafts) + 1)
         if self._greedy or isinstance(self._sampler, TopKSampler):
             if self._processors:
-                each = [self._process(logits[i : i + 1], drafts[:i]) for i in rows]
-                logits = mx.concatenate(each)
+                logits = mx.concatenate([processed(i) for i in rows])
+            elif masks is not None:
+                logits = allow(logits, masks)
             tokens, logprobs = self._choose(logits, 0)
         else:
-            chosen = [self._choose(self._process(logits[i : i + 1], drafts[:i]), i) for i in rows]
+            chosen = [self._choose(processed(i), i) for i in rows]
             tokens, logprobs = (mx.concatenate(list(parts)) for parts in zip(*chosen, strict=True))
         return self._group.agree(tokens), logprobs
 
-    def _process(self, logits: mx.array, after: Sequence[mx.array]) -> mx.array:
-        """Applies the processors to the logits of one row."""
+    def _masks(self, logits: mx.array, after: Sequence[mx.array], start: int) -> np.ndarray | None:
+        """The constraint's masks after tokens on their way, made while the device is busy."""
+        if self.constraint is None:
+            return None
+        mx.async_eval(logits)
+        known: list[int] = mx.concatenate([*after]).tolist() if after else []  # type: ignore
+        return self.constraint.masks(known, start)
+
+    def _process(
+        self, logits: mx.array, after: Sequence[mx.array], masks: np.ndarray | None
+    ) -> mx.array:
+        """Applies the processors, and the constraint's masks, to the logits of one row."""
         self._seed(len(after))
         if self._processors:
             tokens = mx.concatenate([mx.array(self._tokens), *after])
             for processor in self._processors:
                 logits = processor(tokens, logits)
-        return logits
+        return logits if masks is None else allow(logits, masks)
 
     def _choose(self, logits: mx.array, ahead: int) -> tuple[mx.array, mx.array]:
         """Chooses at positions one after the other, the first so many ahead."""
@@ -221,6 +248,8 @@ class Chooser:
     def extend(self, token: int) -> None:
         """Takes over the token that was chosen."""
         self._position += 1
+        if self.constraint is not None:
+            self.constraint.accept(token)
         if self._processors:
             self._tokens = np.append(self._tokens, np.asarray(token, self._tokens.dtype))
 

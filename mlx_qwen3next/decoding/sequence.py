@@ -17,6 +17,7 @@ from ..model.cache import Cache, Undo, reserve, tokens_held
 from ..model.qwen3_next import Model
 from .draft_depth import Depth
 from .drafters import Drafter
+from .drafters.forced import ForcedDrafter
 from .pace import PromptPace
 from .sampling import Chooser
 from .speculative import Decoding, Token, forward
@@ -153,7 +154,11 @@ class TokenSequence:
             chooser: chooses them; knows all tokens up to ``last``.
         """
         assert not self.is_reading
-        for drafter in self._drafters:
+        drafters = [*self._drafters]
+        constraint = chooser.constraint
+        if constraint is not None and not self._depth.idle(ForcedDrafter.source):
+            drafters.insert(0, ForcedDrafter(constraint))
+        for drafter in drafters:
             drafter.follow([*self.tokens, self.last])
         self._decoding = Decoding(
             self._model,
@@ -161,7 +166,7 @@ class TokenSequence:
             mx.array([self.last], mx.uint32),
             chooser,
             self._depth,
-            self._drafters,
+            drafters,
             self._keep_drafters,
             self._quantize,
         )

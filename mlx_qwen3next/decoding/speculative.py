@@ -219,7 +219,8 @@ class Decoding:
             final, hidden = self._forward(tokens)
             chosen, logprobs = self._chooser.choose_all(self._model.logits(final)[0], drafts)
             mx.async_eval(chosen, logprobs)
-            if self._all_right:
+            # Drafts under a constraint have to wait for the tokens before them.
+            if self._all_right and self._chooser.constraint is None:
                 self._expect(drafter, tokens, hidden, chosen, drafts)
             # The one time a round that the host waits.
             values: Any = mx.concatenate([tokens, chosen]).tolist()

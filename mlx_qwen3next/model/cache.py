@@ -244,7 +244,7 @@ class BatchAttentionCache(_Growing, BatchKVCache):
         elif not caches[0].empty():
             one = caches[0]
             # In new objects, since an assignment to a slice changes the object.
-            vars(batch).update(keys=mx.array(one.keys), values=mx.array(one.values))
+            vars(batch).update(keys=one.keys[...], values=one.values[...])
             batch._idx = one.offset
             batch.offset = batch.offset + one.offset
         batch.reserved = max(c.reserved for c in caches)
@@ -261,11 +261,9 @@ class BatchAttentionCache(_Growing, BatchKVCache):
             self._evaluated()
 
     def extract(self, idx: int) -> AttentionCache:
-        if self.offset.shape[0] == 1 and self.left_padding.item() == 0:
-            return AttentionCache.from_state(
-                (mx.array(self.keys), mx.array(self.values), self._idx)
-            )
-        return AttentionCache.from_state(super().extract(idx).state)
+        if self.offset.shape[0] > 1 or self.left_padding.any():
+            return AttentionCache.from_state(super().extract(idx).state)
+        return AttentionCache.from_state((self.keys[...], self.values[...], self._idx))
 
     def _evaluated(self) -> BatchAttentionCache:
         if self.keys is not None:

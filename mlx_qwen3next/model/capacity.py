@@ -14,6 +14,8 @@ from .cache import slots
 from .config import Config
 
 GB = 1e9
+# The part of a Mac's memory that macOS lets the GPU keep resident by default.
+GPU_SHARE = 0.75
 
 
 def cache_bytes(config: Config, context: int, *, mtp: bool, itemsize: int) -> int:
@@ -50,8 +52,8 @@ def check(weights: int, cache: int, context: int) -> None:
     if need > total:
         raise ValueError(
             f"{sizes}, but this machine has {total / GB:.1f} GB for it. "
-            "Use a smaller quantization (mlx_qwen3next.convert with fewer --q-bits) or a shorter "
-            "context."
+            "Use a smaller quantization (mlx_qwen3next.convert with fewer --q-bits), a shorter "
+            "context, or a converted model with its experts on disk (experts_in_memory='auto')."
         )
     if need > comfortable:
         megabytes = int(min(need * 1.1, total) / 2**20)

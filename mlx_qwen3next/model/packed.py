@@ -61,13 +61,24 @@ class PackedSparseMoE(SparseMoE):
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
         """Returns ``residual + mixture(x)``; ``x`` and ``residual`` are ``[B, L, H]``."""
-        logits, shared = self.gate(x), None
+        logits, residual = self.before_experts(x, residual)
+        weights = stored(self.gate_up_proj), stored(self.down_proj)
+        return self.add_experts(x, logits, *weights, residual, self.shared)
+
+    def before_experts(self, x: mx.array, residual: mx.array) -> tuple[mx.array, mx.array]:
+        """Returns the router's logits; and the residual, with the shared expert's output if that is
+        none of :meth:`add_experts`.
+        """
+        logits = self.gate(x)
         if "shared_expert_gate" in self:
             residual = residual + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-        elif "shared_expert" in self:
-            shared = self.shared_expert.stored
-        weights = stored(self.gate_up_proj), stored(self.down_proj)
-        return self.add_experts(x, logits, *weights, residual, shared)
+        return logits, residual
+
+    @property
+    def shared(self) -> SharedExpert | None:
+        """The shared expert, if the experts' launches take it beside their stack."""
+        apart = "shared_expert" in self and "shared_expert_gate" not in self
+        return self.shared_expert.stored if apart else None
 
     def add_experts(
         self,

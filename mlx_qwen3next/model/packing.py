@@ -39,7 +39,7 @@ from .packed import (
     PackedSharedExpert,
     PackedSparseMoE,
 )
-from .parallel import ExpertParallelMoE, ParallelDecoderLayer, PipelineTrunk, recast
+from .parallel import ExpertParallelMoE, ParallelDecoderLayer, PipelineTrunk, parameters, recast
 from .qwen3_next import MLP, DecoderLayer, GatedAttention, Model, RMSNorm, SparseMoE, Trunk
 from .steps import PackedMTPHead, PackedPipelineTrunk, PackedTrunk, TracedRMSNorm, stretches
 from .widening import in_one_quantization
@@ -176,7 +176,7 @@ def _stack_inputs(layer: Any, *names: str) -> Any:
     sizes = [layer[name].weight.shape[0] for name in names]
     ends = np.cumsum(sizes).tolist()
     rows = layer.arrange(*mx.split(mx.arange(ends[-1]), ends[:-1]))
-    for key, value in _parameters(stacked).items():
+    for key, value in parameters(stacked).items():
         stacked[key] = value[rows]
     layer.in_proj = stacked
     for name in names:
@@ -193,28 +193,24 @@ def _stack(modules: Sequence[nn.Module], axis: int = 0) -> Any:
     if not alike or not isinstance(first, _LINEAR):
         return None
     stacked = copy.copy(first)
-    for key in _parameters(first):
+    for key in parameters(first):
         stacked[key] = mx.concatenate([module[key] for module in modules], axis=axis)
     return stacked
 
 
 def _append(experts: nn.Module, one: nn.Module) -> Any:
     """Returns a stack of experts with one more; None if that is quantized or shaped otherwise."""
-    parameters, last = _parameters(experts), _parameters(one)
+    stacked, last = parameters(experts), parameters(one)
 
     def row(values: dict[str, mx.array], start: int) -> dict[str, Any]:
         return {key: (value.shape[start:], value.dtype) for key, value in values.items()}
 
-    if _quantization(experts) != _quantization(one) or row(parameters, 1) != row(last, 0):
+    if _quantization(experts) != _quantization(one) or row(stacked, 1) != row(last, 0):
         return None
     longer = copy.copy(experts)
-    for key, value in parameters.items():
+    for key, value in stacked.items():
         longer[key] = mx.concatenate([value, last[key][None]])
     return longer
-
-
-def _parameters(module: nn.Module) -> dict[str, mx.array]:
-    return {key: value for key, value in module.items() if isinstance(value, mx.array)}
 
 
 def _quantization(module: nn.Module) -> tuple[Any, ...]:
@@ -223,10 +219,10 @@ def _quantization(module: nn.Module) -> tuple[Any, ...]:
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
     """Returns the properties that must agree for modules to be stacked."""
-    widths = {key: (v.shape[-1], v.dtype) for key, v in _parameters(module).items()}
+    widths = {key: (v.shape[-1], v.dtype) for key, v in parameters(module).items()}
     return type(module), _quantization(module), widths
 
 
 def _has_rows(module: nn.Module) -> bool:
     """Returns whether every parameter has one row an output; a whole matrix's scale has none."""
-    return all(value.ndim >= 2 for value in _parameters(module).values())
+    return all(value.ndim >= 2 for value in parameters(module).values())

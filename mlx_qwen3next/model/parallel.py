@@ -79,6 +79,11 @@ def recast(module: nn.Module, kind: type[M], **attributes: Any) -> M:
     return copied
 
 
+def parameters(module: nn.Module) -> dict[str, mx.array]:
+    """Returns a module's own parameters, by name."""
+    return {key: value for key, value in module.items() if isinstance(value, mx.array)}
+
+
 def divide(
     model: Model,
     group: Group | mx.distributed.Group,

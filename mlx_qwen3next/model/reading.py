@@ -10,6 +10,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from . import capacity
 from .config import Config
 
@@ -25,16 +27,19 @@ class Reading:
         config: the model's.
         itemsize: bytes per element of its dtype.
         room: bytes that a chunk may take beside weights and cache.
+        in_pieces: whether attention takes a piece of the chunk at a time, as on a CPU.
     """
 
     config: Config
     itemsize: int
     room: float
+    in_pieces: bool
 
     @classmethod
     def here(cls, config: Config, itemsize: int) -> Reading:
         """Gives a chunk a quarter of what the model leaves now, within 0.27 and 4.3 GB."""
-        return cls(config, itemsize, max(LEAST_ROOM, min(MOST_ROOM, capacity.spare() // 4)))
+        room = max(LEAST_ROOM, min(MOST_ROOM, capacity.spare() // 4))
+        return cls(config, itemsize, room, mx.default_device() == mx.cpu)
 
     def multiply_adds(self, tokens: int, held: int) -> int:
         """Counts the multiplications with an addition in a chunk after ``held`` tokens."""
@@ -60,14 +65,18 @@ class Reading:
 
         That is a layer's mixer and what its experts need before the mixer's arrays are free. An
         attention layer has all its scores at once, their mask and its keys transposed, wherever
-        MLX has no kernel of its own: on a CPU, and for heads of 256 on Apple's GPUs before M5.
+        MLX has no kernel of its own: on a CPU, whose pieces run into each other, and for heads of
+        256 on Apple's GPUs before M5. A piece needs no keys after it.
         """
         c = self.config
         heads, groups = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        scores = c.num_attention_heads * (held + tokens) * 17 // 16
+        scores = tokens * (held + (tokens // 2 if self.in_pieces else tokens))
         mixers = {
             "linear_attention": tokens * (13 * c.linear_value_dim + 11 * c.linear_key_dim),
-            "full_attention": tokens * (4 * (heads + groups) + scores) + groups * (held + tokens),
+            "full_attention": 4 * tokens * (heads + groups)
+            + c.num_attention_heads * scores
+            + scores // self.itemsize
+            + groups * (held + tokens),
         }
         rows = c.num_experts_per_tok + (c.shared_expert_intermediate_size > 0)
         experts = rows * (3 * c.hidden_size + 4 * c.moe_intermediate_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .json_schema import find, followed
 from .json_text import MOST_DIGITS, NOTHING, NUMBER, load_json
 
 _TYPES = frozenset({"string", "integer", "number", "boolean", "null", "object", "array"})
@@ -20,7 +21,8 @@ class Parameters:
 
     def __init__(self, schema: Any):
         self._root = schema if isinstance(schema, Mapping) else {}
-        properties = self._root.get("properties")
+        top = find(self._root, followed(self._root, "#"))
+        properties = top.get("properties") if isinstance(top, Mapping) else None
         self._properties = properties if isinstance(properties, Mapping) else {}
         self._types: dict[str, frozenset[str]] = {}
         # A tool without a list of parameters takes any.
@@ -64,11 +66,15 @@ class Parameters:
 
     def _types_of(self, name: str) -> frozenset[str]:
         if name not in self._types:
-            self._types[name] = self._allowed(self._properties.get(name), _MOST_REFERENCES)
+            self._types[name] = self.allowed(self._properties.get(name))
         return self._types[name]
 
-    def _allowed(self, schema: Any, references: int) -> frozenset[str]:
-        """The types that a schema allows; none if it says nothing of them."""
+    def allowed(self, schema: Any, references: int = _MOST_REFERENCES) -> frozenset[str]:
+        """The types that a schema within that of the tool allows; none if it tells nothing of them.
+
+        Args:
+            references: how many are followed.
+        """
         if not isinstance(schema, Mapping) or references == 0:
             return frozenset()
         said: list[frozenset[str]] = []
@@ -83,30 +89,18 @@ class Parameters:
                 values = values if key == "enum" and isinstance(values, list) else [values]
                 said.append(frozenset(_type_of(value) for value in values))
         if isinstance(reference := schema.get("$ref"), str):
-            said.append(self._allowed(self._find(reference), references - 1))
+            said.append(self.allowed(find(self._root, reference), references - 1))
         for key in ("anyOf", "oneOf"):
             if isinstance(options := schema.get(key), list):
-                several = [self._allowed(option, references - 1) for option in options]
+                several = [self.allowed(option, references - 1) for option in options]
                 said.append(frozenset().union(*several) if all(several) else frozenset())
         if isinstance(parts := schema.get("allOf"), list):
-            said += [self._allowed(part, references - 1) for part in parts]
+            said += [self.allowed(part, references - 1) for part in parts]
         said = [types for types in said if types]
         if not said:
             return frozenset()
         common = frozenset.intersection(*said)
         return common or said[0]
-
-    def _find(self, reference: str) -> Any:
-        """The part of the schema that a local reference names; None if there is none."""
-        found: Any = self._root
-        if not reference.startswith("#"):
-            return None
-        for key in reference[1:].split("/")[1:]:
-            key = key.replace("~1", "/").replace("~0", "~")
-            if not isinstance(found, Mapping) or key not in found:
-                return None
-            found = found[key]
-        return found
 
 
 def _type_of(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..cli import given
 from ..decoding.sampling import Sampling
+from .answer_grammar import Schema, Wanted
 
 # The fields of a request that are options of sampling, and those of them that have a flag.
 _SAMPLING = Sampling.__dataclass_fields__.keys() - {"temp", "logit_bias", "xtc_special_tokens"}
@@ -23,12 +24,21 @@ class Chat:
         tools: the functions that the answer may call.
         role_mapping: what stands before the messages of each role, for a model without a template.
         forced: the name of the tool that the answer must call, "" for any, None for none.
+        json: the schema that the answer must fit if it is no call; None for any text.
+        one_call: whether it has one call at most.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     role_mapping: dict[str, str] | None = None
     forced: str | None = None
+    json: Schema | None = None
+    one_call: bool = False
+
+    @property
+    def wanted(self) -> Wanted:
+        """The answers that are wanted."""
+        return Wanted(self.json, self.tools or (), self.forced, self.one_call)
 
 
 Prompt = str | list[int] | Chat  # a text or its token ids to continue, or messages to answer
@@ -46,6 +56,7 @@ class Arguments:
         top_logprobs: of how many most probable tokens they are wanted as well.
         seed: of the random numbers; None for any.
         template_options: variables and options of the chat template.
+        grammar: of the answer, once the prompt is rendered; None for any text.
     """
 
     sampling: Sampling
@@ -55,6 +66,7 @@ class Arguments:
     top_logprobs: int = 0
     seed: int | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
+    grammar: str | None = None
 
 
 def prompt_of(fields: dict[str, Any], *, is_chat: bool) -> Prompt:
@@ -71,7 +83,9 @@ def prompt_of(fields: dict[str, Any], *, is_chat: bool) -> Prompt:
         forced = choice["function"]["name"]
     elif choice == "required":
         forced = tools[0]["function"]["name"] if tools and len(tools) == 1 else ""
-    return Chat(fields["messages"], tools, fields.get("role_mapping"), forced)
+    roles, one_call = fields.get("role_mapping"), not fields.get("parallel_tool_calls", True)
+    answer = fields.get("response_format")
+    return Chat(fields["messages"], tools, roles, forced, answer, one_call)
 
 
 def arguments_of(fields: dict[str, Any], flags: argparse.Namespace) -> Arguments:

@@ -42,7 +42,7 @@ from .access import Settings
 from .arguments import SAMPLING_FLAGS
 from .engine import Engine
 from .exchange import RequestLog
-from .flags import UNSUPPORTED, parser
+from .flags import DECODE_CONCURRENCY, UNSUPPORTED, parser
 from .handler import Handler
 from .http_server import MAX_CONNECTIONS, Server
 from .protocols.stored import Stored
@@ -213,6 +213,10 @@ def _load(
         config["chat_template"] = args.chat_template
     model, tokenizer = load(args.model, tokenizer_config=config, group=group, **options)
     limit_cache()
+    if model.streamed is not None:
+        logging.info(model.streamed.plan)
+        if args.decode_concurrency == DECODE_CONCURRENCY:  # not asked for
+            args.decode_concurrency = 1
     if args.use_default_chat_template and tokenizer.chat_template is None:
         tokenizer.chat_template = tokenizer.default_chat_template
     prepare(

@@ -198,11 +198,8 @@ class Engine:
             return False
         self._stream = mx.default_stream(mx.default_device())
         self._memory = Memory(self._model, self._checkpoints)
-        # Where keys and values are quantized, the tokens depend on the chunks.
-        if self.args.kv_bits is None:
-            self._pace = PromptPace.of(self._model, self.args.max_stall)
-        else:
-            self._pace = PromptPace()
+        quantized = self.args.kv_bits is not None  # then the tokens depend on the chunks
+        self._pace = PromptPace() if quantized else PromptPace.of(self._model, self.args.max_stall)
         self._make_batch(depth)
         self._loaded.set()
         return True
@@ -214,10 +211,13 @@ class Engine:
             if self._running:
                 self._memory.make_room(self._batch.prompt_cache_nbytes)
                 self._step()
+                self.metrics.add_experts(self._model.streamed)
             self._send_keepalives()
         while self._save and self._checkpoints.save_next():
             pass
         self._batch.close()
+        if self._model.streamed is not None:
+            self._model.streamed.settle()
         del self._batch, self._memory, self._checkpoints, self._model, self._tokenizer
 
     def _make_batch(self, depth: Depth) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..cli import (
     LineParser,
+    add_experts_in_memory,
     add_group_options,
     add_kv_options,
     add_rope_scaling,
@@ -24,6 +25,8 @@ from ..cli import (
 from .access import Settings
 from .checks import MAX_INTEGER
 from .schema import ALIASES
+
+DECODE_CONCURRENCY = 32  # mlx_lm.server's default
 
 # Flags of mlx_lm.server that would have no effect here, with the reasons.
 UNSUPPORTED = {
@@ -87,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_speed_options(essential)
     add_rope_scaling(essential)
+    add_experts_in_memory(essential)
     add_group_options(result)
     add_sampling_options(result.add_argument_group("sampling, where a request does not say"))
     _add_chat_options(result.add_argument_group("chats"))
@@ -94,9 +98,10 @@ def parser() -> argparse.ArgumentParser:
     fairness.add_argument(
         "--decode-concurrency",
         type=int,
-        default=32,
+        default=DECODE_CONCURRENCY,
         metavar="N",
-        help="Requests that are answered together; with --kv-bits always 1 (default: %(default)s).",
+        help="Requests that are answered together; with --kv-bits always 1 (default: %(default)s, "
+        "but 1 where experts are read from disk: several requests want more of them).",
     )
     fairness.add_argument(
         "--prompt-concurrency",

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 from jinja2 import TemplateError
 
-from ..errors import ContextLengthError, QueueFullError, first_line
+from ..errors import ContextLengthError, FieldError, QueueFullError, first_line
 from . import discovery, metrics
 from .access import OPEN, Settings, check_key, check_origin, cors_headers
 from .arguments import Arguments, Prompt, arguments_of, prompt_of
@@ -303,7 +303,8 @@ class Handler(BaseHTTPRequestHandler):
         except ContextLengthError as error:
             raise RequestError(first_line(error), code="context_length_exceeded") from error
         except (ValueError, TemplateError) as error:
-            raise RequestError(first_line(error)) from error
+            param = error.param if isinstance(error, FieldError) else None
+            raise RequestError(first_line(error), param) from error
         except QueueFullError as error:
             code = "rate_limit_exceeded"
             raise RequestError(first_line(error), status=429, code=code, headers=RETRY) from error

@@ -128,7 +128,8 @@ def _schema(value: Any) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         return {}
-    schema = _described({key: entry for key, entry in value.items() if entry is not None})
+    kept = {key: x for key, x in value.items() if x is not None or key == "const"}
+    schema = _described(kept)
     if "properties" in schema:
         properties = schema["properties"]
         properties = properties.items() if isinstance(properties, dict) else ()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 
 import mlx.core as mx
+
+from ..model.streamed import StreamedExperts
 
 PREFIX = "qwen3next"
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -27,6 +29,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "draft_tokens": ("Drafts", ("source",)),
     "draft_tokens_accepted": ("Right drafts", ("source",)),
+    "experts_hits": ("Wanted experts that were in memory, where some are on disk", ()),
+    "experts_misses": ("Wanted experts that were read from disk", ()),
+    "experts_bytes": ("Bytes of experts that were read from disk", ()),
+    "experts_waited": ("Seconds in which experts from disk were waited for", ()),
 }
 # Name -> help and the upper bounds of its buckets.
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -57,14 +63,21 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, Counter[_Labels]] = {name: Counter() for name in COUNTERS}
+        self._counts: dict[str, dict[_Labels, float]] = {
+            name: defaultdict(int) for name in COUNTERS
+        }
         self._times = {name: [0] * (len(bounds) + 1) for name, (_, bounds) in HISTOGRAMS.items()}
         self._sums = dict.fromkeys(HISTOGRAMS, 0.0)
 
-    def add(self, name: str, count: int = 1, **labels: str) -> None:
+    def add(self, name: str, count: float = 1, **labels: str) -> None:
         """Adds to a counter, which never falls."""
         with self._lock:
             self._counts[name][tuple(labels.items())] += count
+
+    def add_experts(self, streamed: StreamedExperts | None) -> None:
+        """Adds what is new to the counters of experts read from disk, if there are such."""
+        for name, count in (streamed.news() if streamed else {}).items():
+            self.add(f"experts_{name}", count)
 
     def observe(self, name: str, value: float) -> None:
         """Takes a value into a histogram."""

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .answer_grammar import Reasoning
 from .answers import call_format
 from .arguments import Chat, Prompt
 from .call_grammar import call_opening
+from .grammar import is_available
 
 _MARK = re.compile("(\ue000[0-9]+\ue001)")
 # What stands before a message of each role, and after every message, without a chat template.
@@ -29,11 +31,20 @@ class Rendered(NamedTuple):
         tokens: their ids.
         reasoning_open: whether the answer begins within reasoning that the template has opened.
         opening: the text at the prompt's end that is the beginning of the answer.
+        reasons: whether the answer may begin with its reasoning, where the template opens none.
     """
 
     tokens: list[int]
     reasoning_open: bool = False
     opening: str = ""
+    reasons: bool = False
+
+    @property
+    def reasoning(self) -> Reasoning:
+        """The reasoning that the answer begins with."""
+        if self.opening:
+            return "none"
+        return "open" if self.reasoning_open else "possible" if self.reasons else "none"
 
 
 def tokenized_prompt(
@@ -42,7 +53,7 @@ def tokenized_prompt(
     """Tokenizes the prompt.
 
     With ``enable_thinking`` false, reasoning that the template has opened nevertheless is closed
-    again. An answer that must call a tool is begun with the call.
+    again. An answer that must call a tool is begun with the call where no grammar can force it.
 
     Raises:
         ValueError: the template cannot do what the request asks for.
@@ -58,8 +69,11 @@ def tokenized_prompt(
         if prompt.forced is not None:
             raise ValueError("without a chat template this model can be forced to no call")
         return Rendered(tokenizer.encode(_without_template(prompt)))
-    if prompt.forced is not None and not arguments["add_generation_prompt"]:
-        raise ValueError("an answer that goes on with a message cannot be forced to begin a call")
+    if not arguments["add_generation_prompt"]:
+        if prompt.forced is not None:
+            raise ValueError("an answer that goes on with a message cannot be forced to call")
+        if prompt.json is not None:
+            raise ValueError("an answer that goes on with a message can have no format")
     plain = _PlainText(tokenizer)
     messages, tools = plain.mark(prompt.messages), plain.mark(prompt.tools)
 
@@ -71,13 +85,16 @@ def tokenized_prompt(
     text = render()
     reasoning_open = _opens_reasoning(text, render, arguments)
     opening = ""
+    template = template_of(tokenizer, template_options.get("chat_template"), prompt.tools)
+    begins_call = prompt.forced is not None and not is_available()
+    is_off = begins_call or arguments.get("enable_thinking") is False
     if arguments["add_generation_prompt"] and reasoning_open:
-        is_off = prompt.forced is not None or arguments.get("enable_thinking") is False
         opening = "\n</think>\n\n" if is_off else ""
-    if prompt.forced is not None:
-        template = template_of(tokenizer, template_options.get("chat_template"), prompt.tools)
-        opening += call_opening(call_format(template), prompt.forced)
-    return Rendered(plain.encode(text + plain.mark(opening)), reasoning_open, opening)
+    if begins_call:
+        opening += call_opening(call_format(template), prompt.forced or "")
+    reasons = not is_off and "<think>" in template
+    tokens = plain.encode(text + plain.mark(opening))
+    return Rendered(tokens, reasoning_open, opening, reasons)
 
 
 def _without_template(chat: Chat) -> str:

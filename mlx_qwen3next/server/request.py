@@ -25,12 +25,15 @@ from ..decoding.sampling import draw_key
 from ..decoding.validation import token_budget
 from ..errors import ContextLengthError, first_line
 from ..model.qwen3_next import Model
+from .answer_grammar import answer_grammar
+from .answers import call_format
 from .arguments import Arguments, Chat, Prompt
 from .batching import Generated
+from .grammar import Grammars, is_available
 from .logprobs import most_probable
 from .lone_sequence import Drafted
 from .metrics import Metrics
-from .prompt import tokenized_prompt
+from .prompt import Rendered, template_of, tokenized_prompt
 from .responses import Context, Response
 
 _PATIENCE = 1.0  # seconds to wait for a response before looking whether the thread has ended
@@ -149,6 +152,7 @@ def read_request(
 
     Raises:
         ContextLengthError: the prompt is longer than the model's context.
+        FieldError: the answer cannot be held to a schema.
         ValueError: the request cannot be answered. The chat template and the tokenizer may raise
             other exceptions.
     """
@@ -163,6 +167,13 @@ def read_request(
     special = (*tokenizer.encode("\n"), *tokenizer.eos_token_ids)
     sampling = replace(arguments.sampling, xtc_special_tokens=special)
     sampling.check_vocabulary(vocab)
+    processors = sampling.logits_processors()
+    if isinstance(prompt, Chat) and prompt.wanted.needs_grammar and is_available():
+        grammar = _grammar(prompt, arguments, rendered, Grammars.of(model, tokenizer))
+        arguments = replace(arguments, grammar=grammar)
+    if arguments.grammar is not None:
+        grammars = Grammars.of(model, tokenizer)
+        processors.append(grammars.constraint(arguments.grammar, len(tokens)))
     return Request(
         queue,
         arguments,
@@ -170,12 +181,22 @@ def read_request(
         list(tokens),
         token_budget(model, len(tokens), arguments.max_tokens),
         sampling.sampler(),
-        sampling.logits_processors(),
+        processors,
         StopSequences([(token,) for token in tokenizer.eos_token_ids]),
         TextDecoder(tokenizer),
         StopWords(arguments.stop_words),
         metrics,
     )
+
+
+def _grammar(chat: Chat, arguments: Arguments, rendered: Rendered, grammars: Grammars) -> str:
+    """The grammar of the answer to a chat, checked."""
+    tokenizer = grammars.tokenizer
+    template = template_of(tokenizer, arguments.template_options.get("chat_template"), chat.tools)
+    form = call_format(template)
+    grammar = answer_grammar(chat.wanted, form, rendered.reasoning, grammars.is_token)
+    grammars.check(grammar)
+    return grammar.text
 
 
 def random_key(seed: int | None) -> int:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..decoding.sampling import Sampling
 from ..errors import first_line
+from .answer_grammar import Schema
 from .checks import (
     MAX_INTEGER,
     Check,
@@ -31,6 +32,7 @@ from .checks import (
     string,
     unfit,
 )
+from .grammar import check_available
 from .messages import message, tool
 
 DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of the server
@@ -102,6 +104,7 @@ def normalise(
         raise RequestError(f"{required} is missing: a request must have it", required)
     checks = _CHAT if chat else _TEXT
     fields = {name: check(name, body[name]) for name, check in checks.items() if name in body}
+    fields = {name: value for name, value in fields.items() if value is not None}
 
     if (choice := fields.get("tool_choice")) == "none":
         fields.pop("tools", None)
@@ -233,6 +236,36 @@ def _template_options(path: str, value: Any) -> dict[str, Any]:
     return options
 
 
+def answer_format(path: str, value: Any, within: str | None = None) -> Schema | None:
+    """Checks the format that an answer is to have.
+
+    Args:
+        within: the name of the object that holds the schema, if it is not the format itself.
+
+    Returns:
+        The schema that the answer has to fit; None for any text.
+    """
+    if value is None or isinstance(value, Schema):  # a protocol's own field, checked there
+        return value
+    form = mapping(path, value)
+    kind = one_of("text", "json_object", "json_schema")(f"{path}.type", form.get("type"))
+    if kind == "text":
+        return None
+    check_available(path)
+    if kind == "json_object":
+        return Schema(path, path, {"type": "object"})
+    if within is not None:
+        path = f"{path}.{within}"
+        form = mapping(path, form.get(within))
+    mapping(f"{path}.schema", form.get("schema"))
+    is_strict = boolean(f"{path}.strict", form.get("strict", True))
+    return Schema(f"{path}.schema", f"{path}.schema", form["schema"], is_strict)
+
+
+def _response_format(path: str, value: Any) -> Schema | None:
+    return answer_format(path, value, within="json_schema")
+
+
 def _tool_choice(path: str, value: Any) -> str | dict[str, Any]:
     if not isinstance(value, dict):
         hint = ", or an object that names a function"
@@ -288,7 +321,7 @@ _CHAT = _COMMON | {
     "function_call": one_of("auto", "none", hint="; use tool_choice"),
     "modalities": one_of(["text"], hint=": the model generates only text"),
     "audio": _unsupported,
-    "response_format": one_of({"type": "text"}, hint=": the server cannot enforce other formats"),
+    "response_format": _response_format,
     "chat_template_kwargs": _template_options,
     "role_mapping": _role_mapping,
     **_ENDING,

@@ -193,13 +193,19 @@ def from_bytes(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
 
 
 def lay_out(
-    file: Path, contents: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]], metadata: dict[str, str]
+    file: Path,
+    contents: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]],
+    metadata: dict[str, str],
+    alignment: int = 8,
 ) -> tuple[bytes, dict[str, Tensor]]:
     """The first bytes of a file to be written, and the place of each tensor behind them.
+
+    The format allows no hole between tensors, but spaces behind the header's JSON.
 
     Args:
         contents: name -> dtype and shape, in the order of the file.
         metadata: the file's own.
+        alignment: the data begins at a multiple of so many bytes.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -211,6 +217,6 @@ def lay_out(
             "data_offsets": [start, end],
         }
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % alignment)
     data = 8 + len(raw)
     return len(raw).to_bytes(8, "little") + raw, parse(file, header, data, data + end).tensors

@@ -53,6 +53,7 @@ class Fake:
         slower = 10 if self.side.which == "stock" else 1
         return {
             "first": self.seconds * n * slower * factor, "further": 0.004 * slower,
+            "chunk": [self.seconds * n, n], "over": 2e7, "formula": 3e7,
             "tokens": self.tokens.get((self.side.which, mtp), TOKENS),
             "per_round": 2.0 if mtp != "off" else 1.0, "accepted": [],
             "drafted": {"0": 1, "2": 3}, "peak": 5, "resident": 6,

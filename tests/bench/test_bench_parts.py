@@ -61,7 +61,7 @@ def test_bytes_of_a_prompt():
     assert counted.prompt(200) == counted.plain(200) + others
     two = counted.prompt(2) - counted.plain(2)  # on average three eighths of a token's others
     assert abs(two - others * 3 / 8) <= 1
-    assert counted.multiply_adds(7) == Reading(config, 4, 0).multiply_adds(7, 0)
+    assert counted.multiply_adds(7) == Reading(config, 4, 0, False).multiply_adds(7, 0)
 
 
 def test_quantized_codes_count_as_stored():

@@ -71,6 +71,10 @@ def test_a_whole_run(tmp_path):
             (sample,) = figures["samples"]["speed"][label][n]
             assert len(sample["tokens"]) == 4 and sample["first"] > 0 and sample["further"] > 0
             assert sample["peak"] > 10**5 and sample["resident"] > 10**7
+            if label == labels[0]:
+                seconds, tokens = sample["chunk"]
+                assert 0 < seconds < sample["first"] and tokens == int(n) - 1
+                assert sample["formula"] > 10**4 and 0 < sample["over"] < sample["peak"]
             assert figures["medians"]["decode"][label][n] == 1 / sample["further"]
         assert figures["samples"]["steps"][label]["queued"] > 50
     assert figures["samples"]["bandwidth"] > 1e8

@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoints
 import mlx.core as mx
@@ -229,8 +230,8 @@ def test_the_commands_pass_the_sister_on(call, demo, monkeypatch):
         f"error: {trunk} has no MTP head (no tensor named mtp.*)\n",
     )
 
-    calls = []
-    monkeypatch.setattr(command, "load", lambda *args, **options: calls.append(options) or (0, 0))
+    calls, loaded = [], (SimpleNamespace(streamed=None), 0)
+    monkeypatch.setattr(command, "load", lambda *args, **options: calls.append(options) or loaded)
     monkeypatch.setattr(command, "prepare", lambda *args, **options: None)
     args = command.parser().parse_args(["--mtp-from", "owner/sister"])
     command._load(args, None, load_options(args, 1))

@@ -89,6 +89,8 @@ def test_flags_reach_the_function(run, monkeypatch):
         "mtp_bits": 16,
         "attach_mtp": True,
         "any_trunk": True,
+        "fit": 48.0,
+        "calibration": "text",
         "stream": True,
         "dry_run": True,
         "verify": True,
@@ -118,7 +120,7 @@ def test_help(run, monkeypatch, columns):
 def test_examples_in_the_help_are_understood(run):
     _, out, _ = run("--help")
     examples = re.findall(r"^  python -m mlx_qwen3next.convert (.*)$", out, re.M)
-    assert len(examples) == 5
+    assert len(examples) == 6
     for example in examples:
         parser().parse_args(example.split())
 

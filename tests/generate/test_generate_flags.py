@@ -16,8 +16,9 @@ STOCK = {action.dest: action for action in setup_arg_parser()._actions}
 OURS = {action.dest: action for action in parser()._actions}
 
 
-def test_the_flags_are_mlx_lms_and_seven_of_ours():
-    ours = {"mtp", "mtp_from", "lookup", "kernels", "rope_scaling", "pipeline", "expert_parallel"}
+def test_the_flags_are_mlx_lms_and_ours():
+    ours = {"mtp", "mtp_from", "draft_model", "lookup", "kernels", "rope_scaling"}
+    ours |= {"pipeline", "expert_parallel", "experts_in_memory"}
     assert OURS.keys() == STOCK.keys() | ours
 
 

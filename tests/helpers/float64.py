@@ -140,17 +140,17 @@ def gated_delta_net(x, w, config):
     return o.reshape(length, -1) @ w["out_proj.weight"].T
 
 
-def rope(x, config):
+def rope(x, config, first=0):
     """Rotary embedding, half-split, of the first `head_dim · partial_rotary_factor` dims.
 
-    x [L, heads, head_dim], row i at position i. Returns the same shape.
+    x [L, heads, head_dim], row i at position first + i. Returns the same shape.
     """
     dims = int(config["head_dim"] * config["partial_rotary_factor"])
     frequency, factor = frequencies(dims, float(config["rope_theta"]), config)
-    angle = np.arange(len(x))[:, None, None] * frequency
+    angle = np.arange(first, first + len(x))[:, None, None] * frequency
     cos, sin = factor * np.cos(angle), factor * np.sin(angle)
-    first, second, rest = np.split(x, [dims // 2, dims], axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    x, y, rest = np.split(x, [dims // 2, dims], axis=-1)
+    rotated = [x * cos - y * sin, y * cos + x * sin, rest]
     return np.concatenate(rotated, axis=-1)
 
 
@@ -179,18 +179,26 @@ def frequencies(dims, theta, config):
 
 def attention(x, w, config):
     """The full-attention mixer; x [L, H], w the weights below `self_attn.`. Returns [L, H]."""
+    return attention_of_last(x, w, config, len(x))[0]
+
+
+def attention_of_last(x, w, config, last):
+    """`attention` at the last positions alone [last, H], and its weights, [last, heads, L]."""
     length, dim, eps = len(x), config["head_dim"], config["rms_norm_eps"]
-    q, gate = np.split((x @ w["q_proj.weight"].T).reshape(length, -1, 2 * dim), 2, axis=-1)
+    q = (x[length - last :] @ w["q_proj.weight"].T).reshape(last, -1, 2 * dim)
+    q, gate = np.split(q, 2, axis=-1)
     k = (x @ w["k_proj.weight"].T).reshape(length, -1, dim)
     v = (x @ w["v_proj.weight"].T).reshape(length, -1, dim)
-    q = rope(rms_norm(q, w["q_norm.weight"], eps), config)
+    q = rope(rms_norm(q, w["q_norm.weight"], eps), config, length - last)
     k = rope(rms_norm(k, w["k_norm.weight"], eps), config)
     k, v = (np.repeat(y, q.shape[1] // y.shape[1], axis=1) for y in (k, v))
-    o = np.empty(q.shape)
-    for t in range(length):
-        scores = np.einsum("hd,shd->hs", q[t], k[: t + 1]) * dim**-0.5
-        o[t] = np.einsum("hs,shd->hd", softmax(scores), v[: t + 1])
-    return (o * sigmoid(gate)).reshape(length, -1) @ w["o_proj.weight"].T
+    o, weights = np.empty((last, *q.shape[1:])), np.zeros((last, q.shape[1], length))
+    for i, t in enumerate(range(length - last, length)):
+        scores = np.einsum("hd,shd->hs", q[i], k[: t + 1]) * dim**-0.5
+        weights[i, :, : t + 1] = softmax(scores)
+        o[i] = np.einsum("hs,shd->hd", weights[i, :, : t + 1], v[: t + 1])
+    o = o * sigmoid(gate)
+    return o.reshape(last, -1) @ w["o_proj.weight"].T, weights
 
 
 def mlp(x, w):

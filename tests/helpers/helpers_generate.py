@@ -12,7 +12,7 @@ from pathlib import Path
 import forked
 import mlx.core as mx
 
-from mlx_qwen3next import generate_step, load, load_model
+from mlx_qwen3next import generate_step, load, load_model, stream_generate
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model import mtp_head
 from mlx_qwen3next.model.config import Config
@@ -153,3 +153,17 @@ def process(*command, cold=False):
     finally:
         child.kill()
         child.communicate()
+
+
+RAW = ("--ignore-chat-template", "-p", "import os\n")
+
+
+def library_answer(directory, prompt, n, **options):
+    """The library's answer to a prompt as plain text, without a chat template."""
+    model, tokenizer = load(directory)
+    tokens = tokenizer.encode(prompt, add_special_tokens=False)
+    return "".join(r.text for r in stream_generate(model, tokenizer, tokens, n, **options))
+
+
+def message(content):
+    return {"role": "user", "content": content}

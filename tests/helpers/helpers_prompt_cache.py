@@ -116,3 +116,10 @@ def paths(folder):
 
 def files(folder):
     return sorted(path.name for path in paths(folder))
+
+
+def warnings(caplog):
+    """The package's messages since the last call."""
+    found = [r.getMessage() for r in caplog.records if r.name == "mlx_qwen3next"]
+    caplog.clear()
+    return found

@@ -54,8 +54,12 @@ class ScriptedEngine(Engine):
 
     def _read(self, completion, arguments, queue):
         request = super()._read(completion, arguments, queue)
-        script = self.scripts[arguments.seed or 0]
-        request.processors = [*request.processors, forced(script, len(request.tokens))]
+        script, least = self.scripts[arguments.seed or 0]
+        says = forced(script, len(request.tokens))
+        request.processors = [
+            lambda tokens, logits: mx.maximum(says(tokens, logits), least),
+            *request.processors,
+        ]
         self.read.append(request)
         return request
 
@@ -94,13 +98,22 @@ class Scripted:
         self._saying = threading.Lock()
         self.say("Yes.")  # the answer unless another is named
 
-    def say(self, text, *, ends=True):
-        """Has the model say a text and end its turn, or repeat its last token; returns the seed."""
+    def prefer(self, text):
+        """Has the model say a text where it may, and anything else where it may not; returns the
+        seed."""
+        return self.say(text, least=-50.0)
+
+    def say(self, text, *, ends=True, least=-mx.inf):
+        """Has the model say a text and end its turn, or repeat its last token; returns the seed.
+
+        Args:
+            least: the logits of all other tokens.
+        """
         _, tokenizer = _tiny()
         end = [tokenizer.eos_token_id] if ends else []
         script = [*tokenizer.encode(text, add_special_tokens=False), *end]
         with self._saying:
-            self.engine.scripts.append(script)
+            self.engine.scripts.append((script, least))
             return len(self.engine.scripts) - 1
 
     def prompt(self):

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers_streamed import streamed
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_qwen3next import metal_kernels
@@ -213,6 +214,22 @@ def test_what_runs_as_a_composition_is_not_traced(traces, monkeypatch):
     run(model)
     run(model)
     assert traces == []
+
+
+def test_layers_with_experts_on_disk_are_traced_as_far_as_the_router(request, tmp_path):
+    checkpoints.convert(tmp_path, group_size=32, bits=3)
+    expected, state = run(load_model(tmp_path, dtype=mx.float32))
+    model = streamed(5, tmp_path)
+    names = request.getfixturevalue("traces")
+    for _ in range(2):
+        results, after = run(model)
+        for a, b in zip([*results, *after], [*expected, *state], strict=True):
+            assert np.abs(np.array(a - b)).max() <= 2e-6 * np.abs(np.array(b)).max()
+    known = len(names)
+    run(streamed(4, tmp_path))
+    assert len(names) == known  # slots are no part of a trace
+    methods = "linear_step", "attention_heads", "attention_step"
+    assert {f"StreamedDecoderLayer.{name}" for name in methods} < set(names)
 
 
 def test_nothing_is_traced_without_kernels():

@@ -233,6 +233,7 @@ def test_a_schema_that_is_no_object_becomes_an_empty_one(place, schema):
         ("parameters.properties.x.description", False, "false"),
         ("parameters.properties.x.type", ["string", "null"], ["string", "null"]),
         ("parameters.properties.x.properties", {"y": True}, {"y": {}}),
+        ("parameters.properties.x.const", None, None),
         ("parameters.additionalProperties", False, False),
         ("parameters.properties.x.items", True, True),
     ],

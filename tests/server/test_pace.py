@@ -42,7 +42,7 @@ class Counted(Reading):
 
 
 def counted(room=math.inf):
-    return Counted(None, 4, room)
+    return Counted(None, 4, room, in_pieces=True)
 
 
 class Clock:

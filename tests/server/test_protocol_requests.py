@@ -175,9 +175,10 @@ def test_the_choice_of_tools_in_messages(choice, forced):
         ({"stop_sequences": [5]}, "stop_sequences"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+        ({"output_format": {"type": "json"}}, "output_format.type"),
         ({"thread": {"type": "create"}}, "thread"),
         ({"compaction": {"type": "enabled"}}, "compaction"),
-        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
     ],
 )
 def test_what_messages_cannot_be(fields, param):
@@ -285,8 +286,8 @@ def test_the_options_of_responses():
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": [{"type": "function_call", "arguments": "{}"}]}, "input[0].name"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format.type"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json"}}}, "text.format.type"),
         ({"tools": [{"type": "custom"}]}, "tools[0].name"),
         ({"tools": [{"type": "custom", "name": "f", "format": 5}]}, "tools[0].format"),
         (

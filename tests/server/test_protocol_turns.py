@@ -15,6 +15,8 @@ from helpers_protocols import (
 from helpers_scripted import CONTEXT, scripted
 from helpers_server import CHAT, exchange
 
+from mlx_qwen3next.server import grammar
+
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
 XML = "<tool_call>\n<function=f>\n<parameter=x>\nls <b>\n</parameter>\n</function>\n</tool_call>"
 JSON = '<tool_call>\n{"name": "f", "arguments": {"x": "ls <b>"}}\n</tool_call>'
@@ -44,7 +46,7 @@ def asking(server, seed, template, **fields):
 
 def generated(text, server):
     """The number of a script's tokens and of its end."""
-    return len(server.engine.scripts[server.say(text)])
+    return len(server.engine.scripts[server.say(text)][0])
 
 
 @TEMPLATES
@@ -172,9 +174,31 @@ OTHER = {"type": "function", "function": {"name": "g", "parameters": SCHEMA}}
 NAMED = {"type": "function", "function": {"name": "f"}}
 
 
+@pytest.fixture
+def without_grammars(monkeypatch):
+    """The server as it is where llguidance is not installed."""
+    monkeypatch.setattr(grammar, "find_spec", lambda _: None)
+
+
 @TEMPLATES
 @pytest.mark.parametrize("choice", ["required", "only", "named"])
 def test_a_forced_call(server, template, choice):
+    """The model says the call, after its reasoning, and nothing else."""
+    seed = server.say((THOUGHT if template == "thinking" else "") + CALLS[template])
+    got = server.both(
+        [{"role": "user", "content": "Do it."}],
+        seed,
+        template=template,
+        tools=[FUNCTION] if choice == "only" else [FUNCTION, OTHER],
+        tool_choice=NAMED if choice == "named" else "required",
+    )
+    assert (got.content, got.reasoning) == ("", "Hm,\nso." if template == "thinking" else "")
+    assert (got.reason, got.calls) == ("tool_calls", [("f", '{"x": "ls <b>"}')])
+
+
+@TEMPLATES
+@pytest.mark.parametrize("choice", ["required", "only", "named"])
+def test_a_forced_call_without_grammars(server, template, choice, without_grammars):
     """The answer is begun with the call, and the model says the rest alone."""
     begun = {"coder": "<tool_call>\n<function", "instruct": '<tool_call>\n{"name": "'}
     if choice != "required":
@@ -198,7 +222,7 @@ def test_a_forced_call(server, template, choice):
 
 
 @pytest.mark.parametrize("template", ["coder", "instruct"])
-def test_the_turn_after_a_forced_call(server, template):
+def test_the_turn_after_a_forced_call(server, template, without_grammars):
     opening = {"coder": "<tool_call>\n<function", "instruct": '<tool_call>\n{"name": "'}[template]
     rest = CALLS[template].removeprefix(opening)
     messages = [{"role": "user", "content": f"Call, {template}."}]
@@ -212,7 +236,7 @@ def test_the_turn_after_a_forced_call(server, template):
 
 @pytest.mark.parametrize("path", [MESSAGES_PATH, RESPONSES_PATH])
 def test_a_forced_call_in_other_protocols(server, path):
-    seed = server.say(XML.removeprefix("<tool_call>\n<function=f>\n"))
+    seed = server.say(XML)
     if path == MESSAGES_PATH:
         body = {"messages": [{"role": "user", "content": "Do it."}], "max_tokens": 100}
         body |= {"tools": [{"name": "f", "input_schema": SCHEMA}], "tool_choice": {"type": "any"}}
@@ -228,7 +252,7 @@ def test_a_forced_call_in_other_protocols(server, path):
         assert seen(answer) == [("call", "f", {"x": "ls <b>"})]
 
 
-def test_a_name_in_control_tokens_is_text(server):
+def test_a_name_in_control_tokens_is_text(server, without_grammars):
     name = "<|im_end|>"
     seed = server.say("</function>\n</tool_call>")
     tool = {"type": "function", "function": {"name": name}}

@@ -20,14 +20,14 @@ from ..checks import (
     unfit,
 )
 from ..messages import UNREADABLE, left_out
-from ..schema import stop_words, token_limit
+from ..schema import answer_format, stop_words, token_limit
 from .form import SHARED
 
 # Claude Code begins its system prompt with a line that changes from version to version, and with
 # some versions from turn to turn. It means nothing to a model, and would end the known prompt.
 _BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?")
 _LEFT_OUT = ("image", "document")
-_UNSUPPORTED = ("mcp_servers", "container", "compaction", "output_format")
+_UNSUPPORTED = ("mcp_servers", "container", "compaction")
 
 
 def chat_request(body: dict[str, Any]) -> dict[str, Any]:
@@ -43,9 +43,6 @@ def chat_request(body: dict[str, Any]) -> dict[str, Any]:
     if "thread" in body:
         message = "thread is not supported: the server keeps no messages; send all of them"
         raise RequestError(message, "thread", code="thread_unsupported_request")
-    if "format" in mapping("output_config", body.get("output_config", {})):
-        message = "output_config.format is not supported: the server cannot enforce a format"
-        raise RequestError(message, "output_config.format")
     if "messages" not in body:
         raise RequestError("messages is missing: a request must have it", "messages")
     messages = [_system(body["system"])] if "system" in body else []
@@ -56,6 +53,12 @@ def chat_request(body: dict[str, Any]) -> dict[str, Any]:
     chat = {name: body[name] for name in SHARED if name in body} | {"messages": messages}
     if messages and messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
         chat["continue_final_message"] = True
+    config = mapping("output_config", body.get("output_config", {}))
+    formats = {"output_config.format": config.get("format")}
+    formats["output_format"] = body.get("output_format")  # its name before
+    for path, value in formats.items():
+        if value is not None:
+            chat["response_format"] = answer_format(path, value)
     if "max_tokens" in body:
         chat["max_tokens"] = token_limit("max_tokens", body["max_tokens"])
     if "stop_sequences" in body:
@@ -173,6 +176,8 @@ def _tool(path: str, value: Any) -> dict[str, Any]:
         function["description"] = tool["description"]
     if "input_schema" in tool:
         function["parameters"] = tool["input_schema"]
+    if "strict" in tool:
+        function["strict"] = tool["strict"]
     return {"type": "function", "function": function}
 
 

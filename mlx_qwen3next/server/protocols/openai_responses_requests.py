@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..checks import RequestError, filled_string, list_of, mapping, one_of, string, unfit
 from ..messages import content, message
-from ..schema import token_limit
+from ..schema import answer_format, token_limit
 from . import custom_tools
 from .form import SHARED
 from .stored import Stored
@@ -73,9 +73,9 @@ def chat_request(body: dict[str, Any], items: list[dict[str, Any]]) -> dict[str,
         if body.get(name):
             raise RequestError(f"{name} is not supported; leave it out", name)
     text = mapping("text", body.get("text", {}))
-    form = mapping("text.format", text.get("format", {})).get("type", "text")
-    one_of("text", hint=": the server cannot enforce other formats")("text.format.type", form)
     chat = {name: body[name] for name in SHARED if name in body}
+    if "format" in text:
+        chat["response_format"] = answer_format("text.format", text["format"])
     # The position of an item in the input is known only without those of earlier responses.
     place = "input[{}]" if body.get("previous_response_id") is None else "item {}"
     chat["messages"] = _messages(items, place)
@@ -154,7 +154,7 @@ def _function(path: str, tool: dict[str, Any], space: str | None = None) -> Func
     if is_custom:
         kept = custom_tools.fields_of(path, tool)
     else:
-        kept = {key: tool[key] for key in ("description", "parameters") if key in tool}
+        kept = {key: tool[key] for key in ("description", "parameters", "strict") if key in tool}
     function = {"type": "function", "function": {"name": name} | kept}
     return Function(function, space, is_custom)
 

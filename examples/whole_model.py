@@ -1,0 +1,140 @@
+"""Runs a model of the 80B shape on a machine that cannot hold it: its experts stay on disk.
+
+Random 4-bit weights in the published shapes are written to a folder, 45 GB for all 48 layers, and
+deleted at the end. Random routers want all experts alike, which is the worst case: a trained
+model's wants some of them far more often. Nothing else should run on the machine meanwhile::
+
+    python examples/whole_model.py --experts-in-memory 12
+    python examples/whole_model.py --layers 4 --experts-in-memory 1    # a trial
+"""
+
+import argparse
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_qwen3next import generate_step, load_model
+from mlx_qwen3next.bench import shapes
+from mlx_qwen3next.cli import count, guarded
+from mlx_qwen3next.decoding.queueing import limit_cache
+from mlx_qwen3next.decoding.sequence import prefill
+from mlx_qwen3next.model import capacity
+from mlx_qwen3next.storage.replacing import PARTIAL
+
+GB = 1e9
+
+
+def write(folder: Path, layers: int) -> None:
+    """Writes the model beside the folder, and gives it the folder's name once it is whole."""
+    if folder.exists():
+        print(f"{folder} is there already")
+        return
+    beside = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    start = time.perf_counter()
+    shapes.write(beside, "80b", layers)
+    beside.rename(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"written: {size / GB:.1f} GB in {time.perf_counter() - start:.0f} s")
+
+
+def measured(model, what: str, run) -> None:
+    """Runs something, and prints its time and what was read for it."""
+    before, start = model.streamed.counts(), time.perf_counter()
+    tokens = run()
+    seconds = time.perf_counter() - start
+    news = {name: n - before[name] for name, n in model.streamed.counts().items()}
+    hits = news["hits"] / (news["hits"] + news["misses"])
+    print(
+        f"{what}: {seconds:.1f} s, {seconds / tokens:.3f} s a token; {hits:.1%} of the wanted "
+        f"experts in memory, {news['bytes'] / GB:.2f} GB read, {news['waited']:.1f} s waited for "
+        f"them ({news['bytes'] / GB / max(news['waited'], 1e-9):.2f} GB/s)",
+        flush=True,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Loads, reads a prompt, decodes, and prints the figures."""
+    start = time.perf_counter()
+    model = load_model(args.folder, context=1024, experts_in_memory=args.experts_in_memory)
+    limit_cache()
+    seconds = time.perf_counter() - start
+    if model.streamed is None:
+        raise ValueError("all experts fit: give less memory")
+    plan = model.streamed.plan
+    print(f"loaded in {seconds:.1f} s: {plan}", flush=True)
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, model.args.vocab_size, args.prompt)
+
+    def read() -> int:
+        prefill(model, model.make_cache(), mx.array(tokens))
+        return args.prompt
+
+    def decode() -> int:
+        options = {"mtp": "off", "lookup": "off"}
+        for _ in generate_step(tokens[:8], model, max_tokens=args.tokens, **options):
+            pass
+        return args.tokens
+
+    measured(model, f"prompt of {args.prompt} tokens", read)
+    measured(model, f"{args.tokens} tokens decoded", decode)
+    uniform = plan.layers * plan.wanted * plan.nbytes * (1 - plan.size / plan.experts)
+    print(
+        f"by the formula: {uniform / GB:.3f} GB a token where all experts are wanted alike, "
+        f"{uniform / plan.rate:.2f} s to read; {plan.bytes_a_token / GB:.3f} GB of a trained model"
+    )
+    held = sum(array.nbytes for array in leaves(model)) + plan.memory
+    cache = capacity.cache_bytes(model.args, 1024, mtp=False, itemsize=4)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(
+        f"memory: planned {(held + cache) / GB:.2f} GB, most of MLX {mx.get_peak_memory() / GB:.2f}"
+        f" GB, of the process {peak / GB:.2f} GB{swapped()}"
+    )
+
+
+def leaves(model) -> list[mx.array]:
+    """The arrays of a model's parameters; those of the slots are none."""
+    return [array for _, array in tree_flatten(model.parameters())]
+
+
+def swapped() -> str:
+    """The process's swapped memory, where the system tells it."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return "".join(f", swapped {line.split()[1]} kB" for line in lines if "VmSwap" in line)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=count, default=shapes.FULL, metavar="N")
+    parser.add_argument("--experts-in-memory", type=float, default=12.0, metavar="GB")
+    parser.add_argument("--prompt", type=count, default=512, metavar="TOKENS")
+    parser.add_argument("--tokens", type=count, default=32, metavar="N")
+    parser.add_argument("--folder", type=Path, default=Path("build/whole_model"), metavar="DIR")
+    parser.add_argument("--keep", action="store_true", help="leave the folder at the end")
+    args = parser.parse_args()
+
+    def command() -> None:
+        try:
+            write(args.folder, args.layers)
+            run(args)
+        finally:
+            if not args.keep:
+                shutil.rmtree(args.folder, ignore_errors=True)
+            shutil.rmtree(args.folder.with_name(args.folder.name + PARTIAL), ignore_errors=True)
+
+    return guarded(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""A packed model whose experts are read from disk when they are wanted.
+
+The router runs as always; then the host learns which experts it chose, has those read that are not
+there, and goes on with their slots (:mod:`mlx_qwen3next.model.slots`). All else is as in
+:mod:`mlx_qwen3next.model.packed`, and so are the results, bit for bit. The MTP head has its own
+experts in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from ..compute import operations
+from ..compute.experts import Forms, sparse_experts
+from ..compute.gated_delta import LayerState
+from ..metal_kernels import Experts
+from ..storage.reading import Reader
+from ..storage.safetensors import Tensor
+from .cache import Cache, GatedDeltaCache
+from .packed import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedSparseMoE
+from .parallel import parameters, recast
+from .qwen3_next import Model, SparseMoE, Trunk
+from .slots import LayerSlots, Slots, StoredExperts
+from .tracing import is_step, structure_of, traced
+
+
+class StreamedSparseMoE(PackedSparseMoE):
+    """A mixture whose experts are in slots."""
+
+    slots: LayerSlots
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
+        return self.add(x, *self.before_experts(x, residual))
+
+    def add(self, x: mx.array, logits: mx.array, residual: mx.array) -> mx.array:
+        """Returns ``residual`` plus the experts' mixture; waits for the router."""
+        slots, shared = self.slots, self.shared
+        arrays = x, logits, slots.gate_up, slots.down, residual
+        options = {"shared": shared, **self.router_options}
+        if all(isinstance(w, Experts) for w in (slots.gate_up, slots.down, *(shared or ()))):
+            return operations.sparse_experts_in_slots(*arrays, slots=slots, **options)
+        return sparse_experts(*arrays, forms=Forms(products=slots.products), **options)
+
+
+class StreamedDecoderLayer(PackedDecoderLayer):
+    """A decoder layer whose steps are traced as far as the router."""
+
+    @traced()
+    def linear_step(
+        self, numbers: tuple[Any], x: mx.array, before: Any, mask: Any, recording: bool
+    ) -> tuple[tuple[mx.array, ...], LayerState]:
+        """Returns :meth:`to_router` of a linear layer, and its state after the tokens.
+
+        Args:
+            numbers: ``keep`` of the state. before: its rows, state and tape.
+            x, mask, recording: see :meth:`GatedDeltaNet.advance`.
+        """
+        rows, state, tape = before
+        met = LayerState(rows, state, tape, *numbers)
+        y, after = self.linear_attn.advance(
+            self.input_layernorm(x), met, mask=mask, recording=recording
+        )
+        return self.to_router(x, y), after
+
+    @traced(*AFTER_ATTENTION)
+    def attention_heads(self, numbers: tuple[Any], x: mx.array) -> tuple[mx.array, ...]:
+        """Returns :meth:`before_attention`; ``numbers`` is the position of the first token."""
+        return self.before_attention(x, *numbers)
+
+    @traced(*BEFORE_ATTENTION)
+    def attention_step(
+        self, _: tuple[()], x: mx.array, row: mx.array, o: mx.array
+    ) -> tuple[mx.array, ...]:
+        """Returns :meth:`to_router` of an attention layer."""
+        return self.to_router(x, self.self_attn.output(o, row))
+
+    def to_router(self, x: mx.array, y: mx.array) -> tuple[mx.array, ...]:
+        """Returns the arguments of :meth:`StreamedSparseMoE.add` after the mixer's output."""
+        norm = self.post_attention_layernorm
+        x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
+        return y, *self.mlp.before_experts(y, x)
+
+
+class StreamedTrunk(Trunk):
+    """A trunk whose layers run one by one, each with a wait in it."""
+
+    def run_layers(
+        self,
+        x: mx.array,
+        cache: Cache | None = None,
+        between: Callable[[int, mx.array], None] | None = None,
+    ) -> mx.array:
+        if cache is None or not is_step(x):
+            return super().run_layers(x, cache, between)
+        linear_mask, attention_mask = self.masks(x, cache)
+        for i, (layer, entry) in enumerate(zip(self.layers, cache, strict=True)):
+            if between is not None and i > 0:
+                between(i - 1, x)
+            if isinstance(layer, StreamedDecoderLayer):
+                x = _step(layer, x, entry, linear_mask, attention_mask)
+            else:
+                x = layer(x, linear_mask if layer.is_linear else attention_mask, entry)
+        return x
+
+
+def _step(
+    layer: StreamedDecoderLayer, x: mx.array, entry: Any, linear_mask: Any, attention_mask: Any
+) -> mx.array:
+    facts: tuple[Any, ...] = x.shape, x.dtype
+    if not layer.is_linear:
+        row, q, k, v = layer.attention_heads(facts, (entry.offset,), x)
+        o = layer.self_attn.attend(q, k, v, attention_mask, entry)
+        return layer.mlp.add(*layer.attention_step(facts, (), x, row, o))
+    state = entry.layer_state() if isinstance(entry, GatedDeltaCache) else None
+    if state is None or entry.lengths is not None:
+        return layer(x, linear_mask, entry)
+    facts = *facts, entry.recording, state.tape is not None, linear_mask is None
+    arguments, after = layer.linear_step(
+        facts, (state.keep,), x, state[:3], linear_mask, entry.recording
+    )
+    entry.store(after, x.shape[1])
+    return layer.mlp.add(*arguments)
+
+
+class StreamedExperts:
+    """All of a model that is about experts on disk.
+
+    Attributes:
+        reader: reads them.
+        slots: of each sparse layer, in their order.
+        plan: what was planned when the model was loaded.
+    """
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        self.slots: list[LayerSlots] = []
+        self.plan: Any = None
+        self._told: dict[str, float] = {}
+
+    def shortened(self, model: Model) -> Model:
+        """Returns the model without the layers that are of the same kind as others."""
+        kinds = {structure_of(layer).kind: layer for layer in reversed(model.layers)}
+        short = recast(model, type(model))
+        short.model = recast(model.model, type(model.model))
+        short.model.layers = [*reversed(kinds.values())]
+        return short
+
+    def news(self) -> dict[str, float]:
+        """Returns what has happened since the last call; see :meth:`counts`."""
+        before, self._told = self._told, self.counts()
+        return {name: count - before.get(name, 0) for name, count in self._told.items()}
+
+    def settle(self) -> None:
+        """Waits for all that reads slots; to be called in a thread before it ends."""
+        for slots in self.slots:
+            slots.settle()
+
+    def counts(self) -> dict[str, float]:
+        """Returns what has happened so far: hits, misses, bytes read, seconds waited for them."""
+        return {
+            "hits": sum(slots.hits for slots in self.slots),
+            "misses": sum(slots.misses for slots in self.slots),
+            "bytes": self.reader.bytes,
+            "waited": self.reader.waited,
+        }
+
+
+def hold(model: Model, size: int, dtype: Callable[[str, mx.array], mx.Dtype]) -> dict[str, Any]:
+    """Leaves a model, in place, stacks of ``size`` experts, all zeros, which packing then takes.
+
+    Args:
+        model: not packed. dtype: gives the dtype in memory of a path's parameter.
+
+    Returns:
+        The modules of gate and down as they were, by the path of the mixture.
+    """
+    stored = {}
+    for i, layer in enumerate(model.layers):
+        if not isinstance(layer.mlp, SparseMoE):
+            continue
+        path = f"model.layers.{i}.mlp"
+        experts = layer.mlp.switch_mlp
+        stored[path] = tuple(
+            recast(module, type(module)) for module in (experts.gate_proj, experts.down_proj)
+        )
+        for name, module in experts.children().items():
+            for part, array in parameters(module).items() if "weight" in module else ():
+                kind = dtype(f"{path}.switch_mlp.{name}.{part}", array)
+                module[part] = mx.zeros((size, *array.shape[1:]), kind)
+    return stored
+
+
+def stream(
+    model: Model, size: int, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> StreamedExperts:
+    """Makes slots of a packed model's stacks, in place.
+
+    Args:
+        model: packed after :func:`hold`. size, stored: its argument and its result.
+        tensors: the checkpoint's, by name.
+
+    Raises:
+        OSError: a file cannot be opened.
+    """
+    own = {path: _of(path, tensors) for path in stored}
+    reader = Reader({tensor.file for of in own.values() for tensor in of.values()})
+    experts = StreamedExperts(reader)
+    passing: dict[tuple[object, ...], tuple[Slots, Slots]] = {}
+    for i, layer in enumerate(model.layers):
+        path = f"model.layers.{i}.mlp"
+        if path not in stored:
+            continue
+        stacks = layer.mlp.gate_up_proj, layer.mlp.down_proj
+        on_disk = StoredExperts(own[path], stored[path], stacks, reader)
+        slots = LayerSlots(*stacks, layer.mlp.num_experts, size, on_disk, passing)
+        experts.slots.append(slots)
+        mixture = recast(layer.mlp, StreamedSparseMoE, slots=slots)
+        del mixture["gate_up_proj"], mixture["down_proj"]
+        model.layers[i] = recast(layer, StreamedDecoderLayer)
+        model.layers[i].mlp = mixture
+    model.model = recast(model.model, StreamedTrunk)
+    vars(model.model).pop("stretches", None)
+    model.streamed = experts
+    return experts
+
+
+def _of(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a mixture's experts, by their names in ``switch_mlp``."""
+    prefix = f"{path}.switch_mlp."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
