@@ -223,12 +223,13 @@ def test_every_proof_succeeds(dtype, monkeypatch, caplog):
     monkeypatch.setattr(proof, "_time", lambda form, *_: 2.0 - (form.__name__ == "kernel"))
     with executed() as launches:
         proof.set_kernels("auto")
-        steps = list(generate_step(prompt(), model, max_tokens=8, mtp=3))
+        steps = list(generate_step(prompt() * 2, model, max_tokens=8, mtp=3))
         findings = proof.findings()
     proof._findings.cache_clear()
     assert len(steps) == 8 and caplog.messages == []
     assert all(finding.used for finding in findings.values())
     kinds = {key.split()[0] for key in findings}
     assert kinds >= {"rms_norm", "gated_delta_step", "attention_heads", "sparse_experts"}
+    assert kinds >= OF_PROMPTS
     assert any("round replay" in key for key in findings)
     assert launches["expert_down"] > len(findings)
