@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..compute import operations
-from ..compute.experts import sparse_experts
+from ..compute.experts import Forms, sparse_experts
 from ..compute.gated_delta import LayerState
 from ..metal_kernels import Experts
 from ..storage.reading import Reader
@@ -43,7 +43,7 @@ class StreamedSparseMoE(PackedSparseMoE):
         options = {"shared": shared, **self.router_options}
         if all(isinstance(w, Experts) for w in (slots.gate_up, slots.down, *(shared or ()))):
             return operations.sparse_experts_in_slots(*arrays, slots=slots, **options)
-        return sparse_experts(*arrays, products=slots.products, **options)
+        return sparse_experts(*arrays, forms=Forms(products=slots.products), **options)
 
 
 class StreamedDecoderLayer(PackedDecoderLayer):
