@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..compute.cpu_attention import BLOCK, PIECE
 from . import capacity
 from .config import Config
 
 MOST = 8192  # tokens of a chunk; more would not be faster
 LEAST_ROOM, MOST_ROOM = 2**28, 2**32  # bytes
+_BLOCKS = 16  # of scores that a CPU's streams have in work at a time, as measured
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,22 @@ class Reading:
         """Returns the bytes that a chunk after ``held`` tokens takes beside weights and cache.
 
         That is a layer's mixer and what its experts need before the mixer's arrays are free. An
-        attention layer has all its scores at once, their mask and its keys transposed, wherever
-        MLX has no kernel of its own: on a CPU, whose pieces run into each other, and for heads of
-        256 on Apple's GPUs before M5. A piece needs no keys after it.
+        attention layer has all its scores at once, and their mask, for heads of 256 on Apple's GPUs
+        before M5, where MLX has no kernel of its own. On a CPU it has some blocks of them, and its
+        keys transposed.
         """
         c = self.config
         heads, groups = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        scores = tokens * (held + (tokens // 2 if self.in_pieces else tokens))
+        pairs = tokens * (held + tokens)
+        scores = c.num_attention_heads * pairs
+        if self.in_pieces:
+            block = heads // groups * PIECE * BLOCK
+            scores = min(scores, _BLOCKS * block) + groups * (held + tokens)
+        else:
+            scores += pairs // self.itemsize
         mixers = {
             "linear_attention": tokens * (13 * c.linear_value_dim + 11 * c.linear_key_dim),
-            "full_attention": 4 * tokens * (heads + groups)
-            + c.num_attention_heads * scores
-            + scores // self.itemsize
-            + (3 if self.quantized else 1) * groups * (held + tokens),
+            "full_attention": 4 * tokens * (heads + groups) + scores,
         }
         rows = c.num_experts_per_tok + (c.shared_expert_intermediate_size > 0)
         experts = rows * (3 * c.hidden_size + 4 * c.moe_intermediate_size)
