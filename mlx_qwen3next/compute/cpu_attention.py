@@ -39,8 +39,10 @@ def attention(
     """
     if q.shape[2] >= FROM and not isinstance(k, mx.array):
         # Products with quantized matrices are for few rows.
-        size, bits = cache.group_size, cache.bits
-        k, v = (mx.dequantize(w, scales, biases, size, bits) for w, scales, biases in (k, v))
+        k, v = (
+            mx.dequantize(w, scales, biases, group_size=cache.group_size, bits=cache.bits)
+            for w, scales, biases in (k, v)
+        )
         cache = None
     if mx.default_device() == mx.cpu and isinstance(mask, str) and q.shape[2] >= FROM:
         return _in_pieces(q, k, v, scale)

@@ -17,8 +17,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "helpers")]
@@ -32,6 +34,18 @@ _NODE = "node@22"  # npm's package of it
 _KEPT = ("PATH", "LANG", "TERM", "NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE")
 _KEPT_KINDS = ("PIP_", "SSL_", "npm_config_", "http_", "https_", "HTTP_", "HTTPS_", "no_", "NO_")
 _HEADER = ("client", "version", "steps", "result", "prompt", "same", "known", "processed", "new")
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process, which ends here with all that it has started."""
+    process = subprocess.Popen(command, start_new_session=True, text=True, **options)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @dataclass
@@ -75,12 +89,12 @@ class Place:
         return self._run(python, "-c", code).strip()
 
     def _run(self, *command: str) -> str:
-        done = subprocess.run(
-            command, env=self.environment, cwd=self.folder, capture_output=True, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-        return done.stdout
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with started(command, env=self.environment, cwd=self.folder, **pipes) as process:
+            told, faults = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {faults[-2000:]}")
+        return told
 
     def work(self, row: Row, url: str, log: Path) -> tuple[Path, int | None]:
         """Runs a row; returns the folder that it worked in and its exit status, None if it hung."""
@@ -97,23 +111,12 @@ class Place:
         if command[0] == "launch":
             command = [sys.executable, "-m", "mlx_qwen3next.launch", *command[1:]]
         with log.open("wb") as file:
-            process = subprocess.Popen(
-                command,
-                env=self.environment,
-                cwd=work,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
-            try:
-                return work, process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                return work, None
-            finally:  # with whatever it has started
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+            with started(command, env=self.environment, cwd=work, **pipes) as process:
+                try:
+                    return work, process.wait(_PATIENCE)
+                except subprocess.TimeoutExpired:
+                    return work, None
 
 
 def result(row: Row, engine: stage.ScriptedEngine, work: Path, status: int | None) -> str:
@@ -182,6 +185,7 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := [name for name in args.clients if name not in names]:
         parser.error(f"there is no client {unknown[0]}; the clients are {', '.join(names)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is cleaned up
     lines = []
     for client in CLIENTS:
         if not args.clients or client.name in args.clients:

@@ -121,7 +121,7 @@ def test_generation_that_is_stopped_leaves_what_it_has(monkeypatch):
 def test_a_prompt_that_is_interrupted_is_kept_as_far_as_it_was_read(monkeypatch, chunks, mtp):
     """Within a chunk, far from the prompt's own checkpoints; the head follows, if it drafts."""
     model, tokenizer = narrow()
-    prompt = tokenizer.encode("import os\n" * 160)
+    prompt = tokenizer.encode("import os\n" * 80)
     cache, forward, calls = PromptCache(max_bytes=10**9), sequence.forward, []
     options = {"prompt_cache": cache, "prefill_step_size": 50, "mtp": mtp}
 
