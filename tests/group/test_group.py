@@ -57,7 +57,7 @@ def test_two_processes_answer_as_one_and_one_of_them_prints(tmp_path, call):
         [],
         ["--temp", "0.8"],
         ["--expert-parallel", "--mtp", "2", "--temp", "0.8"],
-        ["--pipeline", "1,3", "--mtp", "3"],
+        ["--pipeline", "1,3", "--mtp", "3", "--kv-bits", "2", "--quantized-kv-start", "20"],
     ]
     expected = ""
     for variant in variants:
