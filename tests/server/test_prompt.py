@@ -51,7 +51,7 @@ def test_control_tokens_in_tools_are_text():
 def test_only_the_template_opens_the_reasoning(template, text):
     for role in ("user", "system", "tool"):
         messages = [{"role": role, "content": text}, {"role": "user", "content": text}]
-        _, reasoning_open, _ = prompt(with_template(template), messages)
+        _, reasoning_open, *_ = prompt(with_template(template), messages)
         assert reasoning_open == (template is THINKING)
 
 
@@ -89,7 +89,7 @@ def test_an_answer_that_comes_back_has_the_tokens_that_were_generated(
     tokenizer, messages = with_template(template), [{"role": "user", "content": "Do it."}]
     form = "xml" if template is CODER else "json"
     for answer in answers * 2:
-        before, reasoning_open, _ = prompt(tokenizer, messages, TOOLS)
+        before, reasoning_open, *_ = prompt(tokenizer, messages, TOOLS)
         text = (thought + "\n</think>\n\n" if thought else "") + answer
         reader = Reader(
             format=form,
