@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -93,6 +94,15 @@ class Calibration:
             "dtypes": [str(default_dtype()), str(conversion.dtype)],
             "units": [[unit.name, *map(list, unit.widths)] for unit in units],
         }
+
+    @property
+    def memory(self) -> int:
+        """About the bytes that measuring takes: the largest layer, and as much for its copies."""
+        layers: Counter[str] = Counter()
+        for parameters in self._conversion.parameters.values():
+            for p in parameters:
+                layers[".".join(p.path.split(".")[:3])] += p.size * default_dtype().size
+        return 2 * max(layers.values())
 
     def tokenize(self, name: str | None) -> mx.array:
         """The text's tokens in windows ``[N, L]``, from the text's beginning.

@@ -155,10 +155,9 @@ def convert(
             conversion = plan(base=base, predicate=quant_predicate)
         else:
             group_size = q_group_size or DEFAULTS["affine"][0]
-            conversion, choice = fitting.fit(
+            conversion, recipe = fitting.fit(
                 *(plan, fit, group_size, calibration, target, partial), measured=not dry_run
             )
-            recipe = choice.describe()
     if dry_run:
         files = conversion.files(partial)
         print(report.describe(conversion, files, weights.chunks(files, source), recipe))

@@ -17,8 +17,9 @@ from pathlib import Path
 import mlx.nn as nn
 
 from mlx_qwen3next.checkpoint.files import MTP_FILE
+from mlx_qwen3next.checkpoint.loading import DEFAULT_CONTEXT
 from mlx_qwen3next.model import capacity
-from mlx_qwen3next.model.capacity import GPU_SHARE
+from mlx_qwen3next.model.capacity import GB, GPU_SHARE
 
 from . import report, weights
 from .calibration import Calibration, default_text, read_text
@@ -28,7 +29,6 @@ from .quantize import Predicate, Quantization
 from .units import COARSE, Errors, Unit, Width, expected_errors, find_units
 from .weights import Parameter
 
-CONTEXT = 8_192  # tokens that are to fit beside the weights
 # The part of what the GPU may keep that is left for activations and freed buffers.
 WORKING_SHARE = 1 / 32
 _SHARE = GPU_SHARE * (1 - WORKING_SHARE) * 2**30  # bytes of a GB of memory for weights and cache
@@ -83,7 +83,7 @@ def fit(
     target: Path,
     partial: Path,
     measured: bool,
-) -> tuple[Conversion, Fit]:
+) -> tuple[Conversion, list[str]]:
     """Plans the conversion whose model stays in the memory of a Mac of so many gigabytes.
 
     Args:
@@ -94,15 +94,19 @@ def fit(
         target, partial: the folder to make, and the one to work in.
         measured: whether to measure errors that no folder keeps; else they are expected ones.
 
+    Returns:
+        The plan, and lines about it.
+
     Raises:
         ValueError: the smallest widths are too large, or nothing can be measured.
     """
     start = plan(base=Width(4, group_size).quantization)
     units = find_units(start, group_size)
 
-    def choose(errors: Errors | None) -> tuple[Conversion, Fit]:
+    def choose(errors: Errors | None) -> tuple[Conversion, list[str]]:
         choice = choose_widths(start, units, gigabytes, errors)
-        return plan(base=start.base, predicate=choice.predicate, searched=True), choice
+        conversion = plan(base=start.base, predicate=choice.predicate, searched=True)
+        return conversion, choice.describe()
 
     if calibration == NO_TEXT:
         return choose(None)
@@ -111,9 +115,9 @@ def fit(
     errors = task.find(target) or task.find(partial)
     if errors is not None:
         return choose(errors)
-    conversion, choice = choose(None)
+    conversion, lines = choose(None)
     if not measured:
-        return conversion, choice
+        return conversion, [*lines, f"(measuring takes about {task.memory / GB:.1f} GB of memory)"]
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} exists already; move it away or choose another --mlx-path")
     tokens = task.tokenize(calibration)
@@ -133,7 +137,7 @@ def memory_needed(conversion: Conversion, weights: int) -> float:
     config = conversion.source.config
     cache = capacity.cache_bytes(
         config,
-        min(CONTEXT, config.max_position_embeddings),
+        min(DEFAULT_CONTEXT, config.max_position_embeddings),
         mtp=MTP_FILE in conversion.parameters,
         itemsize=conversion.dtype.size,
     )

@@ -130,8 +130,10 @@ def quantize(
         return tuple(mx.quantize(value, **quantization))
     groups = value.reshape(-1, quantization["group_size"])
     low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-    best, least = groups, mx.array(math.inf)
+    best, least = groups, mx.full(low.shape, math.inf)
     for share in _RANGES:
+        # One after the other, or the arrays of all of them would be in memory together.
+        groups, low, high = mx.depends([groups, low, high], [best, least])
         clipped = mx.clip(groups, (share * low).astype(low.dtype), (share * high).astype(low.dtype))
         result = dequantize(mx.quantize(clipped, **quantization), quantization)
         error = mx.square((result - groups).astype(mx.float32)).sum(axis=-1, keepdims=True)

@@ -184,7 +184,9 @@ def chunks(files: Sequence[File], source: Source) -> list[Chunk]:
         for parameter in file.parameters.values():
             places = tuple(file.places[name] for name in parameter.contents)
             rows = parameter.shape[0]
-            step = max(1, _CHUNK // math.prod(parameter.shape[1:]))
+            # Searching takes more arrays.
+            numbers = _CHUNK // 2 if parameter.searched else _CHUNK
+            step = max(1, numbers // math.prod(parameter.shape[1:]))
             if len(parameter.shape) == 2:
                 step = max(source.row_step, step - step % source.row_step)
             for first in range(0, rows, step):

@@ -100,15 +100,16 @@ def check(directory: Path, lengths: list[int], sizes: list[int]) -> float:
     return largest
 
 
-def measure(lengths: list[int]) -> None:
-    """Compares the peak of memory with its formula."""
+def measure(lengths: list[int], room: int = ROOM) -> list[float]:
+    """Compares the peak of memory with its formula; returns the ratio at each length."""
     config = Config.from_dict(long_text.CONFIG | {"num_hidden_layers": 8})
     mx.random.seed(0)
     model = pack(Model(config).eval())
-    reading = Reading(config, 4, ROOM, in_pieces=True)
+    reading = Reading(config, 4, room, in_pieces=True)
+    ratios = []
     print("\n tokens  chunk  cache MB  scratch MB  peak MB  formula MB")
     for length in lengths:
-        cache, chunk = model.make_cache(), reading.most(math.inf, length)
+        cache, chunk = model.make_cache(), min(reading.most(math.inf, length), length - 16)
         held, tokens = length - chunk, mx.arange(chunk) % 50
         prefill(model, cache, tokens[:16])
         for entry in (entry for entry in cache if isinstance(entry, AttentionCache)):
@@ -123,11 +124,13 @@ def measure(lengths: list[int]) -> None:
         scratch = reading.scratch(chunk, held)
         formula = scratch + capacity.cache_bytes(config, length, mtp=False, itemsize=4)
         peak = mx.get_peak_memory() - weights
+        ratios.append(peak / formula)
         print(
             f"{length:7} {chunk:6} {taken / 1e6:9.1f} {scratch / 1e6:11.1f} {peak / 1e6:8.1f} "
             f"{formula / 1e6:11.1f} {peak / formula:5.2f}",
             flush=True,
         )
+    return ratios
 
 
 def computed() -> None:

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     model = load_model(args.folder, context=1024, experts_in_memory=args.experts_in_memory)
     limit_cache()
-    seconds = time.perf_counter() - start
+    seconds, loading = time.perf_counter() - start, mx.get_peak_memory()
+    mx.reset_peak_memory()
     if model.streamed is None:
         raise ValueError("all experts fit: give less memory")
     plan = model.streamed.plan
@@ -95,8 +96,9 @@ def run(args: argparse.Namespace) -> None:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(
-        f"memory: planned {(held + cache) / GB:.2f} GB, most of MLX {mx.get_peak_memory() / GB:.2f}"
-        f" GB, of the process {peak / GB:.2f} GB{swapped()}"
+        f"memory: planned {(held + cache) / GB:.2f} GB; most of MLX {loading / GB:.2f} GB while "
+        f"loading, {mx.get_peak_memory() / GB:.2f} GB since; most of the process {peak / GB:.2f} GB"
+        f"{swapped()}"
     )
 
 

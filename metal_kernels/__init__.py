@@ -8,11 +8,18 @@ dtype: float32, bfloat16 or float16.
 """
 
 from .attention import attention_gate, attention_heads
-from .experts import Experts, expert_down, expert_gate_up, takes_experts
+from .experts import (
+    Experts,
+    combine,
+    expert_down,
+    expert_gate_up,
+    takes_combine,
+    takes_experts,
+)
 from .gated_delta import gated_delta_replay, gated_delta_step, takes_gated_delta
 from .kernel import Kernel, available, source_hash
 from .norms import add_rms_norm, rms_norm
-from .router import route, takes_router
+from .router import choose, route, takes_choice, takes_router
 
 __all__ = [
     "Experts",
@@ -21,6 +28,8 @@ __all__ = [
     "attention_gate",
     "attention_heads",
     "available",
+    "choose",
+    "combine",
     "expert_down",
     "expert_gate_up",
     "gated_delta_replay",
@@ -28,6 +37,8 @@ __all__ = [
     "rms_norm",
     "route",
     "source_hash",
+    "takes_choice",
+    "takes_combine",
     "takes_experts",
     "takes_gated_delta",
     "takes_router",

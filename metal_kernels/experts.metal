@@ -1,5 +1,6 @@
 // The sparse experts for up to 16 rows, by a routing: each expert's weights are read once,
 // whatever number of rows it serves. Sums have a fixed order, which depends on the row alone.
+// At the end: what follows MLX's own products of more rows.
 //
 // Quantized weights are MLX's: rows of codes of Bits bits, one behind the other from the lowest bit
 // on, with a scale and a bias a group of G. Bits 16 stands for unquantized weights of type T.
@@ -243,5 +244,32 @@ inline void expert_down(
       const uint i = lane * H + output + o;
       y[i] = static_cast<T>(load(residual, i) + sums[o]);
     }
+  }
+}
+
+// Columns that a thread makes of the rows of a prompt.
+constant constexpr int kColumns = 4;
+
+// y = residual + the weighted sum of a row's K vectors of x, in their order, columns from `first`.
+//
+// x: [N, H]; places: [R, K], the rows of x; weights: [R, K]; residual, y: [R, H].
+template <int H, int K, typename T>
+inline void combine(
+    const device T* x, const device uint* places, const device T* weights, const device T* residual,
+    device T* y, uint first, uint row) {
+  float sums[kColumns] = {};
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    const device T* from = x + static_cast<ulong>(places[row * K + k]) * H + first;
+    const float weight = load(weights, row * K + k);
+#pragma unroll
+    for (int c = 0; c < kColumns; c++) {
+      sums[c] += weight * load(from, c);
+    }
+  }
+  const ulong start = static_cast<ulong>(row) * H + first;
+#pragma unroll
+  for (int c = 0; c < kColumns; c++) {
+    y[start + c] = static_cast<T>(load(residual + start, c) + sums[c]);
   }
 }

@@ -42,7 +42,19 @@ EXPERT_DOWN = Kernel(
         threadgroup_position_in_grid.x, thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
     """,
 )
+COMBINE = Kernel(
+    "combine",
+    "experts",
+    inputs=("x", "places", "weights", "residual"),
+    outputs=("y",),
+    body="""
+    combine<H, K>(
+        x, places, weights, residual, y, thread_position_in_grid.x * kColumns,
+        thread_position_in_grid.y);
+    """,
+)
 OUTPUTS = 4  # kPairs and kOutputs in experts.metal
+COLUMNS = 4  # kColumns there
 BITS = (2, 3, 4, 5, 6, 8)  # of quantized weights
 
 
@@ -118,6 +130,38 @@ def expert_down(
         template=_expert_template(weights, shared, x.dtype, H=H, I=x.shape[1], groups=groups),
         grid=(LANES * groups * -(-H // (OUTPUTS * groups)), 1, 1),
         threadgroup=(LANES * groups, 1, 1),
+        output_shapes=[residual.shape],
+        output_dtypes=[x.dtype],
+    )
+    return y
+
+
+def takes_combine(rows: int, k: int, H: int) -> bool:
+    """Returns whether the kernel takes so many rows, experts a row, and columns.
+
+    MLX places inputs of fewer than 8 elements in another address space.
+    """
+    return rows * k >= 8 and rows * H >= 8 and H % COLUMNS == 0
+
+
+def combine(x: mx.array, places: mx.array, weights: mx.array, residual: mx.array) -> mx.array:
+    """Adds the weighted sum of each row's experts to ``residual``, in one launch.
+
+    Args:
+        x: ``[N, H]`` T, the results of all pairs of rows and experts, in any order.
+        places: ``[R, k]`` uint32, those of each row's pairs in it. weights: ``[R, k]`` T.
+        residual: ``[R, H]`` T.
+
+    Returns:
+        ``[R, H]`` T, summed in float32 in the order of the k. Limits: :func:`takes_combine`.
+    """
+    R, H = residual.shape
+    threads = H // COLUMNS
+    (y,) = COMBINE.launch(
+        inputs=[x, places, weights, residual],
+        template=[("H", H), ("K", places.shape[1])],
+        grid=(threads, R, 1),
+        threadgroup=(min(256, threads), 1, 1),
         output_shapes=[residual.shape],
         output_dtypes=[x.dtype],
     )

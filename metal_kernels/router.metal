@@ -1,8 +1,8 @@
 // From router logits to a routing for the expert kernels, for all of up to 16 rows in one launch:
 // top-k, softmax weights, the shared expert's weight, and the pairs (row, expert) sorted by expert,
-// so that each expert's weights are read once.
+// so that each expert's weights are read once. For more rows, all but the sorting.
 //
-// One threadgroup; a simdgroup a row, with E / 32 logits in each lane's registers.
+// A simdgroup a row, with E / 32 logits in each lane's registers. A routing takes one threadgroup.
 
 // The Top largest logits of a row, ties by lowest index. Lane k gets the k-th expert and weight.
 template <typename T, int E, int Top, bool Normalise>
@@ -55,6 +55,26 @@ inline void choose_experts(
     total = simd_sum(weight);
   }
   weight = weight / total;
+}
+
+// logits: [R, E + Shared], the shared expert's gate last; experts, weights: [R, Top + Shared], the
+// best first, the shared one, number E, last.
+template <typename T, int E, int Top, bool Shared, bool Normalise>
+inline void choose(
+    const device T* logits, device uint* experts, device T* weights, uint lane, uint row) {
+  constexpr uint S = Top + Shared;
+  const device T* from = logits + row * (E + Shared);
+  uint expert;
+  float weight;
+  choose_experts<T, E, Top, Normalise>(from, lane, expert, weight);
+  if (Shared && lane == Top) {
+    expert = E;
+    weight = sigmoid(load(from, E));
+  }
+  if (lane < S) {
+    experts[row * S + lane] = expert;
+    weights[row * S + lane] = static_cast<T>(weight);
+  }
 }
 
 // logits: [R, E + Shared], the shared expert's gate last. With S = Top + Shared and N = R S pairs,

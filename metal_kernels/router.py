@@ -24,14 +24,58 @@ ROUTER = Kernel(
     """,
 )
 
+CHOOSE = Kernel(
+    "choose",
+    "router",
+    inputs=("logits",),
+    outputs=("experts", "weights"),
+    body="""
+    choose<T, E, TOP, SHARED, NORMALISE>(
+        logits, experts, weights, thread_index_in_simdgroup, thread_position_in_grid.x / 32);
+    """,
+)
+
 
 def takes_router(rows: int, experts: int, top_k: int) -> bool:
     """Returns whether the router kernel takes so many rows, experts, and experts a row.
 
     MLX places inputs of fewer than 8 elements in another address space: logits, or the routing.
     """
-    fits = 1 <= rows <= MAX_ROWS and top_k <= experts <= 1024 and top_k < LANES
-    return fits and rows * experts >= 8 and rows * top_k >= 2
+    return rows <= MAX_ROWS and takes_choice(rows, experts, top_k) and rows * top_k >= 2
+
+
+def takes_choice(rows: int, experts: int, top_k: int) -> bool:
+    """Returns whether :func:`choose` takes so many rows, experts, and experts a row."""
+    return rows * experts >= 8 and top_k <= experts <= 1024 and top_k < LANES
+
+
+def choose(
+    logits: mx.array, *, experts: int, top_k: int, normalise: bool
+) -> tuple[mx.array, mx.array]:
+    """Returns the top k experts of each row and their weights, in one launch.
+
+    Args:
+        logits, normalise: as for :func:`route`; ``[R, E]`` or ``[R, E + 1]``.
+
+    Returns:
+        The experts uint32 and their weights T, each ``[R, top_k]`` or ``[R, top_k + 1]``: the best
+        first, the shared one last. Ties go to the lowest index. Limits: :func:`takes_choice`.
+    """
+    R, columns = logits.shape
+    shared = columns > experts
+    shape = R, top_k + shared
+    chosen, weights = CHOOSE.launch(
+        inputs=[logits],
+        template=[
+            *(("T", logits.dtype), ("E", experts), ("TOP", top_k)),
+            *(("SHARED", shared), ("NORMALISE", normalise)),
+        ],
+        grid=(LANES * R, 1, 1),
+        threadgroup=(LANES * min(8, R), 1, 1),
+        output_shapes=[shape, shape],
+        output_dtypes=[mx.uint32, logits.dtype],
+    )
+    return chosen, weights
 
 
 def route(logits: mx.array, *, experts: int, top_k: int, normalise: bool) -> mx.array:

@@ -34,7 +34,7 @@ def lines(
     parts = [
         _sides(run) + _queueing(run),
         _agreement(run),
-        _speed("prefill", run, medians, "prefill") + _chunks(run),
+        _speed("prefill", run, medians, "prefill") + _reading(run, medians, traffic) + _chunks(run),
         _speed("decoding", run, medians, "decode") + _limit(run, medians),
         _turns(run, medians["turns"]),
         _speculation(run, medians, traffic),
@@ -161,6 +161,27 @@ def _rate(rates: Mapping[int, float], left_out: Mapping[int, float], context: in
     if context in rates:
         return _figure(rates[context])
     return f"{NONE}, about {left_out[context]:.0f} s" if context in left_out else NONE
+
+
+def _reading(run: Run, medians: Mapping[str, Any], traffic: Mapping[str, Traffic]) -> list[str]:
+    """Writes a prompt token's time, and its work if the prompt is read at once."""
+    label = run.sides[0].label
+    rates, moved = medians["prefill"][label], traffic[label]
+    times = [f"{1e3 / rates[n]:.2f}" if n in rates else NONE for n in run.contexts]
+    return table(
+        [
+            [f"a prompt's token, {label}", *map(str, run.contexts)],
+            ["  ms", *times],
+            [
+                "  MB moved, at least, without activations",
+                *(f"{moved.prompt(n) / n / 1e6:.2f}" for n in run.contexts),
+            ],
+            [
+                "  million multiply-adds, without the output",
+                *(f"{moved.multiply_adds(n) / n / 1e6:.1f}" for n in run.contexts),
+            ],
+        ]
+    )
 
 
 def _limit(run: Run, medians: Mapping[str, Any]) -> list[str]:

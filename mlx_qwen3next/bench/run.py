@@ -77,6 +77,13 @@ def run_bench(args: argparse.Namespace) -> None:
             "bytes_a_token": {
                 label: {n: t.plain(n) for n in run.contexts} for label, t in moved.items()
             },
+            "prompt": {
+                label: {
+                    n: {"bytes": t.prompt(n), "multiply_adds": t.multiply_adds(n)}
+                    for n in run.contexts
+                }
+                for label, t in moved.items()
+            },
             "medians": figures,
             "samples": raw,
         }

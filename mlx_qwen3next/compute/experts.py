@@ -7,7 +7,7 @@ together.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias, cast
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import mlx.core as mx
 from mlx_lm.models.activations import swiglu
@@ -20,10 +20,6 @@ Stored: TypeAlias = Experts | TransposedWeights
 SharedExpert: TypeAlias = tuple[Stored, Stored]  # gate and up [2 I, H], down [H, I]
 
 MANY = 64  # pairs of rows and experts from which on they are sorted, as in mlx-lm
-
-Products: TypeAlias = Callable[
-    [mx.array, Stored, Stored, mx.array, bool], mx.array
-]  # as :func:`products`
 
 
 class Slots(Protocol):
@@ -92,12 +88,64 @@ def only_own(experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array
     return mx.where(here, experts - own.start, 0), mx.where(here, weights, 0)
 
 
+def choose(
+    logits: mx.array, like: mx.array, *, experts: int, top_k: int, normalise: bool
+) -> tuple[mx.array, mx.array]:
+    """Returns the experts of each row, the shared one last, and their weights.
+
+    Args:
+        logits: ``[R, E]``, or ``[R, E + 1]`` if a shared expert is number E, its gate last.
+        like: gives the weights' dtype. experts: E; top_k, normalise: as for :func:`route`.
+
+    Returns:
+        ``(experts, weights)``, each ``[R, top_k]`` or ``[R, top_k + 1]``.
+    """
+    chosen = route(logits[:, :experts], top_k, normalise, like)
+    return _with_shared(*chosen, experts, logits[:, experts:], like)
+
+
+def _with_shared(
+    experts: mx.array, weights: mx.array, number: int, gate: mx.array, like: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Adds the expert of a number, which all rows have, unless ``gate`` has no logit for it."""
+    if gate.shape[1] == 0:
+        return experts, weights
+    shared = mx.full(gate.shape, number, experts.dtype)
+    experts = mx.concatenate([experts, shared], axis=1)
+    return experts, mx.concatenate([weights, _gate(gate, like)], axis=1)
+
+
 def products(
     rows: mx.array, gate_up: Stored, down: Stored, indices: mx.array, is_sorted: bool
 ) -> mx.array:
     """Returns each row through its experts; ``rows`` ``[R, 1, 1, H]``, ``indices`` ``[R, k]``."""
     gate, up = mx.split(_gather(rows, gate_up, indices, is_sorted), 2, axis=-1)
     return _gather(swiglu(gate, up), down, indices, is_sorted)
+
+
+def combine(y: mx.array, places: mx.array, weights: mx.array, residual: mx.array) -> mx.array:
+    """Returns ``residual`` plus the weighted sum of each row's experts.
+
+    Args:
+        y: ``[N, H]``, the results of all pairs of rows and experts, in any order.
+        places: ``[R, k]``, those of each row's pairs in it. weights: ``[R, k]``.
+        residual: ``[R, H]``.
+
+    Returns:
+        ``[R, H]``.
+    """
+    return mx.addmm(residual[:, None], weights[:, None], y[places]).squeeze(-2)
+
+
+class Forms(NamedTuple):
+    """The forms of the steps of :func:`sparse_experts`; the first and the last for many rows."""
+
+    choose: Callable[..., tuple[mx.array, mx.array]] = choose
+    products: Callable[[mx.array, Stored, Stored, mx.array, bool], mx.array] = products
+    combine: Callable[..., mx.array] = combine
+
+
+COMPOSITIONS = Forms()
 
 
 def sparse_experts(
@@ -112,7 +160,7 @@ def sparse_experts(
     normalise: bool,
     shared: SharedExpert | None = None,
     own: range | None = None,
-    products: Products = products,
+    forms: Forms = COMPOSITIONS,
 ) -> mx.array:
     """Returns ``residual`` plus the mixture of experts, on packed weights.
 
@@ -124,35 +172,40 @@ def sparse_experts(
         experts: E; top_k, normalise: as for :func:`route`.
         shared: the shared expert, if its quantization is another than the others'.
         own: the experts that ``gate_up`` and ``down`` have, if not all.
-        products: computes each row through its experts.
+        forms: those of its steps.
 
     Returns:
         ``[..., H]``.
     """
     shape = x.shape
     x, logits, residual = (a.reshape(-1, a.shape[-1]) for a in (x, logits, residual))
-    indices, weights = route(logits[:, :experts], top_k, normalise, like=x)
-    if own is not None:
-        indices, weights = only_own(indices, weights, own)
-    if logits.shape[1] > experts:
-        weight = _gate(logits[:, experts:], like=x)
+    if own is None:
+        columns = logits if shared is None else logits[:, :experts]
+        indices, weights = forms.choose(
+            columns, x, experts=experts, top_k=top_k, normalise=normalise
+        )
+    else:
+        chosen = route(logits[:, :experts], top_k, normalise, like=x)
+        indices, weights = only_own(*chosen, own)
         if shared is None:
-            number = mx.full((x.shape[0], 1), len(own or range(experts)), indices.dtype)
-            indices = mx.concatenate([indices, number], axis=1)
-            weights = mx.concatenate([weights, weight], axis=1)
-        else:
-            gate, up = mx.split(_multiply(x, shared[0]), 2, axis=-1)
-            residual = residual + weight * _multiply(swiglu(gate, up), shared[1])
+            gate = logits[:, experts:]
+            indices, weights = _with_shared(indices, weights, len(own), gate, x)
+    if shared is not None:
+        gate, up = mx.split(_multiply(x, shared[0]), 2, axis=-1)
+        y = _multiply(swiglu(gate, up), shared[1])
+        residual = residual + _gate(logits[:, experts:], like=x) * y
 
     def mixed(rows: mx.array, indices: mx.array, is_sorted: bool) -> mx.array:
-        return products(rows, gate_up, down, indices, is_sorted)
+        return forms.products(rows, gate_up, down, indices, is_sorted)
 
-    return _mixture(x, mixed, residual, indices, weights, own).reshape(shape)
+    mixture = _mixture(x, mixed, forms.combine, residual, indices, weights, own)
+    return mixture.reshape(shape)
 
 
 def _mixture(
     x: mx.array,
     mixed: Callable[[mx.array, mx.array, bool], mx.array],
+    combine: Callable[..., mx.array],
     residual: mx.array,
     indices: mx.array,
     weights: mx.array,
@@ -162,7 +215,7 @@ def _mixture(
 
     Args:
         x, residual: ``[R, H]``. indices, weights: ``[R, k]``. own: see :func:`sparse_experts`.
-        mixed: :func:`products` on the weights.
+        mixed: :func:`products` on the weights. combine: the form for many rows.
     """
     if indices.size < MANY:
         y = mixed(x[:, None, None], indices, False)  # [R, k, 1, H]
@@ -172,9 +225,8 @@ def _mixture(
     if own is None:
         order = mx.argsort(indices)
         y = mixed(x[order // k, None, None], indices[order, None], True)
-        places = _inverse(order)
-        y = y[places].reshape(-1, k, x.shape[-1])
-        return mx.addmm(residual[:, None], weights.reshape(-1, 1, k), y).squeeze(-2)
+        y, places = y.reshape(-1, x.shape[-1]), _inverse(order).reshape(-1, k)
+        return combine(y, places, weights.reshape(-1, k), residual)
     # Pairs without weight belong to other ranks; their number has to be known here.
     here = weights > 0
     order = mx.argsort(mx.where(here, indices, len(own) + 1))

@@ -9,7 +9,7 @@ model's own, since it is the layer's equations.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -243,6 +243,60 @@ attention_gate = Operation(
 
 
 # --- sparse experts ------------------------------------------------------------------------------
+def _choose_kernel(logits: mx.array, like: mx.array, **options: Any) -> tuple[mx.array, mx.array]:
+    return kernels.choose(logits, **options)
+
+
+def _choose_facts(
+    logits: mx.array, like: mx.array, *, experts: int, top_k: int, normalise: bool
+) -> tuple[Any, ...]:
+    return *logits.shape, logits.dtype, like.dtype == logits.dtype, experts, top_k, normalise
+
+
+def _choose_kind(
+    R: int, columns: int, dtype: mx.Dtype, same: bool, E: int, top_k: int, normalise: bool
+) -> str | None:
+    """A few rows go through the kernels below, so for their composition nothing is proved."""
+    many = R * (top_k + columns - E) >= experts.MANY
+    if dtype not in _NAMES or not same or not many or not kernels.takes_choice(R, E, top_k):
+        return None
+    extras = " shared" * (columns > E) + " normalised" * normalise
+    return f"{_NAMES[dtype]} {rows_class(R)} E={E} top={top_k}{extras}"
+
+
+choose = Operation("choose", _choose_kernel, experts.choose, _choose_facts, _choose_kind)
+
+PROVED_ROWS = 1024  # of a prompt at most: with all of them, a proof would need three times as much
+
+
+def _combine_facts(
+    y: mx.array, places: mx.array, weights: mx.array, residual: mx.array
+) -> tuple[Any, ...]:
+    same = weights.dtype == residual.dtype == y.dtype and places.dtype == mx.uint32
+    return *places.shape, y.shape[1], y.dtype, same
+
+
+def _combine_kind(R: int, k: int, H: int, dtype: mx.Dtype, same: bool) -> str | None:
+    if dtype not in _NAMES or not same or not kernels.takes_combine(R, k, H):
+        return None
+    return f"{_NAMES[dtype]} {rows_class(min(R, PROVED_ROWS))} k={k} H={H}"
+
+
+def _combine_proof(
+    y: mx.array, places: mx.array, weights: mx.array, residual: mx.array
+) -> tuple[mx.array, ...]:
+    """Takes the first rows, without the residual, which would hide an error."""
+    R, k = min(len(places), PROVED_ROWS), places.shape[1]
+    places = mx.argsort(places[:R].flatten()).reshape(R, k)  # of as many pairs, as mixed
+    return y[: R * k], places, weights[:R], mx.zeros_like(residual[:R])
+
+
+combine = Operation(
+    *("combine", kernels.combine, experts.combine, _combine_facts, _combine_kind),
+    proof=_combine_proof,
+)
+
+
 def _experts_kernel(
     x: mx.array,
     logits: mx.array,
@@ -313,7 +367,12 @@ def _without_residual(
 
 
 sparse_experts = Operation(
-    *("sparse_experts", _experts_kernel, experts.sparse_experts, _experts_facts, _experts_kind),
+    "sparse_experts",
+    _experts_kernel,
+    partial(experts.sparse_experts, forms=experts.Forms(choose, combine=combine)),
+    _experts_facts,
+    _experts_kind,
+    exact=experts.sparse_experts,
     proof=_without_residual,
 )
 
@@ -347,7 +406,13 @@ def _slots_kernel(
 
 
 def _slots_composition(*arrays: Any, slots: Slots, **options: Any) -> mx.array:
-    return experts.sparse_experts(*arrays, products=slots.products, **options)
+    forms = experts.Forms(choose, slots.products, combine)
+    return experts.sparse_experts(*arrays, forms=forms, **options)
+
+
+def _exact_slots(*arrays: Any, slots: Slots, **options: Any) -> mx.array:
+    forms = experts.Forms(products=slots.products)
+    return experts.sparse_experts(*arrays, forms=forms, **options)
 
 
 def _slots_facts(*arrays: Any, slots: Slots, **options: Any) -> tuple[Any, ...]:
@@ -357,5 +422,6 @@ def _slots_facts(*arrays: Any, slots: Slots, **options: Any) -> tuple[Any, ...]:
 # The kind, and with it the finding, is that of the operation on stacks: both run the same kernels.
 sparse_experts_in_slots = Operation(
     *("sparse_experts", _slots_kernel, _slots_composition, _slots_facts, _experts_kind),
+    exact=_exact_slots,
     proof=_without_residual,
 )

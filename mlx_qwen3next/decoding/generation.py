@@ -20,14 +20,15 @@ from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..model.cache import Cache
+from ..model.quantized_kv import KVQuantization
 from ..model.qwen3_next import Model
 from ..model.reading import MOST
 from ..prompt_cache.store import PromptCache
 from .constraint import Constraint
 from .detokenize import TextDecoder
-from .pace import FIXED, PromptPace
+from .pace import PromptPace
 from .sampling import Chooser, Sampling, check_integer
-from .sequence import KVQuantization, TokenSequence
+from .sequence import TokenSequence
 from .speculation import MTP, Lookup, Speculation
 from .speculative import Acceptance, Token
 from .validation import check_cache, check_kv_quantization, check_prompt, held_by, token_budget
@@ -94,9 +95,10 @@ def generate_step(
             ends, or where the prompt was interrupted.
         prefill_step_size: prompt tokens processed at a time. By default as many as take about 2
             seconds by what is measured, and no more memory than :class:`PromptPace` gives them; at
-            most 8192. Where keys and values are quantized the tokens depend on it: then 2048.
+            most 8192.
         kv_bits, kv_group_size, quantized_kv_start: quantize keys and values, to 2, 3, 4, 5, 6 or 8
-            bits in groups of 32, 64 or 128, once the cache holds that many tokens.
+            bits in groups of 32, 64 or 128, once the cache holds that many tokens. Tokens from
+            that position on meet quantized ones alone. The MTP head's own stay as they are.
         prompt_progress_callback: called with (processed, total) prompt tokens; those that were
             known count as processed.
         sampler: an mlx-lm callable, instead of the options that choose a token. Must depend on
@@ -117,8 +119,8 @@ def generate_step(
         mtp = "off" if mtp == "auto" else mtp
         lookup = "off" if lookup == "auto" else lookup
     depth = speculation.depth(mtp, lookup)
-    is_measured = prefill_step_size is None and kv_bits is None
-    step_size = (MOST if is_measured else FIXED) if prefill_step_size is None else prefill_step_size
+    is_measured = prefill_step_size is None
+    step_size = MOST if prefill_step_size is None else prefill_step_size
     check_integer("prefill_step_size", step_size, least=1)
     check_kv_quantization(model.args.head_dim, kv_bits, kv_group_size, quantized_kv_start)
     if unknown := sorted(sampling.keys() - {field.name for field in fields(Sampling)}):
@@ -157,7 +159,7 @@ def generate_step(
             drafters=drafters,
             keep_drafters=keep_drafters,
             step_size=step_size,
-            pace=PromptPace.of(model) if is_measured else None,
+            pace=PromptPace.of(model, quantized=kv_bits is not None) if is_measured else None,
             quantization=KVQuantization(kv_bits, kv_group_size, quantized_kv_start),
         )
 

@@ -19,7 +19,6 @@ from ..model.reading import Reading
 PATIENCE = 2.0  # seconds a chunk may take where no stream waits for it
 MAX_STALL = 0.5  # seconds it may take where one does, unless the user says otherwise
 FIRST, FIRST_ALONE = 64, 512  # tokens of the first chunk, before anything is measured
-FIXED = 2048  # tokens of a chunk where nothing is measured, mlx-lm's default
 LEAST = 16  # tokens; the sizes are multiples of it, so that few different shapes occur
 # Of the time, since a chunk may take longer than its multiplications say.
 MARGIN = 0.85
@@ -58,12 +57,18 @@ class PromptPace:
         self._clock, self._started = clock, 0.0
 
     @classmethod
-    def of(cls, model: Model, max_stall: float = MAX_STALL) -> PromptPace:
-        """Makes a pace that knows what was measured of this model before."""
+    def of(
+        cls, model: Model, max_stall: float = MAX_STALL, *, quantized: bool = False
+    ) -> PromptPace:
+        """Makes a pace that knows what was measured of this model before.
+
+        Args:
+            quantized: whether keys and values will be.
+        """
         if model.streamed is not None:
             max_stall = math.inf  # a chunk of any size reads nearly all experts
         recent = vars(model).setdefault("_recent_chunks", deque(maxlen=_RECENT))
-        reading = Reading.here(model.args, default_dtype().size)
+        reading = Reading.here(model.args, default_dtype().size, quantized)
         return cls(reading, max_stall, model.group, recent)
 
     def size(self, full: int, held: int = 0, prompts: int = 1, *, streams: bool = False) -> int:

@@ -73,8 +73,14 @@ def prepare(
         check_integer("chunk", chunk, least=1)
     if model.group.size > 1:
         return
-    if model.streamed is not None:
-        model = model.streamed.shortened(model)  # all of them would have to be read
+    if model.streamed is None:
+        _prepare(model, depth, chunk, say)
+        return
+    with model.streamed.rehearsal(model) as short:
+        _prepare(short, depth, chunk, say)
+
+
+def _prepare(model: Model, depth: int, chunk: int | None, say: Callable[[str], None]) -> None:
     if proof.uses_kernels() and proof.mode() == "auto":
         if chunk is None:
             chunk = max(Reading.here(model.args, default_dtype().size).most(math.inf, 0), 1)

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx_lm.generate import maybe_quantize_kv_cache
 
-from ..model.cache import Cache, Undo, reserve, tokens_held
+from ..model.cache import Cache, Undo, tokens_held
+from ..model.quantized_kv import NOT_QUANTIZED, KVQuantization
 from ..model.qwen3_next import Model
 from .draft_depth import Depth
 from .drafters import Drafter
@@ -21,22 +20,7 @@ from .drafters.forced import ForcedDrafter
 from .pace import PromptPace
 from .sampling import Chooser
 from .speculative import Decoding, Token, forward
-
-
-@dataclass(frozen=True)
-class KVQuantization:
-    """The quantization of keys and values, in mlx-lm's options of these names."""
-
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 0
-
-    def apply(self, trunk: Cache) -> None:
-        """Quantizes, in place, the entries that hold enough tokens by now."""
-        maybe_quantize_kv_cache(trunk, self.quantized_kv_start, self.kv_group_size, self.kv_bits)
-
-
-NOT_QUANTIZED = KVQuantization()
+from .validation import held_by
 
 
 def prefill(
@@ -51,7 +35,7 @@ def prefill(
     Args:
         trunk: the cache's entries of the layers.
         drafters: told of the tokens.
-        after_forward: called when the cache has grown.
+        after_forward: called while the device computes.
     """
     with Undo(trunk):
         _, hidden = forward(model, trunk, tokens, drafters)
@@ -108,7 +92,8 @@ class TokenSequence:
         self.tokens = list(held)
         *unread, (self.last,) = segments
         self._unread = deque(list(segment) for segment in unread if len(segment))
-        reserve(self.trunk, tokens_held(self.trunk) + sum(map(len, self.segments)))
+        self._room = tokens_held(self.trunk) + sum(map(len, self.segments))
+        quantization.reserve(self.trunk, self._room)
         self._decoding: Decoding | None = None
         self._handed_over = False
 
@@ -130,10 +115,11 @@ class TokenSequence:
             Whether a segment ends with it.
         """
         held = tokens_held(self.trunk)
-        chunk = self._unread[0][: self._pace.size(self._step_size, held)]
+        chunk = self._unread[0][: self._limited(self._pace.size(self._step_size, held))]
         tokens = mx.array(chunk, mx.uint32)
         self._pace.start()
-        prefill(self._model, self.trunk, tokens, self._drafters, self._grown)
+        self._quantize()
+        prefill(self._model, self.trunk, tokens, self._drafters, self._tell)
         self._pace.stop(len(chunk), held)
         self.tokens += chunk
         rest = self._unread[0][len(chunk) :]
@@ -169,6 +155,7 @@ class TokenSequence:
             drafters,
             self._keep_drafters,
             self._quantize,
+            self._limited,
         )
         return self._generate(self._decoding.tokens(count))
 
@@ -205,12 +192,19 @@ class TokenSequence:
             self._decoding = None
             self.tokens.append(self.last)
 
-    def _grown(self) -> None:
+    def _tell(self) -> None:
         """Does what is to be done while the device reads a chunk."""
-        self._quantize()
         for drafter in self._drafters:
             drafter.follow(self.tokens)
 
     def _quantize(self) -> None:
-        self._quantization.apply(self.trunk)
-        self._cache[: len(self.trunk)] = self.trunk
+        """Makes the cache ready for more tokens."""
+        if self._quantization.kv_bits is not None:
+            self._quantization.apply(self.trunk, self._room)
+            self._cache[: len(self.trunk)] = self.trunk
+
+    def _limited(self, tokens: int) -> int:
+        """Returns how many of the next tokens may share a forward."""
+        if self._quantization.kv_bits is None:
+            return tokens
+        return self._quantization.limited(tokens, held_by(self._model, self.trunk))

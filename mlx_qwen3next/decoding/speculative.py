@@ -143,7 +143,8 @@ class Decoding:
         depth: chooses who drafts and how many tokens.
         drafters: those that follow the sequence; they know it up to ``token``.
         keep_drafters: whether they have to be told of every token, for their next user.
-        after_forward: called when the cache has grown.
+        before_forward: called before the cache grows.
+        limited: returns how many of the next tokens may share a forward, at least 1.
     """
 
     def __init__(
@@ -155,12 +156,14 @@ class Decoding:
         depth: Depth,
         drafters: Sequence[Drafter] = (),
         keep_drafters: bool = True,
-        after_forward: Callable[[], None] = lambda: None,
+        before_forward: Callable[[], None] = lambda: None,
+        limited: Callable[[int], int] = lambda tokens: tokens,
     ):
         self._model, self._cache = model, cache
         self._unfed: mx.array | None = token  # part of the sequence, but not of the cache
         self._chooser, self._depth, self._drafters = chooser, depth, drafters
-        self._keep_drafters, self._after_forward = keep_drafters, after_forward
+        self._keep_drafters = keep_drafters
+        self._before_forward, self._limited = before_forward, limited
         self._since: float | None = None  # when the device was last waited for
         self._proofs = 0  # and how many proofs there were then
         self._last: Drafter | None = None  # who drafted the last round; None after a plain step
@@ -207,6 +210,7 @@ class Decoding:
             ]
         if not self._drafters:
             return None, 0
+        room = self._limited(room + 1) - 1
         which, depth = self._depth.choose([d.offer(ahead) for d in self._drafters], room)
         return self._drafters[which] if depth else None, depth
 
@@ -242,7 +246,6 @@ class Decoding:
                 transaction.commit(keep)
                 self._committed(tokens[:keep], hidden[:, :keep])
                 self._unfed = chosen[accepted : accepted + 1] if yielded > accepted else None
-        self._after_forward()
 
     def _expect(
         self,
@@ -302,11 +305,11 @@ class Decoding:
             final, hidden = self._forward(token)
             chosen, logprobs = self._chooser.choose(self._model.logits(final)[:, -1], after)
             mx.async_eval(chosen, logprobs)
-            self._after_forward()
         self._unfed = None
         return _Step(token, hidden, chosen, logprobs[0], undo)
 
     def _forward(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        self._before_forward()
         return forward(self._model, self._cache, tokens, self._drafters)
 
     def _committed(self, tokens: mx.array, hidden: mx.array) -> None:
@@ -335,7 +338,6 @@ class Decoding:
             return
         with Undo(self._cache):
             _, hidden = self._forward(self._unfed)
-            self._after_forward()
         token, self._unfed = self._unfed, None
         self._committed(token, hidden)
 

@@ -15,6 +15,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 from ..errors import ContextLengthError
 from ..model.cache import AttentionCache, Cache, GatedDeltaCache, MTPCache, settle, tokens_held
 from ..model.config import Config
+from ..model.quantized_kv import QuantizedAttentionCache
 from ..model.qwen3_next import Model
 from .sampling import check_integer
 
@@ -96,7 +97,11 @@ def check_cache(cache: Cache, model: Model) -> Cache:
             f"prompt_cache must be a list with an entry for each of the model's {len(layers)} "
             f"layers, as model.make_cache() makes it, got {got}"
         )
-    ours: dict[type, Any] = {ArraysCache: GatedDeltaCache, KVCache: AttentionCache}
+    ours: dict[type, Any] = {
+        ArraysCache: GatedDeltaCache,
+        KVCache: AttentionCache,
+        QuantizedKVCache: QuantizedAttentionCache,
+    }
     own = [ours[type(c)].from_state(c.state) if type(c) in ours else c for c in cache]
     settle(own)
     fits = [_fits_linear if layer.is_linear else _fits_attention for layer in layers]

@@ -186,6 +186,17 @@ def slots(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def grown(old: mx.array | None, new: mx.array, held: int, tokens: int) -> mx.array:
+    """Returns an array like ``new`` ``[B, nkv, n, d]`` with room for so many tokens.
+
+    Args:
+        old: begins with the ``held`` tokens that it takes over; None for none.
+    """
+    shape = (*new.shape[:2], slots(tokens) - (0 if old is None else held), new.shape[3])
+    room = mx.zeros(shape, new.dtype)
+    return room if old is None else mx.concatenate([old[..., :held, :], room], axis=2)
+
+
 class _Growing:
     """Makes room in keys and values ``[B, nkv, S, hd]`` before mlx-lm's entries would.
 
@@ -204,14 +215,11 @@ class _Growing:
             old = getattr(self, name)
             if old is not None and need <= old.shape[2]:
                 continue
-            room = slots(max(need, self.reserved))
-            if old is None:
-                setattr(self, name, mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype))
-                continue
-            more = mx.zeros((*new.shape[:2], room - held, new.shape[3]), new.dtype)
-            setattr(self, name, mx.concatenate([old[..., :held, :], more], axis=2))
-            del old, more  # so that evaluating frees them
-            mx.eval(getattr(self, name))
+            room = max(need, self.reserved)
+            setattr(self, name, grown(old, new, held, room))
+            if old is not None:
+                del old  # so that evaluating frees it
+                mx.eval(getattr(self, name))
 
 
 class AttentionCache(_Growing, KVCache):
@@ -392,7 +400,7 @@ class Undo:
 def reserve(cache: Cache, tokens: int) -> None:
     """Makes the next growth of keys and values large enough for so many tokens in all."""
     for c in cache:
-        if isinstance(c, _Growing):
+        if hasattr(c, "reserved"):
             c.reserved = max(c.reserved, tokens)
 
 

@@ -12,25 +12,35 @@ import mlx.core as mx
 
 from .cache import slots
 from .config import Config
+from .quantized_kv import NOT_QUANTIZED, KVQuantization
 
 GB = 1e9
 # The part of a Mac's memory that macOS lets the GPU keep resident by default.
 GPU_SHARE = 0.75
 
 
-def cache_bytes(config: Config, context: int, *, mtp: bool, itemsize: int) -> int:
+def cache_bytes(
+    config: Config,
+    context: int,
+    *,
+    mtp: bool,
+    itemsize: int,
+    quantization: KVQuantization = NOT_QUANTIZED,
+) -> int:
     """Returns the bytes of one sequence's cache at ``context`` tokens.
 
     Args:
         mtp: whether the MTP head's own keys and values count too.
         itemsize: bytes per element of the model's dtype; states are float32.
+        quantization: of keys and values, but not of the MTP head's.
     """
     linear = config.layer_types.count("linear_attention")
-    attention = len(config.layer_types) - linear + mtp
+    attention = len(config.layer_types) - linear
     state = config.linear_value_dim * config.linear_key_head_dim * 4
     rows = (config.linear_conv_kernel_dim - 1) * config.linear_conv_dim * itemsize
-    kv = 2 * config.num_key_value_heads * config.head_dim * itemsize
-    return linear * (state + rows) + attention * slots(context) * kv
+    kv = 2 * config.num_key_value_heads * config.head_dim * slots(context)
+    of_trunk = int(kv * quantization.itemsize(itemsize, context))
+    return linear * (state + rows) + attention * of_trunk + mtp * kv * itemsize
 
 
 def check(weights: int, cache: int, context: int) -> None:

@@ -41,6 +41,7 @@ from . import layouts
 from .cache import AttentionCache, BatchAttentionCache, Cache, GatedDeltaCache
 from .config import MODEL_TYPE, Config
 from .gated_delta_net import GatedDeltaNet
+from .quantized_kv import AttentionRows
 
 
 class RMSNorm(nn.Module):
@@ -112,6 +113,10 @@ class GatedAttention(nn.Module):
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array, mask: Any, cache: Any) -> mx.array:
         """Returns attention's output ``[B, nh, L, hd]``; the cache takes the keys and values."""
+        if isinstance(cache, AttentionRows):
+            rows = enumerate(cache.ready())
+            one = [(q[i : i + 1], k[i : i + 1], v[i : i + 1], row) for i, row in rows]
+            return mx.concatenate([self.attend(q, k, v, mask, row) for q, k, v, row in one])
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         return attention(q, k, v, scale=self.hd**-0.5, mask=mask, cache=cache)

@@ -28,18 +28,20 @@ class Reading:
         itemsize: bytes per element of its dtype.
         room: bytes that a chunk may take beside weights and cache.
         in_pieces: whether attention takes a piece of the chunk at a time, as on a CPU.
+        quantized: whether keys and values are, so that a layer's have to be dequantized.
     """
 
     config: Config
     itemsize: int
     room: float
     in_pieces: bool
+    quantized: bool = False
 
     @classmethod
-    def here(cls, config: Config, itemsize: int) -> Reading:
+    def here(cls, config: Config, itemsize: int, quantized: bool = False) -> Reading:
         """Gives a chunk a quarter of what the model leaves now, within 0.27 and 4.3 GB."""
         room = max(LEAST_ROOM, min(MOST_ROOM, capacity.spare() // 4))
-        return cls(config, itemsize, room, mx.default_device() == mx.cpu)
+        return cls(config, itemsize, room, mx.default_device() == mx.cpu, quantized)
 
     def multiply_adds(self, tokens: int, held: int) -> int:
         """Counts the multiplications with an addition in a chunk after ``held`` tokens."""
@@ -76,7 +78,7 @@ class Reading:
             "full_attention": 4 * tokens * (heads + groups)
             + c.num_attention_heads * scores
             + scores // self.itemsize
-            + groups * (held + tokens),
+            + (3 if self.quantized else 1) * groups * (held + tokens),
         }
         rows = c.num_experts_per_tok + (c.shared_expert_intermediate_size > 0)
         experts = rows * (3 * c.hidden_size + 4 * c.moe_intermediate_size)

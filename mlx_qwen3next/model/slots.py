@@ -230,6 +230,8 @@ class LayerSlots(Slots):
 
     Attributes:
         hits, misses: how many wanted experts were there, and were not.
+        is_rehearsal: whether results are for nobody: each expert is then that of some slot, so that
+            nothing is waited for.
     """
 
     def __init__(
@@ -250,11 +252,27 @@ class LayerSlots(Slots):
         self._passing = passing[self.form]
         self._last = np.zeros(size)  # when the expert of each slot was wanted last
         self._clock = self.hits = self.misses = 0
+        self.is_rehearsal = False
 
     def __repr__(self) -> str:  # they are no part of the traces, which look at attributes
         return "LayerSlots"
 
+    def fill(self) -> None:
+        """Reads the first experts, as many as there are slots."""
+        self._hold(np.arange(self.size))
+
+    def read_by(self, result: mx.array) -> None:
+        if not self.is_rehearsal:
+            super().read_by(result)
+
+    def _some(self, experts: mx.array) -> mx.array:
+        """Returns a slot for each expert, whichever; the shared expert's own."""
+        return mx.where(experts < len(self.table) - 1, experts % self.size, self.size)
+
     def place(self, routing: mx.array) -> mx.array | None:
+        if self.is_rehearsal:
+            chosen, others = mx.split(routing, [routing.size // 4])
+            return mx.concatenate([self._some(chosen).astype(routing.dtype), others])
         self.settle(routing)
         words = np.array(routing)
         pairs = len(words) // 4
@@ -270,6 +288,8 @@ class LayerSlots(Slots):
     def products(
         self, rows: mx.array, gate_up: Stored, down: Stored, indices: mx.array, is_sorted: bool
     ) -> mx.array:
+        if self.is_rehearsal:
+            return products(rows, gate_up, down, self._some(indices), is_sorted)
         self.settle(indices)
         experts = np.array(indices)
         wanted, counts = np.unique(experts[experts < len(self.table) - 1], return_counts=True)
@@ -383,9 +403,6 @@ class LayerSlots(Slots):
 
         def start(i: int) -> None:
             slots, experts, numbers = groups[i]
-            if slots is not self:
-                slots.settle()
-                slots.vacate()
             slots.start(self.stored, experts, numbers)
 
         if groups:

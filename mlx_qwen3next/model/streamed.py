@@ -8,13 +8,14 @@ experts in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 
 from ..compute import operations
-from ..compute.experts import sparse_experts
+from ..compute.experts import Forms, sparse_experts
 from ..compute.gated_delta import LayerState
 from ..metal_kernels import Experts
 from ..storage.reading import Reader
@@ -42,7 +43,7 @@ class StreamedSparseMoE(PackedSparseMoE):
         options = {"shared": shared, **self.router_options}
         if all(isinstance(w, Experts) for w in (slots.gate_up, slots.down, *(shared or ()))):
             return operations.sparse_experts_in_slots(*arrays, slots=slots, **options)
-        return sparse_experts(*arrays, products=slots.products, **options)
+        return sparse_experts(*arrays, forms=Forms(products=slots.products), **options)
 
 
 class StreamedDecoderLayer(PackedDecoderLayer):
@@ -140,13 +141,27 @@ class StreamedExperts:
         self.plan: Any = None
         self._told: dict[str, float] = {}
 
-    def shortened(self, model: Model) -> Model:
-        """Returns the model without the layers that are of the same kind as others."""
+    @contextmanager
+    def rehearsal(self, model: Model) -> Iterator[Model]:
+        """While active, layers wait for nothing and compute with whichever experts there are.
+
+        Yields:
+            The model without the layers that are of the same kind as others.
+        """
         kinds = {structure_of(layer).kind: layer for layer in reversed(model.layers)}
         short = recast(model, type(model))
         short.model = recast(model.model, type(model.model))
         short.model.layers = [*reversed(kinds.values())]
-        return short
+        all_slots = [of.mlp.slots for of in kinds.values() if isinstance(of, StreamedDecoderLayer)]
+        for slots in all_slots:
+            slots.fill()
+        try:
+            for slots in all_slots:
+                slots.is_rehearsal = True
+            yield short
+        finally:
+            for slots in all_slots:
+                slots.is_rehearsal = False
 
     def news(self) -> dict[str, float]:
         """Returns what has happened since the last call; see :meth:`counts`."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import QuantizedKVCache
 
 from ..model.cache import AttentionCache, Cache, GatedDeltaCache, MTPCache, length, settle
+from ..model.quantized_kv import QuantizedAttentionCache
 from ..storage import safetensors
 from ..storage.safetensors import Tensor
 
@@ -205,7 +205,7 @@ def assemble(path: list[Piece]) -> Cache:
             entry = AttentionCache.from_state((kv[f"{i}.0"], kv[f"{i}.1"], n))
         else:
             keys, values = ([kv[f"{i}.{j}"] for j in range(k, k + 3)] for k in (0, 3))
-            entry = QuantizedKVCache.from_state((keys, values, n, *quantization))
+            entry = QuantizedAttentionCache.from_state((keys, values, n, *quantization))
         cache.append(entry)
     if "hidden" in states and all(piece.head for piece in path):
         head = _join([piece.head for piece in path])

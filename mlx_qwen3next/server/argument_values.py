@@ -82,7 +82,7 @@ class Parameters:
         if isinstance(named, str):
             named = [named]
         if isinstance(named, Sequence):
-            said.append(frozenset(kind for kind in named if kind in _TYPES))
+            said.append(frozenset(k for k in named if isinstance(k, str) and k in _TYPES))
         for key in ("enum", "const"):
             values = schema.get(key, NOTHING)
             if values is not NOTHING:

@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..decoding.drafters import Drafter, Outputs
 from ..decoding.speculative import handing_over
 from ..model.cache import Cache, settle
+from ..model.quantized_kv import out_of_rows
 from ..model.qwen3_next import Model
 
 
@@ -99,7 +100,7 @@ class InformingModel:
 
 def without_drafters(cache: Cache) -> Cache:
     """One sequence's cache for others: settled, the head's own entry last if it is kept."""
-    *trunk, drafts = cache
+    *trunk, drafts = out_of_rows(cache)
     settle(trunk)
     (row,) = drafts.rows
     for drafter in row.drafters:

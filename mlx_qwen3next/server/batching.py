@@ -23,9 +23,9 @@ from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
 from ..decoding.draft_depth import Depth
 from ..decoding.pace import PromptPace
-from ..decoding.sequence import NOT_QUANTIZED, KVQuantization
 from ..decoding.speculation import Speculation
 from ..model.cache import Cache, tokens_held
+from ..model.quantized_kv import NOT_QUANTIZED, KVQuantization, in_rows, out_of_rows
 from ..model.qwen3_next import Model
 from .batched_drafters import DrafterRow, Drafters, InformingModel, without_drafters
 from .lone_sequence import Entry, Generated, LoneSequence, Responses
@@ -38,8 +38,8 @@ class SpeculativeBatchGenerator(BatchGenerator):
 
     Args:
         depth: chooses who drafts and how many tokens.
-        quantization: of keys and values; with it there can be only one sequence at a time, since
-            mlx-lm's quantized caches have no batched form.
+        quantization: of keys and values; with it the sequences of a batch attend one after the
+            other, since mlx-lm's quantized caches have no batched form.
         pace: sizes the chunks of prompts; by default they have the full ``prefill_step_size``.
         options: those of mlx-lm's BatchGenerator.
     """
@@ -59,8 +59,8 @@ class SpeculativeBatchGenerator(BatchGenerator):
         self._are_tokens_waiting = False
         self._chunk: int | None = None  # tokens of each prompt that this step reads, once chosen
         self._held = 0  # tokens before the chunk, of the longest prompt
-        super().__init__(informing, **options)
         self._lm, self.depth, self._quantization = model, depth, quantization
+        super().__init__(informing, **options)
 
     def close(self) -> None:
         """Closes as mlx-lm's does. This thread gives up the live sequence, not the collector's."""
@@ -126,7 +126,9 @@ class SpeculativeBatchGenerator(BatchGenerator):
             self._held = max(map(len, self._prompt_batch.tokens), default=0)
             prompts = max(len(left), 1)
             self._chunk = self._pace.size(self._step_size, self._held, prompts, streams=streams)
-            self._chunk = min([self._chunk, *left])
+            helds = map(len, self._prompt_batch.tokens)
+            limits = [self._quantization.limited(self._chunk, held) for held in helds]
+            self._chunk = min([self._chunk, *left, *limits])
         return self._chunk
 
     @prefill_step_size.setter
@@ -185,7 +187,8 @@ class SpeculativeBatchGenerator(BatchGenerator):
             head = []  # it is not used, and would fall behind
         used = [] if self.depth.idle("mtp") else head
         drafters = speculation.drafters(self.depth, used, tokens_held(cache[:layers]))
-        return [*cache[:layers], Drafters([DrafterRow(drafters, head)])]
+        trunk = in_rows(cache[:layers], self._quantization)
+        return [*trunk, Drafters([DrafterRow(drafters, head)])]
 
     # --- between the batch and the lone sequence -------------------------------------------------
     def _take(self) -> LoneSequence | None:
@@ -206,7 +209,7 @@ class SpeculativeBatchGenerator(BatchGenerator):
         return LoneSequence(
             self._lm,
             entry,
-            cache,
+            out_of_rows(cache),
             tokens,
             segments,
             depth=self.depth,
@@ -222,19 +225,20 @@ class SpeculativeBatchGenerator(BatchGenerator):
         assert self._alone is not None
         alone, self._alone = self._alone, None
         reported, entry = alone.leave(), alone.entry
+        cache = in_rows(alone.cache, self._quantization)
         if alone.finished:
             return reported
         if not alone.is_decoding:
             options = entry.sampler, entry.processors, entry.stop
             self._unprocessed_sequences.appendleft(
-                (entry.uid, alone.segments, entry.max_tokens, alone.cache, alone.tokens, *options)
+                (entry.uid, alone.segments, entry.max_tokens, cache, alone.tokens, *options)
             )
             return reported
         batch = GenerationBatch(
             self.model,
             [entry.uid],
             mx.array([alone.last], mx.uint32),
-            [c.merge([c]) for c in alone.cache],
+            [c.merge([c]) for c in cache],
             [alone.tokens],
             [entry.sampler],
             self.sampler,

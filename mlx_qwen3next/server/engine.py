@@ -30,12 +30,12 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..decoding.draft_depth import Depth
-from ..decoding.pace import FIXED, PromptPace
+from ..decoding.pace import PromptPace
 from ..decoding.sampling import SeededSampler
-from ..decoding.sequence import KVQuantization
 from ..decoding.speculation import MTP, Speculation
 from ..errors import QueueFullError, first_line
 from ..model.cache import Cache
+from ..model.quantized_kv import KVQuantization
 from ..model.qwen3_next import Model
 from ..model.reading import MOST
 from ..prompt_cache.store import PromptCache
@@ -197,9 +197,10 @@ class Engine:
             self._failed(error)
             return False
         self._stream = mx.default_stream(mx.default_device())
-        self._memory = Memory(self._model, self._checkpoints)
-        quantized = self.args.kv_bits is not None  # then the tokens depend on the chunks
-        self._pace = PromptPace() if quantized else PromptPace.of(self._model, self.args.max_stall)
+        args, quantized = self.args, self.args.kv_bits is not None
+        self._kv = KVQuantization(args.kv_bits, args.kv_group_size, args.quantized_kv_start)
+        self._memory = Memory(self._model, self._checkpoints, self._kv)
+        self._pace = PromptPace.of(self._model, args.max_stall, quantized=quantized)
         self._make_batch(depth)
         self._loaded.set()
         return True
@@ -225,14 +226,14 @@ class Engine:
         self._batch = SpeculativeBatchGenerator(
             self._model,
             depth,
-            KVQuantization(args.kv_bits, args.kv_group_size, args.quantized_kv_start),
+            self._kv,
             self._pace,
             completion_batch_size=args.decode_concurrency,
             prefill_batch_size=args.prompt_concurrency,
-            prefill_step_size=args.prefill_step_size or (MOST if args.kv_bits is None else FIXED),
+            prefill_step_size=args.prefill_step_size or MOST,
             stream=self._stream,
         )
-        self._max_running = 1 if args.kv_bits is not None else args.decode_concurrency
+        self._max_running = args.decode_concurrency
 
     # --- requests that come and go -------------------------------------------------------------
     def _update_requests(self) -> bool:

@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=DECODE_CONCURRENCY,
         metavar="N",
-        help="Requests that are answered together; with --kv-bits always 1 (default: %(default)s, "
+        help="Requests that are answered together (default: %(default)s, "
         "but 1 where experts are read from disk: several requests want more of them).",
     )
     fairness.add_argument(

@@ -160,7 +160,8 @@ class Grammars:
                 message = f"{name} must be at most {MOST_BYTES} bytes as JSON, got {size}"
                 raise FieldError(message, param)
             if (pointer := circle(schema)) is not None:
-                raise FieldError(f"{name}: {pointer} is defined by itself", param)
+                message = f"{name}: {pointer} needs itself, so that nothing can fit it"
+                raise FieldError(message, param)
         try:
             self._compile(grammar.text)
         except ValueError:

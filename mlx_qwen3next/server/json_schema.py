@@ -80,27 +80,48 @@ def _moved(value: Any) -> Any:
 
 
 def circle(root: Any) -> str | None:
-    """The pointer of a part that is the same as itself by definition; None if there is none.
+    """The pointer of a part that nothing can fit, because it needs itself; None if there is none.
 
-    References that lead around through a property or an item are no such circle.
+    References that lead around through what may be left out are no such circle.
     """
     waiting: list[tuple[str, Any]] = [("#", root)]
+    done: set[str] = set()
     while waiting:
         pointer, schema = waiting.pop()
-        if _returns(root, schema, []):
+        if _needs_itself(root, schema, (), done):
             return pointer
         waiting += [(pointer + end, each) for end, each in subschemas(schema)]
     return None
 
 
-def _returns(root: Any, schema: Any, passed: list[str]) -> bool:
-    """Whether references that have to hold at the same place lead around."""
+def _needs_itself(root: Any, schema: Any, passed: tuple[str, ...], done: set[str]) -> bool:
+    """Whether references to what has to be there lead around.
+
+    Args:
+        passed: the references on the way.
+        done: those that lead nowhere around.
+    """
     if not isinstance(schema, Mapping):
         return False
-    parts = schema.get("allOf")
-    if any(_returns(root, each, passed) for each in (parts if isinstance(parts, list) else ())):
+    if any(_needs_itself(root, each, passed, done) for each in _needed(schema)):
         return True
     reference = schema.get("$ref")
-    if not isinstance(reference, str):
+    if not isinstance(reference, str) or reference in done:
         return False
-    return reference in passed or _returns(root, find(root, reference), [*passed, reference])
+    if reference in passed:
+        return True
+    if _needs_itself(root, find(root, reference), (*passed, reference), done):
+        return True
+    done.add(reference)
+    return False
+
+
+def _needed(schema: Mapping[str, Any]) -> list[Any]:
+    """The parts of a schema without which nothing fits it."""
+    parts = schema.get("allOf")
+    needed = [*parts] if isinstance(parts, list) else []
+    properties, required = schema.get("properties"), schema.get("required")
+    if schema.get("type") == "object" and isinstance(properties, Mapping):
+        names = required if isinstance(required, list) else []
+        needed += [properties[name] for name in properties if name in names]
+    return needed

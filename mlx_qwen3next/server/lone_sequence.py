@@ -14,9 +14,10 @@ from mlx_lm.sample_utils import LogitsProcessor, Sampler
 from ..decoding.draft_depth import Depth
 from ..decoding.pace import PromptPace
 from ..decoding.sampling import Chooser, SeededSampler
-from ..decoding.sequence import KVQuantization, TokenSequence
+from ..decoding.sequence import TokenSequence
 from ..decoding.speculative import Token
 from ..model.cache import Cache
+from ..model.quantized_kv import KVQuantization
 from ..model.qwen3_next import Model
 from .batched_drafters import without_drafters
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..checkpoint.loading import default_dtype
 from ..model import capacity
+from ..model.quantized_kv import NOT_QUANTIZED, KVQuantization
 from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
 from .request import Request
@@ -17,13 +18,20 @@ class Memory:
     Args:
         model: the one that answers, in all processes of its group alike.
         checkpoints: the prompt cache; its limit is the budget.
+        quantization: of the requests' keys and values.
 
     Attributes:
         budget: bytes of the prompt cache and the running requests together.
     """
 
-    def __init__(self, model: Model, checkpoints: PromptCache):
+    def __init__(
+        self,
+        model: Model,
+        checkpoints: PromptCache,
+        quantization: KVQuantization = NOT_QUANTIZED,
+    ):
         self._model, self._checkpoints = model, checkpoints
+        self._quantization = quantization
         self.budget = min(model.group.gather("budget", checkpoints.max_bytes))
 
     def fits(self, requests: Sequence[Request], ahead: int) -> bool:
@@ -35,7 +43,10 @@ class Memory:
             return True
         longest = max(len(r.tokens) + min(ahead, r.max_tokens - r.generated) for r in requests)
         config, mtp = self._model.args, self._model.mtp is not None
-        row = capacity.cache_bytes(config, longest, mtp=mtp, itemsize=default_dtype().size)
+        size, quantization = default_dtype().size, self._quantization
+        row = capacity.cache_bytes(
+            config, longest, mtp=mtp, itemsize=size, quantization=quantization
+        )
         return self._model.group.decide("fits", len(requests) * row <= self.budget)
 
     def make_room(self, running: int) -> None:

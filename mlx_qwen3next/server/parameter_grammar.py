@@ -56,7 +56,8 @@ class ParameterRules:
         if not isinstance(properties, Mapping) or not properties:
             closed = top.get("additionalProperties") is False
             return "" if closed else self._any()
-        required = top.get("required", ())
+        named = top.get("required")
+        required = named if isinstance(named, list) else []
         body = []
         for name in properties:
             if not _NAME.fullmatch(name):
@@ -101,11 +102,10 @@ class ParameterRules:
                 places = [f"{place}/{key}/{i}" for i in range(len(options))]
                 return [x for p in places for x in self._alternatives(p, read, depth - 1)]
         types = self._types(place)
-        if "enum" in schema or "const" in schema:
-            values = schema["enum"] if "enum" in schema else [schema["const"]]
-            return [literal(value + _END) for value in values if isinstance(value, str)] + (
-                [literal("null" + _END)] if None in values else []
-            )
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(values, list):
+            texts = ["null" if value is None else value for value in values]
+            return [literal(text + _END) for text in texts if isinstance(text, str)]
         found = [] if types and "string" not in types else [self._text(schema, read)]
         # Beside texts, numbers and truth values would be read as texts.
         if types & {"object", "array"}:
@@ -121,9 +121,9 @@ class ParameterRules:
         parts = [PLAIN]
         if read & {"object", "array"}:
             parts.append(r"~/\s*[\[{](?s:.*)/")
-        least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-        if least or most != "":
-            parts.append(f"/(?s:.{{{least},{most}}})/")
+        least, most = schema.get("minLength", 0), schema.get("maxLength")
+        if type(least) is int and (least or type(most) is int):
+            parts.append(f"/(?s:.{{{least},{most if type(most) is int else ''}}})/")
         if isinstance(pattern := schema.get("pattern"), str):
             parts.append(_pattern(pattern))
         return self._rules.add("TEXT", f"({' & '.join(parts)}) {literal(_END)}")

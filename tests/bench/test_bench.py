@@ -140,6 +140,16 @@ def test_the_share_of_the_limit(fake, bench):
     assert row(out, "  of the limit: here, float32") == [[f"{share:.1%}"]]
 
 
+def test_a_prompts_work_stands_beside_its_time(fake, bench):
+    _, out, _, figures = bench("--contexts", "10,20")
+    work, rates = (of["here, float32"] for of in (figures["prompt"], figures["medians"]["prefill"]))
+    (ms,), (moved,) = (row(out, name) for name in ("  ms ", "  MB moved, at least, without activ"))
+    (millions,) = row(out, "  million multiply-adds, without the output")
+    assert ms == [f"{1e3 / rates[n]:.2f}" for n in ("10", "20")]
+    assert moved[1:] == [f"{work[n]['bytes'] / int(n) / 1e6:.2f}" for n in work]
+    assert millions == [f"{work[n]['multiply_adds'] / int(n) / 1e6:.1f}" for n in work]
+
+
 def test_a_measurement_beyond_the_limit_is_left_out(fake, bench):
     """mlx-lm takes 10 s for 100 tokens, so 20 s are predicted for 200."""
     _, out, _, figures = bench("--contexts", "100,200", "--limit", 15, "--repeats", 1)

@@ -21,6 +21,7 @@ from mlx_qwen3next.bench.traffic import traffic
 from mlx_qwen3next.checkpoint.files import NORMS_FILE, find_files, read_headers
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.reading import Reading
 from mlx_qwen3next.storage.safetensors import Tensor
 
 
@@ -48,6 +49,19 @@ def test_bytes_a_token(case, itemsize):
     assert counted.kv == 2 * 2 * 32 * itemsize
     assert counted.plain(100) == counted.trunk + counted.output + states + 100 * counted.kv
     assert counted.round(100, 2) == counted.plain(100) + 2 * (counted.head + counted.output)
+
+
+def test_bytes_of_a_prompt():
+    """One token's are a step's; of many, every expert's weights are read, once."""
+    files = find_files(GOLDENS / "base")
+    config = Config.from_file(GOLDENS / "base" / "config.json")
+    counted = traffic(read_headers(files), config, 4)
+    assert counted.prompt(1) == counted.plain(1)
+    others = 4 * 5 * 3 * (64 * 32) * 4  # of four layers, five of eight experts
+    assert counted.prompt(200) == counted.plain(200) + others
+    two = counted.prompt(2) - counted.plain(2)  # on average three eighths of a token's others
+    assert abs(two - others * 3 / 8) <= 1
+    assert counted.multiply_adds(7) == Reading(config, 4, 0, False).multiply_adds(7, 0)
 
 
 def test_quantized_codes_count_as_stored():

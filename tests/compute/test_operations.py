@@ -127,6 +127,53 @@ def test_sparse_experts():
         assert kind(operations.sparse_experts, *arguments, **options) is None, name
 
 
+def chosen(logits=HALF, like=HALF, rows=32, E=8, top_k=2, columns=None):
+    arrays = mx.zeros((rows, columns or E), logits), mx.zeros((rows, 64), like)
+    return arrays, {"experts": E, "top_k": top_k, "normalise": True}
+
+
+def test_choose():
+    def said(**changes):
+        arguments, options = chosen(**changes)
+        return kind(operations.choose, *arguments, **options)
+
+    assert said() == "bfloat16 rows=17-32 E=8 top=2 normalised"
+    assert said(columns=9) == "bfloat16 rows=17-32 E=8 top=2 shared normalised"
+    for refused in ({"like": FULL}, {"E": 1025}, {"rows": 31}, {"E": 64, "top_k": 32}):
+        assert said(**refused) is None, refused
+    assert said(rows=22, columns=9) is not None  # the shared expert makes 66 pairs
+
+
+def combined(y=HALF, weights=HALF, residual=HALF, places=mx.uint32, rows=32, H=64):
+    shape = rows, 3
+    return (
+        *(mx.zeros((3 * rows, H), y), mx.zeros(shape, places), mx.zeros(shape, weights)),
+        mx.zeros((rows, H), residual),
+    )
+
+
+def test_combine():
+    assert kind(operations.combine, *combined()) == "bfloat16 rows=17-32 k=3 H=64"
+    for refused in ({"weights": FULL}, {"residual": FULL}, {"places": mx.int32}, {"H": 66}):
+        assert kind(operations.combine, *combined(**refused)) is None, refused
+
+
+@pytest.mark.parametrize("rows", [40, 3000])
+def test_a_proof_of_combine_takes_the_first_rows(rows):
+    """All experts of them, in mixed places, and no residual."""
+    y, places, weights, residual = combined(rows=rows, H=8)
+    places = mx.random.permutation(3 * rows).astype(mx.uint32).reshape(rows, 3)
+    residual = residual + 1
+    *_, of_residual = proved = operations.combine.proof(y, places, weights, residual)
+    most = min(rows, operations.PROVED_ROWS)
+    assert [len(a) for a in proved] == [3 * most, most, most, most]
+    flat = proved[1].flatten()
+    assert sorted(flat.tolist()) == [*range(3 * most)] != flat.tolist()
+    assert not of_residual.any()
+    whole = kind(operations.combine, y, places, weights, residual)
+    assert kind(operations.combine, *proved) == whole  # so a finding is that of what was run
+
+
 def test_kinds_of_rows():
     names = [
         operations.rows_class(rows).removeprefix("rows=")

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mlx_qwen3next import load_model
 from mlx_qwen3next.convert import convert
-from mlx_qwen3next.convert.calibration import Calibration
+from mlx_qwen3next.convert.calibration import Calibration, default_text
 from mlx_qwen3next.convert.fit import _allocate, memory_needed
 from mlx_qwen3next.convert.plan import plan_conversion
 from mlx_qwen3next.convert.progress import Progress
@@ -164,6 +164,13 @@ def test_a_searched_range_is_better_and_mlxs_format():
     for q in (Width(8, 64).quantization, {"group_size": 32, "bits": 4, "mode": "mxfp4"}):
         for a, b in zip(quantize(value, q, searched=True), mx.quantize(value, **q), strict=True):
             assert mx.array_equal(a, b)
+
+
+def test_the_text_that_is_there_has_prose_and_code():
+    pieces = [default_text()[at : at + 2_000] for at in range(0, 60_000, 2_002)]
+    assert len(pieces[-1]) == 2_000
+    assert all("\n    def " not in piece for piece in pieces[::2])
+    assert sum("def " in piece or "self." in piece for piece in pieces[1::2]) > 10
 
 
 # --- stops ---------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from helpers_generate import (
     same,
     tokens_of,
 )
-from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
+from mlx_lm.models.cache import ArraysCache, KVCache
 
 from mlx_qwen3next import generate_step, load_model, stream_generate
 from mlx_qwen3next.model.cache import GatedDeltaCache, tokens_held
+from mlx_qwen3next.model.quantized_kv import QuantizedAttentionCache
 from mlx_qwen3next.model.qwen3_next import Model
 
 CASES = ["base", "eps", "dense", "permutation"]
@@ -151,7 +152,7 @@ def test_kv_bits_quantize_the_attention_layers():
         assert step.token == expected[i]
         p, q = mx.exp(step.logprobs), mx.exp(reference.logprobs)
         errors.append(mx.linalg.norm(p - q).item() / mx.linalg.norm(q).item())
-    assert [type(cache[i]) for i in attention] == [QuantizedKVCache] * len(attention)
+    assert [type(cache[i]) for i in attention] == [QuantizedAttentionCache] * len(attention)
     assert {cache[i].bits for i in attention} == {8}
     assert errors[0] < NOISE < max(errors) < 0.05
     # A quantized cache continues as well.

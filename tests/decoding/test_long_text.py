@@ -16,6 +16,7 @@ from mlx_qwen3next.decoding import sequence as sequences
 from mlx_qwen3next.decoding.draft_depth import FixedDepth
 from mlx_qwen3next.decoding.pace import PromptPace
 from mlx_qwen3next.decoding.sequence import TokenSequence
+from mlx_qwen3next.model.cache import slots
 from mlx_qwen3next.model.reading import MOST, Reading
 
 LENGTH, MORE = 2000, 40
@@ -64,7 +65,8 @@ def test_attention_finds_every_needle(case):
 @pytest.mark.parametrize("size", [MOST, 37])
 def test_chunks_of_one_size(case, size):
     cache, sequence = begin(case, size=size)
-    ends = 0
+    ends = int(sequence.read())
+    assert cache[3].keys.shape[2] == slots(LENGTH + 1)  # at once
     while sequence.is_reading:
         ends += sequence.read()
     assert ends == 1 and len(sequence.tokens) == LENGTH

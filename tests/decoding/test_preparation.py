@@ -246,7 +246,7 @@ def test_the_place_where_mlx_keeps_what_it_has_built(tmp_path, monkeypatch):
         "from mlx_qwen3next.decoding import preparation\n"
         "function = mx.compile(lambda x: mx.exp(x) + x)\n"
         "preparation.rehearsal = lambda *_: [lambda: function(mx.ones(2))]\n"
-        "of = {'mtp': None, 'drafts': False, 'dflash': None}\n"
+        "of = {'mtp': None, 'drafts': False, 'dflash': None, 'streamed': None}\n"
         "model = SimpleNamespace(**of, group=SimpleNamespace(size=1))\n"
         "for _ in range(2):\n"
         "    preparation.prepare(model, say=print)\n"

@@ -38,6 +38,8 @@ def test_a_flag_is_declared_as_by_mlx_lm(dest):
         assert getattr(ours, name) == getattr(stock, name), name
     if dest == "prompt":  # None here: the demo model has a default of its own
         assert (ours.default, DEFAULT_PROMPT) == (None, stock.default)
+    elif dest == "prefill_step_size":  # None here: chosen by time and memory
+        assert ours.default is None
     elif dest in ("temp", "top_p", "top_k", "min_p"):  # None: the checkpoint may recommend one
         assert (ours.default, getattr(Sampling, dest)) == (None, stock.default)
     else:

@@ -106,13 +106,13 @@ def gated_delta_rule(q, k, v, g, beta, state=None):
     q, k = (np.repeat(x, heads // x.shape[-2], axis=-2) for x in (q, k))
     if state is None:
         state = np.zeros((*v.shape[:-3], heads, dim, k.shape[-1]))
-    o = np.empty(v.shape)
+    o, gamma = np.empty(v.shape), np.exp(g)[..., None, None]
     for t in range(v.shape[-3]):
-        state = state * np.exp(g[..., t, :])[..., None, None]
-        recalled = np.einsum("...vk,...k->...v", state, k[..., t, :, :])
+        state = state * gamma[..., t, :, :, :]
+        recalled = (state @ k[..., t, :, :, None])[..., 0]
         delta = beta[..., t, :, None] * (v[..., t, :, :] - recalled)
         state = state + delta[..., :, None] * k[..., t, :, None, :]
-        o[..., t, :, :] = np.einsum("...vk,...k->...v", state, q[..., t, :, :])
+        o[..., t, :, :] = (state @ q[..., t, :, :, None])[..., 0]
     return o, state
 
 

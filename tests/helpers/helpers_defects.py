@@ -112,6 +112,14 @@ def routed(dtype):
     )
 
 
+def chosen(dtype):
+    logits = np.random.default_rng(9).normal(0, 1, (3, EXPERTS + 1))
+    metal_kernels.choose(
+        mx.array(logits).astype(mx.bfloat16).astype(dtype),
+        **{"experts": EXPERTS, "top_k": TOP, "normalise": True},
+    )
+
+
 def stack(normal, outputs, bits, experts=EXPERTS + 1):
     weight = normal(experts, outputs, 256, scale=1 / 16)
     if bits == 16:
@@ -155,3 +163,9 @@ def down_apart(dtype):
     x, residual = normal(3 * (TOP + 1), 256), normal(1, 3, 24)
     weights, shared = stack(normal, 24, 2, EXPERTS), stack(normal, 24, 5, 1)
     metal_kernels.expert_down(x, weights, routed(dtype), residual, shared)
+
+
+def combined(dtype):
+    normal = numbers_from(7, dtype)
+    places = mx.array(np.random.default_rng(8).permutation(15).reshape(3, 5), mx.uint32)
+    metal_kernels.combine(normal(15, 24), places, normal(3, 5), normal(3, 24))

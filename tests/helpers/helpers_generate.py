@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import forked
+import long_text
 import mlx.core as mx
 
 from mlx_qwen3next import generate_step, load, load_model, stream_generate
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model import mtp_head
 from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.packing import pack
 from mlx_qwen3next.model.qwen3_next import Model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -56,6 +58,16 @@ def narrow():
     mtp_head.attach(model)
     mx.eval(model.parameters())
     return model.eval(), bundled()[1]
+
+
+@functools.cache
+def interleaved():
+    """A packed model of random weights with an MTP head, and with attention in the middle as well:
+    what any token meets reaches the end."""
+    mx.random.seed(1)
+    model = Model(Config.from_dict(long_text.CONFIG | {"full_attention_interval": 2}))
+    mtp_head.attach(model)
+    return pack(model.eval())
 
 
 def tokens_of(steps):

@@ -7,6 +7,7 @@ import numpy as np
 from mlx_lm.models.cache import QuantizedKVCache
 
 from mlx_qwen3next.model.cache import AttentionCache, GatedDeltaCache, MTPCache
+from mlx_qwen3next.model.quantized_kv import KVQuantization
 from mlx_qwen3next.prompt_cache.pieces import size
 from mlx_qwen3next.prompt_cache.tree import tree
 
@@ -45,7 +46,7 @@ def fake(tokens, head=False, quantized=False):
         cache.append(entry)
     cache.insert(1, kv_entry(rows(tokens, 3)))
     if quantized:
-        cache[1] = cache[1].to_quantized(group_size=WIDTH, bits=8)
+        KVQuantization(8, WIDTH, 0).apply(cache)
     if head:
         entry, of = MTPCache(), rows(tokens, 4)
         if len(tokens) > 1:

@@ -27,7 +27,7 @@ CONFIG = {
 NEEDLES = {58: 0.01, 59: 0.5, 60: 0.99}  # tokens that occur once, and where
 ASKS = 3  # the token that asks for needle n is n + 3
 IDENTITY = 8  # dimensions that tell what a token is, and as many that tell what it asks for
-SHARP = 1.6  # weight of attention's q and k norms, less 1
+SHARP = 1.0  # weight of attention's q and k norms, less 1
 
 
 def write(directory):
@@ -65,7 +65,7 @@ def write(directory):
             mixer = f"{layer}.self_attn"
             put(f"{mixer}.q_proj.weight", 2 * c["num_attention_heads"] * hd, H)
             put(f"{mixer}.v_proj.weight", hd, H)
-            put(f"{mixer}.o_proj.weight", H, c["num_attention_heads"] * hd)
+            put(f"{mixer}.o_proj.weight", H, c["num_attention_heads"] * hd, scale=0.03)
             # The first head finds the tokens that are what a token asks for.
             put("alike", hd, m)
             alike, others = weights.pop("alike"), np.zeros((hd, H - 2 * m))

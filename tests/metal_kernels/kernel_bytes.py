@@ -84,6 +84,19 @@ def experts(rows, bits=4, shared_bits=None):
     return traffic(lambda: operations._experts_kernel(x, logits, gate_up, down, x, **options))
 
 
+def of_prompts(rows):
+    """The kernels before and after the experts' products of many rows."""
+    logits, options = random(rows, EXPERTS + 1), {"experts": EXPERTS, "top_k": TOP}
+    places = mx.random.permutation(rows * (TOP + 1)).astype(mx.uint32).reshape(rows, -1)
+    y, x = random(places.size, H), random(rows, H)
+
+    def call():
+        _, weights = metal_kernels.choose(logits, normalise=True, **options)
+        metal_kernels.combine(y, places, weights, x)
+
+    return traffic(call)
+
+
 def chosen(rows):
     """How many distinct experts :func:`experts` reads, the shared one included."""
     logits = random(rows, EXPERTS + 1)[:, :EXPERTS]
@@ -142,6 +155,9 @@ def main():
             for name, counted in buffers.items():
                 if least(counted) >= 4096:
                     print(row(kernel, rows, name, counted))
+    for kernel, buffers in of_prompts(32).items():
+        for name, counted in buffers.items():
+            print(row(kernel, 32, name, counted))
     for bits in (2, 3, 5, 6, 8):
         for kernel, buffers in experts(1, bits, shared_bits=8 if bits < 8 else None).items():
             for name, counted in buffers.items():

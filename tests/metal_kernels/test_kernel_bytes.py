@@ -58,3 +58,14 @@ def test_activations_are_moved_once(rows):
     for kernel, buffers in (kernel_bytes.norms(rows) | kernel_bytes.attention(rows)).items():
         for name in buffers.keys() & {"x", "y", "o", "sum", "normed", "q", "k", "v"}:
             assert kernel_bytes.ratio(buffers[name]) == 1, (kernel, name)
+
+
+def test_the_results_of_a_rows_experts_are_read_once():
+    """In whatever order they lie; the places and weights are little beside them."""
+    rows = 8
+    buffers = kernel_bytes.of_prompts(rows)["combine"]
+    for name, values in {"x": rows * (TOP + 1) * H, "residual": rows * H, "y": rows * H}.items():
+        assert kernel_bytes.least(buffers[name]) == values * 2
+        assert kernel_bytes.ratio(buffers[name]) == 1
+    small = sum(buffers[name].lines_read for name in ("places", "weights"))
+    assert small < 0.02 * buffers["x"].lines_read

@@ -295,11 +295,21 @@ values[v] > best => values[v] >= best
 tie of lanes to the highest index | routed | numbers | routing is wrong
 simd_min(best == top ? index : static_cast<uint>(E - 1)) => simd_max(best == top ? index : 0u)
 shared expert's weight without sigmoid | routed | numbers | routing is wrong
-sigmoid(load(from, E)) => load(from, E)
+S + Top] = sigmoid(load(from, E)) => S + Top] = load(from, E)
 sum of a diverged simdgroup | routed | run | divergent synchronisation: .* simd operation
 if (Normalise) { => if (lane < 3) {
 expert listed for every pair | gate_up | reads | weights read
 sorted[i] / R != sorted[i - 1] / R) { => true) { distinct = i + 1; all = N;
+shared expert not chosen | chosen | run | output 'experts' was not fully written: first byte 12
+if (lane < S) { => if (lane < Top) {
+shared expert's weight of a row's neighbour | chosen | numbers | weights is wrong
+weight = sigmoid(load(from, E)) => weight = sigmoid(load(logits, E))
+rows side by side that overlap | chosen | run | race: write of byte 12 of experts
+experts[row * S + lane] = expert => experts[row * Top + lane] = expert
+weights rounded on the way | chosen | rounded | weights was rounded
+static_cast<T>(weight); => static_cast<T>(static_cast<T>(2 * weight / 3) * 1.5f);
+same row for all simdgroups | chosen | run | race: write of byte 0 of experts
+thread_position_in_grid.x / 32); => threadgroup_position_in_grid.x);
 
 == experts
 misaligned words | gate_up | run | misaligned
@@ -337,6 +347,26 @@ rows that are not there | down | run | out of bounds read of 4 bytes at byte 288
 lane < R => lane <= R
 same outputs from every simdgroup | down | run | race: write of byte 0 of y
 (block * SG + simdgroup) * kOutputs => block * SG * kOutputs
+a row's last pair not added | combined | numbers | y is wrong
+k = 0; k < K; k++ => k = 0; k + 1 < K; k++
+weight of another pair | combined | numbers | y is wrong
+load(weights, row * K + k) => load(weights, row * K)
+results in the order of the rows | combined | numbers | y is wrong
+(places[row * K + k]) => (row * K + k)
+wrong stride of the places | combined | run | out of bounds read of 4 bytes at byte 60 of 'places'
+places[row * K + k] => places[(row + 1) * K + k]
+columns twice | combined | run | race: write of byte 4 of y
+thread_position_in_grid.x * kColumns => thread_position_in_grid.x
+columns not made | combined | run | output 'y' was not fully written: first byte 12
+c < kColumns; c++) {\n    y => c + 1 < kColumns; c++) {\n    y
+pairs' sum in T | combined | rounded | y was rounded
+sums[c] += weight => sums[c] = static_cast<T>(sums[c]) + weight
+pairs' products in T | combined | rounded | y was rounded
+sums[c] += weight * load(from, c) => sums[c] += static_cast<T>(weight) * from[c]
+pairs' sums from no first value | combined | pattern | y is wrong
+sums[kColumns] = {}; => sums[kColumns];
+residual of another row | combined | numbers | y is wrong
+load(residual + start, c) => load(residual + first, c)
 """
 UNORDERED = "race: .* of threadgroup memory|uninitialised threadgroup memory"
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.metal
 PROMPT = "import os\nimport sys\n\ndef main(argv):\n"
 LINEAR, ATTENTION = 3, 1  # layers of the demo model
 ROUTED = LINEAR + ATTENTION
+OF_PROMPTS = {"choose", "combine"}  # launched where rows are many
 
 
 MIX = {"switch_mlp.down": (32, 5), "switch_mlp": (64, 3), "": (64, 8)}  # the first that fits
@@ -59,7 +60,7 @@ def test_speculation_gives_the_same_tokens(bits):
         assert tokens(demo(bits), 3) == expected
     used = {of.name for of in KERNELS}
     # Rounds follow each other: no plain step, and no replay but in the next round's launch.
-    assert launches.keys() == used - {"gated_delta_replay"}
+    assert launches.keys() == used - {"gated_delta_replay"} - OF_PROMPTS
     assert len({from_draft for _, from_draft in expected}) == 2
 
 
@@ -125,6 +126,7 @@ def test_a_prompt(length):
     with executed() as launches:
         assert relative_error(model(text, cache), expected) < 1e-5
     assert (launches["gated_delta_step"], launches["router"]) == (LINEAR, 0)
+    assert launches["choose"] == launches["combine"] == ROUTED
     for ours, other in zip(cache[:LINEAR], theirs[:LINEAR], strict=True):
         assert relative_error(ours.cache[1], other.cache[1]) < 1e-5
 
@@ -180,7 +182,7 @@ def test_the_check_finds_nothing():
             mx.eval(model(mx.array([[7, 8]]), cache))
             last.commit(1)
         mx.eval([c.state for c in cache])
-    assert launches.keys() == {of.name for of in KERNELS}
+    assert launches.keys() == {of.name for of in KERNELS} - OF_PROMPTS
 
 
 def test_a_model_whose_weights_are_turned_around(monkeypatch):
@@ -190,7 +192,7 @@ def test_a_model_whose_weights_are_turned_around(monkeypatch):
     expected = tokens(model, 3)
     with executed() as launches:
         assert tokens(model, 3) == expected
-    experts = {"router", "expert_gate_up", "expert_down"}
+    experts = {"router", "expert_gate_up", "expert_down"} | OF_PROMPTS
     assert launches.keys() == {of.name for of in KERNELS} - experts - {"gated_delta_replay"}
 
 
@@ -221,12 +223,13 @@ def test_every_proof_succeeds(dtype, monkeypatch, caplog):
     monkeypatch.setattr(proof, "_time", lambda form, *_: 2.0 - (form.__name__ == "kernel"))
     with executed() as launches:
         proof.set_kernels("auto")
-        steps = list(generate_step(prompt(), model, max_tokens=8, mtp=3))
+        steps = list(generate_step(prompt() * 2, model, max_tokens=8, mtp=3))
         findings = proof.findings()
     proof._findings.cache_clear()
     assert len(steps) == 8 and caplog.messages == []
     assert all(finding.used for finding in findings.values())
     kinds = {key.split()[0] for key in findings}
     assert kinds >= {"rms_norm", "gated_delta_step", "attention_heads", "sparse_experts"}
+    assert kinds >= OF_PROMPTS
     assert any("round replay" in key for key in findings)
     assert launches["expert_down"] > len(findings)

@@ -1,8 +1,12 @@
 """How many GPU launches a step queues, counted in its graph."""
 
 import launches
+import mlx.core as mx
+import prefill_passes
 import pytest
 
+from mlx_qwen3next.bench.graph import count
+from mlx_qwen3next.bench.on_metal import CONFIG, as_on_metal
 from mlx_qwen3next.model import widening
 
 
@@ -39,7 +43,7 @@ def test_a_period_without_kernels():
 
 @pytest.mark.parametrize(
     "make, kernels, expected",
-    [(launches.mlx_lm, False, 186), (launches.ours, False, 166), (launches.ours, True, 104)],
+    [(launches.mlx_lm, False, 186), (launches.ours, False, 166), (launches.ours, True, 68)],
 )
 def test_a_period_of_a_prompt(make, kernels, expected):
     assert launches.per_period(make, 512, kernels=kernels).total() == expected
@@ -57,3 +61,15 @@ def test_each_launch_is_counted_once():
     assert counted["SliceUpdate"] == 2  # keys and values
     kernels_and_attention = 3 * (2 + 1 + 3) + (2 + 1 + 1 + 1 + 3)
     assert counted["Erf"] == kernels_and_attention == 26
+
+
+@pytest.mark.parametrize("form", prefill_passes.COUNTED)
+def test_the_passes_of_a_prompts_experts_are_its_launches(form):
+    """The table's, beside those in the graph of one layer's experts."""
+    make, kernels = prefill_passes.COUNTED[form]
+    model, stock = make(1), make is launches.mlx_lm
+    x = mx.zeros((1, 512, CONFIG["hidden_size"]), mx.bfloat16)
+    mx.eval(model.layers[0].parameters())
+    with as_on_metal(launches.one_launch, kernels=kernels):
+        y = x + model.layers[0].mlp(x) if stock else model.layers[0].mlp(x, x)
+        assert count([y]).total() == len(prefill_passes.FORMS[form])

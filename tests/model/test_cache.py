@@ -29,6 +29,7 @@ from mlx_qwen3next.model.cache import (
     slots,
     tokens_held,
 )
+from mlx_qwen3next.model.quantized_kv import KVQuantization
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = ["base", "eps"]  # taps 4 and 3, r = 2 and 3
@@ -266,6 +267,32 @@ def test_room_that_was_reserved_is_there_at_once():
     assert grown(entries, 1024) < 1.1 and entries[0].nbytes > held
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_quantized_room_is_reserved_likewise(bits):
+    """From nothing as well, in bits that fill no word."""
+    quantization = KVQuantization(bits, 32, 0)
+    entries = [AttentionCache() for _ in range(LAYERS)]
+    quantization.reserve(entries, 5000)
+    quantization.apply(entries, 5000)
+    assert grown(entries, 1) < 1.1
+    held = entries[0].nbytes
+    assert held == 2 * slots(5000) * 64 * quantization.itemsize(4, 5000)
+    assert grown(entries, 4000) < 1.1 and entries[0].nbytes == held
+    assert grown(entries, 1024) < 1.4 and entries[0].nbytes > held
+
+
+def test_plain_keys_and_values_have_no_room_for_what_will_be_quantized():
+    quantization, entry = KVQuantization(4, 32, 300), AttentionCache()
+    entries, new = [entry], mx.ones((1, 1, 300, 64))
+    quantization.reserve(entries, 5000)
+    entry.update_and_fetch(new, new)
+    assert entry.nbytes == 2 * slots(300) * 64 * 4
+    quantization.apply(entries, 5000)
+    (quantized,) = entries
+    assert quantized.nbytes == 2 * slots(5000) * 64 * quantization.itemsize(4, 300)
+    assert quantized.offset == 300 and quantization.limited(7, 298) == 2
+
+
 def test_a_sixteenth_more_room_at_most():
     assert [slots(n) for n in (0, 1, 256, 257, 8191, 8193)] == [0, 256, 256, 512, 8192, 8704]
     assert all(n <= slots(n) <= n + max(256, n // 16) for n in range(1, 300_000, 97))
@@ -307,15 +334,21 @@ def test_sequences_join_and_leave_a_batch_a_layer_at_a_time():
     before = mx.get_active_memory()
     for a, b in zip(first, second, strict=True):
         a.extend(b)
-    del a, b
+    mx.eval([entry.state for entry in first])
     held = sum(entry.nbytes for entry in first)
     assert mx.get_peak_memory() - before < 0.5 * held
     for i, row in enumerate(expected):
         for entry, keys in zip(first, row, strict=True):
             assert mx.array_equal(entry.extract(i).keys_and_values()[0], keys)
+    del a, b, entry, keys, row, expected
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
     for entry in first:
         entry.filter([1])
-        assert entry.left_padding.item() == 0 and entry.size() == 1500
+    mx.eval([entry.state for entry in first])
+    assert mx.get_peak_memory() - before < 0.5 * held
+    assert {(entry.left_padding.item(), entry.size()) for entry in first} == {(0, 1500)}
 
 
 # --- mlx-lm's protocol -------------------------------------------------------------------------

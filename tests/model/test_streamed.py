@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import threading
 import time
 
 import checkpoints
@@ -17,7 +18,7 @@ from mlx_qwen3next.model import slots
 from mlx_qwen3next.model.cache import Round, Undo, settle
 from mlx_qwen3next.model.slots import Slots, least_many
 from mlx_qwen3next.prompt_cache.store import PromptCache
-from mlx_qwen3next.storage.reading import Reader
+from mlx_qwen3next.storage.reading import Reader, Reading
 
 TOKENS = np.random.default_rng(0).integers(0, 80, (2, 120))
 
@@ -236,6 +237,33 @@ def test_slots_are_right_with_reads_late_and_out_of_order(check, demo, monkeypat
     check(demo)
 
 
+def test_reads_that_were_interrupted_write_nothing_later(quantized, monkeypatch):
+    model, reference = (load(quantized["3"]) for load in (lambda d: streamed(3, d), load_model))
+    held, case = mixture(model).slots, inputs(1, model)
+    experts = np.sort(np.array(mx.argsort(-mixture(model).gate(case[0])[0, 0, :8]))[3:6])
+    read, released, last = Reader.read, threading.Event(), []
+
+    def late(reader, run):
+        if not last:
+            last.append(run)
+            released.wait()
+        return read(reader, run)
+
+    def interrupted(reading):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reader, "read", late)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Reading, "wait", interrupted)
+        held._hold(experts)
+    first = held._coming[-1]
+    threading.Timer(0.1, released.set).start()
+    for _ in range(2):
+        assert mx.array_equal(mixture(model)(*case), mixture(reference)(*case))
+        released.wait()
+        first.end()
+
+
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_is_found(defect, monkeypatch):
     model = streamed(5)
@@ -262,6 +290,15 @@ def test_a_prompt_leaves_the_experts_that_most_rows_want(demo):
     least_held = min(counts[held.owner])
     assert all(count <= least_held for e, count in enumerate(counts) if e not in held.owner)
     assert held.misses - misses <= (counts > 0).sum()  # each is read once
+
+
+def test_experts_that_pass_by_are_not_another_layer_s(monkeypatch):
+    monkeypatch.setattr(slots, "PASSING", 1 / 4)
+    model, reference = streamed(4), bundled()[0]
+    for seed, rows in enumerate((40, 3, 5, 40, 4, 6, 8)):
+        case = inputs(rows, model, seed)
+        for layer, of in zip(model.layers, reference.layers, strict=True):
+            assert mx.array_equal(layer.mlp(*case), of.mlp(*case))
 
 
 def test_groups_of_a_prompt_are_multiplied_as_the_whole_would_be(monkeypatch):
@@ -293,5 +330,20 @@ def test_kernels_run_on_slots(bits, quantized):
         with executed() as launches:
             expected = mixture(model)(*case)
             assert launches["expert_down"] == 1
-            assert mx.array_equal(mixture(held)(*case), expected)
+            y = mixture(held)(*case)
+            assert mixture(held).slots._readers and mx.array_equal(y, expected)
             assert launches["expert_down"] > (1 if rows == 1 else 2)
+
+
+def test_a_rehearsal_reads_nothing_and_leaves_nothing_to_compute(quantized):
+    model = streamed(3, quantized["3"])
+    with model.streamed.rehearsal(model) as short:
+        before = model.streamed.counts()
+        assert [layer.is_linear for layer in short.layers] == [True, False]
+        for rows in (1, 40):
+            short(mx.array(TOKENS[:1, :rows]), short.make_cache())
+        assert model.streamed.counts() == before
+        assert not any(of._readers for of in model.streamed.slots)
+    case = inputs(40, model)
+    reference = mixture(load_model(quantized["3"]))
+    assert mx.array_equal(mixture(model)(*case), reference(*case))

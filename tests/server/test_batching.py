@@ -4,19 +4,22 @@ import copy
 import functools
 import random
 
+import mlx.core as mx
 import pytest
-from helpers_generate import golden, greedy
+from float64 import relative_error
+from helpers_generate import golden, greedy, interleaved
 from helpers_serving import Sequences, assert_holds
 from helpers_speculative import Cycle
 from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from mlx_qwen3next import generate_step
 from mlx_qwen3next.decoding.draft_depth import FixedDepth
 from mlx_qwen3next.decoding.drafters.mtp import MTPDrafter
 from mlx_qwen3next.decoding.sampling import SeededSampler
-from mlx_qwen3next.decoding.sequence import KVQuantization
 from mlx_qwen3next.model.cache import tokens_held
 from mlx_qwen3next.model.mtp_head import MTPHead
+from mlx_qwen3next.model.quantized_kv import KVQuantization
 from mlx_qwen3next.model.qwen3_next import Trunk
 
 N = 7  # tokens a sequence tells, unless it says something else
@@ -298,6 +301,37 @@ def test_keys_and_values_are_quantized(depth, i, start):
     trunk = end.prompt_cache[: len(model().layers)]
     assert [c.bits for c in trunk if isinstance(c, QuantizedKVCache)] == [8]
     assert tokens_held(trunk) == len(end.all_tokens) == len(sequences.text(uid))
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_quantized_sequences_of_a_batch(depth):
+    """Each is quantized from its own position on, and goes on as it does alone."""
+    model, options = interleaved(), {"kv_bits": 2, "kv_group_size": 32, "quantized_kv_start": 12}
+    sequences = Sequences(
+        model, FixedDepth(depth), quantization=KVQuantization(**options), step_size=5
+    )
+    expected = {}
+
+    def join(i, n):
+        prompt = [token % 64 for token in prompts()[i]]
+        for kept in (options, {}):
+            steps = generate_step(prompt, model, max_tokens=n, mtp="off", **kept)
+            expected.setdefault(i, []).append([mx.exp(step.logprobs) for step in steps][-1])
+        return sequences.insert(prompt, n)
+
+    uids = {join(i, n): i for i, n in ((0, 24), (3, 20), (1, 16))}
+    while not any(sequences.told.values()):
+        sequences.step()
+    uids[join(2, 9)] = 2  # ends first
+    sequences.run()
+    for uid, i in uids.items():
+        end, (quantized, plain) = sequences.ends[uid], expected[i]
+        assert relative_error(mx.exp(end.logprobs), quantized) <= 1e-5
+        assert relative_error(quantized, plain) > 1e-3
+        trunk = end.prompt_cache[: len(model.layers)]
+        assert [c.bits for c in trunk if isinstance(c, QuantizedKVCache)] == [2, 2]
+        assert tokens_held(trunk) == len(end.all_tokens)
+        assert end.all_tokens == sequences.text(uid)
 
 
 @pytest.fixture

@@ -270,7 +270,8 @@ def test_answers_that_outgrow_the_memory_wait_in_turn(steps, monkeypatch, mtp, l
     prompts = [encode(TEXTS[1] * 60)[-n:] for n in (500, 240, 240)]
     want = [tokens_of(expected(p, 20, load=load, seed=4, temp=temperature)) for p in prompts]
     options = {"seed": 4, "temperature": temperature, "max_tokens": 20}
-    with running(load=load, cache=PromptCache(max_bytes=budget), mtp=mtp) as engine:
+    flags = ("--max-stall", 60)  # so that a busy machine changes nothing
+    with running(*flags, load=load, cache=PromptCache(max_bytes=budget), mtp=mtp) as engine:
         asked = [Asked(engine, prompt, **options) for prompt in prompts]
         assert [answer.read().tokens for answer in asked] == want
     at = next(i for i, (lengths, _) in enumerate(steps) if max(lengths) == 512)
@@ -429,11 +430,3 @@ def test_a_long_prompt_is_read_in_small_chunks_beside_a_stream(chunks, mtp, load
         assert max(n for _, n in chunks) == LEAST
         live.read(20).leave()
     assert live.text.startswith(expected_text(first, 12, load=load))
-
-
-def test_with_quantized_keys_and_values_chunks_have_full_size(chunks):
-    """The tokens depend on the chunks then."""
-    flags = ("--kv-bits", 8, "--max-stall", 1e-9, "--prefill-step-size", 100)
-    with running(*flags, load=narrow) as engine:
-        ask(engine, [7] * 231, max_tokens=1)
-    assert [n for _, n in chunks] == [100, 100, 30]

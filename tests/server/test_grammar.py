@@ -1,5 +1,6 @@
 """Grammars of answers: what they allow, what is refused, and the same tokens in every company."""
 
+import contextlib
 import functools
 import json
 
@@ -139,6 +140,16 @@ def test_answers_fit_the_schema(schema):
         ({"anyOf": [{"type": "integer", "minimum": 2, "maximum": 1}]}, "#/anyOf/0"),
         ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "items": {"$ref": "#/$defs/a"}}, "#/items"),
         ({"$defs": {"a": {"allOf": [{"$ref": "#"}]}}, "$ref": "#/$defs/a"}, "# "),
+        (
+            {
+                "items": {
+                    "type": "object",
+                    "properties": {"a": {"$ref": "#/items"}},
+                    "required": ["a"],
+                }
+            },
+            "#/items needs itself",
+        ),
         ({"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}, "nothing can"),
         ({"enum": ["x" * 300_000]}, "262144 bytes"),
     ],
@@ -151,6 +162,22 @@ def test_what_cannot_be_enforced_is_refused_with_its_place(schema, place):
     if isinstance(error.value, FieldError):
         assert error.value.param == "text.format.schema"
         assert str(error.value).startswith("text.format.schema")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": ["x", {}], "properties": {"a": {"type": [{}, "string"], "minLength": "a"}}},
+        {"type": "object", "properties": {"a": {"type": "string"}}, "required": 5},
+        {"type": "object", "properties": {"a": {"pattern": "a\\", "type": "string"}}},
+        {"type": "object", "properties": {"a": {"enum": 5, "type": "string"}}},
+    ],
+)
+@FORMATS
+def test_schemas_that_are_none_are_refused_or_enforced_as_far_as_that_goes(schema, format):
+    function = {"name": "f", "parameters": schema}
+    with contextlib.suppress(ValueError):
+        written(Wanted(tools=[{"function": function}], forced="f"), format)
 
 
 def test_what_is_not_strict_is_enforced_as_far_as_that_goes():

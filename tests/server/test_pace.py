@@ -199,6 +199,23 @@ def test_ranks_read_chunks_of_rank_0_s_size():
     assert pace.size(2048, 3, streams=True) == 48
 
 
+def test_a_batch_tells_how_much_text_is_before_a_chunk():
+    class Told(PromptPace):
+        def size(self, full, held=0, prompts=1, **_):
+            told.append(held)
+            return 16
+
+        def stop(self, tokens, held=0, prompts=1):
+            assert (held, prompts) == (told[-1], 1)
+
+    told = []
+    sequences = Sequences(model(), FixedDepth(0), step_size=FULL, pace=Told())
+    begin(sequences, sequences.insert(prompt(5), 40))
+    told.clear()
+    begin(sequences, sequences.insert(prompt(60), 1))
+    assert told[:5] == [0, 0, 16, 32, 48]  # the first one was chosen without the prompt
+
+
 @pytest.mark.parametrize("depth", [0, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_chunks_of_any_size_give_the_same_tokens(depth, seed):

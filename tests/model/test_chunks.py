@@ -1,0 +1,61 @@
+"""The work and the memory of a chunk, counted, against the model's weights and MLX's memory."""
+
+import math
+
+import checkpoints
+import long_prompts
+import pytest
+
+from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.qwen3_next import Model
+from mlx_qwen3next.model.reading import LEAST_ROOM, MOST, MOST_ROOM, Reading, capacity
+
+
+def reading(room=math.inf, **changes):
+    config = Config.from_dict(checkpoints.INSTRUCT | changes)
+    return Reading(config, 2, room, in_pieces=False)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp_only_layers": [1, 3]}], ids=["sparse", "dense"])
+def test_a_token_multiplies_with_the_weights_that_it_uses(changes):
+    small = {"num_hidden_layers": 8, "num_experts": 64, "num_experts_per_tok": 4, "vocab_size": 8}
+    of = reading(**small, **changes)
+    used = 0
+    for path, shape in Model(of.config).parameter_shapes().items():
+        if ".layers." in path:
+            used += math.prod(shape) * (4 / 64 if ".switch_mlp." in path else 1)
+    rule = 6 * 3 * 32 * 128 * 128  # of six layers: the state is read twice and written
+    assert of.multiply_adds(1, 0) == pytest.approx(used + rule, rel=2e-3)
+    assert of.multiply_adds(1000, 0) > 1000 * of.multiply_adds(1, 0)
+
+
+def test_attention_meets_each_key_twice():
+    of = reading()
+    more = of.multiply_adds(3, 1000) - of.multiply_adds(3, 0)
+    assert more == 3 * 1000 * 12 * 2 * 16 * 256
+    parts = of.multiply_adds(700, 0) + of.multiply_adds(300, 700)
+    assert parts == of.multiply_adds(1000, 0)
+
+
+def test_a_chunk_takes_no_more_memory_than_by_the_formula():
+    """As in docs/long_prompts.md, with a shorter text."""
+    assert max(long_prompts.measure([16_384], room=2**25)) <= 1.05
+
+
+def test_scores_of_the_80b_model_limit_the_chunk():
+    """Without a limit 2,048 tokens would need 17 GB for them at 262,144 tokens."""
+    assert reading().scratch(2048, 262_144) > 17e9
+    of = reading(room=2**32)
+    chunks = [of.most(math.inf, held) for held in (0, 8192, 32_768, 131_072, 262_144)]
+    assert chunks == sorted(chunks, reverse=True) and chunks[0] > 4096 and chunks[-1] < 512
+    for chunk, held in zip(chunks, (0, 8192, 32_768, 131_072, 262_144), strict=True):
+        assert of.scratch(chunk, held) <= 2**32 < of.scratch(chunk + 1, held) or chunk == MOST
+    assert of.most(math.inf, 8192, prompts=4) < chunks[1] / 2
+
+
+@pytest.mark.parametrize(
+    ("spare", "room"), [(0, LEAST_ROOM), (8 * 10**9, 2 * 10**9), (10**12, MOST_ROOM)]
+)
+def test_a_chunk_may_take_a_quarter_of_what_is_left(monkeypatch, spare, room):
+    monkeypatch.setattr(capacity, "spare", lambda: spare)
+    assert Reading.here(reading().config, 2).room == room
