@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..errors import FieldError
 from .answer_grammar import Reasoning
 from .answers import call_format
 from .arguments import Chat, Prompt
@@ -56,6 +57,7 @@ def tokenized_prompt(
     again. An answer that must call a tool is begun with the call where no grammar can force it.
 
     Raises:
+        FieldError: a format or a call is asked for that this answer cannot be held to.
         ValueError: the template cannot do what the request asks for.
     """
     if isinstance(prompt, list):
@@ -67,13 +69,16 @@ def tokenized_prompt(
         if arguments["continue_final_message"]:
             raise ValueError("without a chat template this model can continue no message")
         if prompt.forced is not None:
-            raise ValueError("without a chat template this model can be forced to no call")
+            message = "tool_choice can force no call without a chat template; leave it out"
+            raise FieldError(message, "tool_choice")
         return Rendered(tokenizer.encode(_without_template(prompt)))
     if not arguments["add_generation_prompt"]:
+        rest = "in an answer that goes on with a message; leave one of the two out"
         if prompt.forced is not None:
-            raise ValueError("an answer that goes on with a message cannot be forced to call")
+            raise FieldError(f"tool_choice can force no call {rest}", "tool_choice")
         if prompt.json is not None:
-            raise ValueError("an answer that goes on with a message can have no format")
+            field = prompt.json.param
+            raise FieldError(f"{field} cannot be enforced {rest}", field)
     plain = _PlainText(tokenizer)
     messages, tools = plain.mark(prompt.messages), plain.mark(prompt.tools)
 

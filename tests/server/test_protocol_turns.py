@@ -267,7 +267,8 @@ def test_a_call_cannot_be_forced_where_an_answer_goes_on(server):
     body = {"messages": messages, "tools": [FUNCTION], "tool_choice": "required"}
     for fields in ({"continue_final_message": True}, {"add_generation_prompt": False}):
         status, answer = post(server.address, CHAT, body | fields)
-        assert (status, "forced" in answer["error"]["message"]) == (400, True)
+        assert (status, answer["error"]["param"]) == (400, "tool_choice")
+        assert "goes on with a message" in answer["error"]["message"]
 
 
 # --- counts, ends and thinking --------------------------------------------------------------------

@@ -168,7 +168,8 @@ def test_a_format_and_a_message_that_is_continued_do_not_go_together(server):
     asked = body(CHAT, continue_final_message=True, **FORMATS[CHAT](SCHEMA))
     asked["messages"].append({"role": "assistant", "content": "{"})
     status, answer = post(server.address, CHAT, asked)
-    assert status == 400 and "can have no format" in answer["error"]["message"]
+    assert (status, answer["error"]["param"]) == (400, "response_format.json_schema.schema")
+    assert "goes on with a message" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("template", ["coder", "instruct"])
