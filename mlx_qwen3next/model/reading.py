@@ -69,8 +69,8 @@ class Reading:
 
         That is a layer's mixer and what its experts need before the mixer's arrays are free. An
         attention layer has all its scores at once, and their mask, for heads of 256 on Apple's GPUs
-        before M5, where MLX has no kernel of its own. On a CPU it has some blocks of them, and its
-        keys transposed.
+        before M5, where MLX has no kernel of its own. On a CPU it has some blocks of them. Its keys
+        are transposed, and quantized ones are dequantized first.
         """
         c = self.config
         heads, groups = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -78,12 +78,14 @@ class Reading:
         scores = c.num_attention_heads * pairs
         if self.in_pieces:
             block = heads // groups * PIECE * BLOCK
-            scores = min(scores, _BLOCKS * block) + groups * (held + tokens)
+            scores = min(scores, _BLOCKS * block)
         else:
             scores += pairs // self.itemsize
         mixers = {
             "linear_attention": tokens * (13 * c.linear_value_dim + 11 * c.linear_key_dim),
-            "full_attention": 4 * tokens * (heads + groups) + scores,
+            "full_attention": 4 * tokens * (heads + groups)
+            + scores
+            + (3 if self.quantized else 1) * groups * (held + tokens),
         }
         rows = c.num_experts_per_tok + (c.shared_expert_intermediate_size > 0)
         experts = rows * (3 * c.hidden_size + 4 * c.moe_intermediate_size)

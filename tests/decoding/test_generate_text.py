@@ -117,7 +117,7 @@ def test_responses_have_mlx_lms_fields():
         assert isinstance(response, MLXGenerationResponse)
         fields = dataclasses.asdict(response)
         drafts = ["rounds", "mean_accept_length", "acceptance", "drafted", "accepted"]
-        assert list(fields) == [*FIELDS, *drafts, "cached_tokens"]
+        assert list(fields) == [*FIELDS, *drafts, "cached_tokens", "experts"]
         assert response.logprobs.shape == (bundled()[0].args.vocab_size,)
         assert response.prompt_tokens == len(tokenizer.encode("def f(x):"))
         assert response.generation_tokens == count

@@ -37,9 +37,10 @@ def test_attention_meets_each_key_twice():
     assert parts == of.multiply_adds(1000, 0)
 
 
-def test_a_chunk_takes_no_more_memory_than_by_the_formula():
+def test_a_chunk_takes_the_memory_of_the_formula():
     """As in docs/long_prompts.md, with a shorter text."""
-    assert max(long_prompts.measure([16_384], room=2**25)) <= 1.05
+    (ratio,) = long_prompts.measure([16_384], room=2**25)
+    assert 0.85 <= ratio <= 1.05
 
 
 def test_scores_of_the_80b_model_limit_the_chunk():
