@@ -158,7 +158,7 @@ def choose_widths(
     Raises:
         ValueError: the smallest widths are too large.
     """
-    parameters = {p.path: p for ps in conversion.parameters.values() for p in ps}
+    parameters = conversion.by_path
     costs = {u.name: {w: _bytes(u, w, parameters) for w in u.widths} for u in units}
     smallest = {unit: unit.widths[0] for unit in units}
     least = (

@@ -24,7 +24,7 @@ def in_model_dtype(path: str, value: mx.array) -> mx.array:
 
 def reader(conversion: Conversion) -> Reader:
     """Reads the parameters from the source, whose files must be there."""
-    parameters = {p.path: p for ps in conversion.parameters.values() for p in ps}
+    parameters = conversion.by_path
 
     def read(path: str) -> mx.array:
         parameter = parameters[path]

@@ -54,6 +54,11 @@ class Conversion:
         return weights.lay_out(self.parameters, folder, metadata)
 
     @property
+    def by_path(self) -> dict[str, Parameter]:
+        """The parameters by their paths; a norm's exact one, whose file comes last."""
+        return {p.path: p for ps in self.parameters.values() for p in ps}
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of the weights in memory: the norms of ``NORMS_FILE`` take others' places."""
         files = self.parameters.items()

@@ -26,10 +26,10 @@ ROUTER_BITS = 8
 # The MTP head's default; NOTES.md has the table it was chosen by.
 MTP_BITS = 4
 UNQUANTIZED = 16
-_BITS = (2, 3, 4, 5, 6, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 _RANGES = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # shares of the whole range, searched
 _MOST_SEARCHED = 4  # bits; with more, clipping gains nothing
-HEAD_BITS = (*_BITS, UNQUANTIZED)
+HEAD_BITS = (*BITS, UNQUANTIZED)
 
 
 def base_quantization(mode: str, bits: int | None, group_size: int | None) -> Quantization:
@@ -46,7 +46,7 @@ def base_quantization(mode: str, bits: int | None, group_size: int | None) -> Qu
     bits = default_bits if bits is None else bits
     quantization: Quantization = {"group_size": group_size, "bits": bits, "mode": mode}
     try:
-        if group_size < 1 or bits not in _BITS:  # MLX would divide by the first
+        if group_size < 1 or bits not in BITS:  # MLX would divide by the first
             raise ValueError
         mx.quantize(mx.zeros((1, 512)), **quantization)
     except (ValueError, RuntimeError, TypeError):

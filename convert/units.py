@@ -20,9 +20,8 @@ import mlx.core as mx
 from mlx_qwen3next.model import layouts
 
 from .plan import Conversion
-from .quantize import Quantization, dequantize, quantize
+from .quantize import BITS, Quantization, dequantize, quantize
 
-_BITS = (2, 3, 4, 5, 6, 8)
 COARSE = 128  # the group size of the smallest width, 2.25 bits a weight
 
 _KINDS = (
@@ -88,9 +87,9 @@ def find_units(conversion: Conversion, group_size: int) -> list[Unit]:
                 members[path[: match.start()], kind].append(path)
     found = []
     for (stem, kind), paths in members.items():
-        widths = [Width(bits, group_size) for bits in _BITS]
+        widths = [Width(bits, group_size) for bits in BITS]
         if all(modules[path].weight.shape[-1] % COARSE == 0 for path in paths):
-            widths.insert(0, Width(_BITS[0], COARSE))
+            widths.insert(0, Width(BITS[0], COARSE))
         found.append(Unit(f"{stem} {kind}".strip(), kind, tuple(paths), tuple(widths)))
     return found
 

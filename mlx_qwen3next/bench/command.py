@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import metal_kernels
 from ..cli import LineParser, add_group_options, amounts, count, counts, guarded, positive_seconds
+from ..metal_kernels.experts import BITS
 from . import shapes
 from .agreement import Disagreement
 from .host import host_table
@@ -17,8 +18,6 @@ from .kernels import kernel_lines
 from .memory import memory_lines
 from .run import run_bench
 from .variants import variants_table
-
-EXPERT_BITS = (2, 3, 4, 5, 6, 8)
 
 EPILOG = """examples:
   python -m mlx_qwen3next.bench
@@ -74,7 +73,7 @@ def parser() -> LineParser:
     subject.add_argument(
         "--expert-bits",
         type=int,
-        choices=EXPERT_BITS,
+        choices=BITS,
         help="With --shape: bits of the experts (default: 4, as all else but the routers).",
     )
     subject.add_argument(

@@ -309,11 +309,8 @@ def _parameters(model: Model) -> list[tuple[str, mx.array]]:
 
 
 def _check_memory(model: Model, dtype: mx.Dtype, context: int, plan: Plan | None) -> None:
-    weights = sum(
-        a.size * match.dtype_in_memory(p, a, dtype).size
-        for p, a in _parameters(model)
-        if not streaming.is_streamed(p, plan)
-    )
+    sizes = match.bytes_in_memory(model, dtype).items()
+    weights = sum(size for path, size in sizes if not streaming.is_streamed(path, plan))
     weights += 0 if plan is None else plan.memory
     cache = capacity.cache_bytes(
         model.args, context, mtp=model.mtp is not None, itemsize=dtype.size

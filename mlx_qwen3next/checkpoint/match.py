@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..model import layouts
 from ..model.config import Config
@@ -48,6 +51,12 @@ def dtype_in_memory(path: str, array: mx.array, dtype: mx.Dtype) -> mx.Dtype:
     if not mx.issubdtype(array.dtype, mx.floating):
         return array.dtype
     return mx.float32 if layouts.is_float32(path) else dtype
+
+
+def bytes_in_memory(module: nn.Module, dtype: mx.Dtype) -> dict[str, int]:
+    """The bytes in memory of each parameter of a module of ``dtype``, by its path."""
+    leaves: Any = tree_flatten(module.parameters())
+    return {path: a.size * dtype_in_memory(path, a, dtype).size for path, a in leaves}
 
 
 def check_tensor(

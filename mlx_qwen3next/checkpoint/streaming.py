@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..group import Group
 from ..model import capacity, layouts, slots
@@ -128,10 +126,7 @@ def plan(
     layers = [layer.mlp for layer in model.layers if isinstance(layer.mlp, SparseMoE)]
     if asked == "all" or not layers:
         return None
-    sizes = {
-        path: array.size * match.dtype_in_memory(path, array, dtype).size
-        for path, array in _leaves(model)
-    }
+    sizes = match.bytes_in_memory(model, dtype)
     routed = sum(size for path, size in sizes.items() if _is_routed(path))
     others = sum(sizes.values()) - routed
     mtp = model.mtp is not None
@@ -146,7 +141,8 @@ def plan(
     experts, wanted = layers[0].num_experts, layers[0].top_k
     row = routed / experts  # bytes of an expert in each layer
     forms = {str(_kinds(layer)): layer.switch_mlp for layer in layers}
-    a_form = sum(_nbytes(stack, dtype) for stack in forms.values()) / experts
+    stacks = (match.bytes_in_memory(stack, dtype) for stack in forms.values())
+    a_form = sum(sum(stack.values()) for stack in stacks) / experts
     passing = 2 * slots.passing_at_a_time(experts) * a_form
     size = int((room - passing) // row)
     if size >= experts:
@@ -172,12 +168,16 @@ def measured(planned: Plan, experts: StreamedExperts) -> Plan:
     Raises:
         OSError: a file cannot be read.
     """
-    pieces: list[Piece] = []
-    for of in experts.slots:
-        memory = {name: rows[0] for name, rows in of.stored.empty(1).items()}
-        for expert in range(planned.experts):
-            pieces += of.stored.pieces(expert, memory)
-    return replace(planned, rate=experts.reader.rate(pieces))
+
+    def pieces() -> Iterator[Piece]:
+        """Yields those of the experts in a random order."""
+        layers = len(experts.slots)
+        for number in np.random.default_rng(0).permutation(layers * planned.experts).tolist():
+            stored = experts.slots[number % layers].stored
+            memory = {name: rows[0] for name, rows in stored.empty(1).items()}
+            yield from stored.pieces(number // layers, memory)
+
+    return replace(planned, rate=experts.reader.rate(pieces()))
 
 
 def is_streamed(path: str, planned: Plan | None) -> bool:
@@ -222,14 +222,3 @@ def _kinds(layer: SparseMoE) -> list[tuple[str, int, int]]:
         (getattr(p, "mode", "affine"), getattr(p, "bits", 16), getattr(p, "group_size", 0))
         for p in parts
     ]
-
-
-def _nbytes(module: nn.Module, dtype: mx.Dtype) -> int:
-    """Returns the bytes of a module in memory."""
-    leaves: Any = tree_flatten(module.parameters())
-    return sum(a.size * match.dtype_in_memory(path, a, dtype).size for path, a in leaves)
-
-
-def _leaves(model: Model) -> list[tuple[str, mx.array]]:
-    leaves: Any = tree_flatten(model.parameters())
-    return leaves

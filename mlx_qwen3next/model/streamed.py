@@ -20,7 +20,7 @@ from ..compute.gated_delta import LayerState
 from ..metal_kernels import Experts
 from ..storage.reading import Reader
 from ..storage.safetensors import Tensor
-from .cache import Cache, GatedDeltaCache
+from .cache import GatedDeltaCache
 from .packed import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedSparseMoE
 from .parallel import parameters, recast
 from .qwen3_next import Model, SparseMoE, Trunk
@@ -48,6 +48,23 @@ class StreamedSparseMoE(PackedSparseMoE):
 
 class StreamedDecoderLayer(PackedDecoderLayer):
     """A decoder layer whose steps are traced as far as the router."""
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
+        if cache is None or not is_step(x):
+            return super().__call__(x, mask, cache)
+        facts: tuple[Any, ...] = x.shape, x.dtype
+        if not self.is_linear:
+            row, q, k, v = self.attention_heads(facts, (cache.offset,), x)
+            o = self.self_attn.attend(q, k, v, mask, cache)
+            return self.mlp.add(*self.attention_step(facts, (), x, row, o))
+        state = cache.layer_state() if isinstance(cache, GatedDeltaCache) else None
+        if state is None or cache.lengths is not None:
+            return super().__call__(x, mask, cache)
+        recording = cache.recording
+        facts = *facts, recording, state.tape is not None, mask is None
+        arguments, after = self.linear_step(facts, (state.keep,), x, state[:3], mask, recording)
+        cache.store(after, x.shape[1])
+        return self.mlp.add(*arguments)
 
     @traced()
     def linear_step(
@@ -83,47 +100,6 @@ class StreamedDecoderLayer(PackedDecoderLayer):
         norm = self.post_attention_layernorm
         x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
         return y, *self.mlp.before_experts(y, x)
-
-
-class StreamedTrunk(Trunk):
-    """A trunk whose layers run one by one, each with a wait in it."""
-
-    def run_layers(
-        self,
-        x: mx.array,
-        cache: Cache | None = None,
-        between: Callable[[int, mx.array], None] | None = None,
-    ) -> mx.array:
-        if cache is None or not is_step(x):
-            return super().run_layers(x, cache, between)
-        linear_mask, attention_mask = self.masks(x, cache)
-        for i, (layer, entry) in enumerate(zip(self.layers, cache, strict=True)):
-            if between is not None and i > 0:
-                between(i - 1, x)
-            if isinstance(layer, StreamedDecoderLayer):
-                x = _step(layer, x, entry, linear_mask, attention_mask)
-            else:
-                x = layer(x, linear_mask if layer.is_linear else attention_mask, entry)
-        return x
-
-
-def _step(
-    layer: StreamedDecoderLayer, x: mx.array, entry: Any, linear_mask: Any, attention_mask: Any
-) -> mx.array:
-    facts: tuple[Any, ...] = x.shape, x.dtype
-    if not layer.is_linear:
-        row, q, k, v = layer.attention_heads(facts, (entry.offset,), x)
-        o = layer.self_attn.attend(q, k, v, attention_mask, entry)
-        return layer.mlp.add(*layer.attention_step(facts, (), x, row, o))
-    state = entry.layer_state() if isinstance(entry, GatedDeltaCache) else None
-    if state is None or entry.lengths is not None:
-        return layer(x, linear_mask, entry)
-    facts = *facts, entry.recording, state.tape is not None, linear_mask is None
-    arguments, after = layer.linear_step(
-        facts, (state.keep,), x, state[:3], linear_mask, entry.recording
-    )
-    entry.store(after, x.shape[1])
-    return layer.mlp.add(*arguments)
 
 
 class StreamedExperts:
@@ -236,7 +212,7 @@ def stream(
         del mixture["gate_up_proj"], mixture["down_proj"]
         model.layers[i] = recast(layer, StreamedDecoderLayer)
         model.layers[i].mlp = mixture
-    model.model = recast(model.model, StreamedTrunk)
+    model.model = recast(model.model, Trunk)  # its layers run one by one, each with a wait in it
     vars(model.model).pop("stretches", None)
     model.streamed = experts
     return experts

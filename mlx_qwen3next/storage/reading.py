@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,8 +74,8 @@ class Reader:
             end = piece.file, piece.start + piece.into.nbytes
         return Reading(self, runs)
 
-    def rate(self, pieces: Sequence[Piece], seconds: float = 1.0) -> float:
-        """Measures how many bytes a second the disk gives, by reading pieces in a random order.
+    def rate(self, pieces: Iterable[Piece], seconds: float = 1.0) -> float:
+        """Measures how many bytes a second the disk gives.
 
         Args:
             pieces: those to be read, until the time is up; their memory may be the same.
@@ -82,10 +83,8 @@ class Reader:
         Raises:
             OSError: one cannot be read.
         """
-        order = np.random.default_rng(0).permutation(len(pieces))
-        start, done = time.perf_counter(), 0
-        for first in range(0, len(order), 4 * THREADS):
-            some = [pieces[i] for i in order[first : first + 4 * THREADS]]
+        left, start, done = iter(pieces), time.perf_counter(), 0
+        while some := list(islice(left, 4 * THREADS)):
             reading = self.reading(some)
             reading.start()
             reading.wait()
