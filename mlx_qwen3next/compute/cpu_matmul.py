@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from functools import cache, reduce
+from collections.abc import Callable, Sequence
+from functools import cache, partial, reduce
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from .cpu_streams import cores, in_turn
+
 UNIT = 64  # outputs in one of MLX's own groups, which run along them here
 BITS = (2, 4, 8)  # a byte holds a whole number of such codes
 PIECE = 1 << 22  # codes transposed at a time; measured
-SUMS = 1 << 20  # sums over groups that are held at a time; measured
+SUMS = 1 << 20  # sums over groups that a core holds at a time; measured
+MANY = 1 << 19  # sums over groups from which on several cores compute them; measured
 _TOGETHER = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}  # the type of so many bytes
 
 
@@ -93,11 +96,18 @@ def _in_pieces(product: Callable[..., mx.array], rows: list[mx.array], sums: int
     Args:
         sums: the number of sums that a row takes.
     """
-    step = max(1, SUMS // sums)
-    starts = range(0, len(rows[0]), step)
-    if len(starts) <= 1:
+    total = len(rows[0]) * sums
+    if total < MANY or len(rows[0]) == 1:
         return product(*rows)
-    return mx.concatenate([product(*(x[i : i + step] for x in rows)) for i in starts])
+    turns = -(-total // (SUMS * cores()))
+    step = -(-len(rows[0]) // (turns * cores()))
+    starts = range(0, len(rows[0]), step)
+
+    def piece(start: int, after: Sequence[mx.array]) -> mx.array:
+        some = [x[start : start + step] for x in rows]
+        return product(*mx.depends(some, list(after)))
+
+    return mx.concatenate(in_turn(partial(piece, start) for start in starts))
 
 
 @mx.compile
