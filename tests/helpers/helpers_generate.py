@@ -50,14 +50,23 @@ def bundled():
 
 @functools.cache
 def narrow():
-    """A model of random weights whose caches are those of the bundled one, with its tokenizer: it
-    reads long prompts ten times as fast."""
+    """A packed model of random weights whose caches are those of the bundled one, with its
+    tokenizer: it reads long prompts ten times as fast.
+
+    About half of its tokens follow from the one before alone, and its head knows which: so half of
+    the drafts are right, and the other tokens show what went wrong in a cache.
+    """
     mx.random.seed(0)
-    config = json.loads((BUNDLED / "config.json").read_text())
-    model = Model(Config.from_dict(config | NARROW))
-    mtp_head.attach(model)
+    config = Config.from_dict(json.loads((BUNDLED / "config.json").read_text()) | NARROW)
+    model = Model(config)
+    head = mtp_head.attach(model)
+    words = mx.random.normal((config.vocab_size, config.hidden_size))
+    model.model.embed_tokens.weight = 0.3 * words
+    model.lm_head.weight = words[mx.random.permutation(config.vocab_size)]
+    of_embedding, of_hidden = mx.split(head.fc.weight, 2, axis=1)
+    head.fc.weight = mx.concatenate([mx.eye(*of_embedding.shape), of_hidden], axis=1)
     mx.eval(model.parameters())
-    return model.eval(), bundled()[1]
+    return pack(model.eval()), bundled()[1]
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import functools
 import itertools
 
 import mlx.core as mx
-from helpers_generate import bundled, tokens_of
+from helpers_generate import bundled, narrow, tokens_of
 from helpers_server import serving
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import greedy_sampler
@@ -128,7 +128,7 @@ TOOLS = [
 @contextlib.contextmanager
 def running(
     *flags,
-    load=bundled,
+    load=narrow,
     cache=None,
     mtp="off",
     failed=lambda _: None,
@@ -245,7 +245,7 @@ def _expected(prompt, n, options, seed, load):
     return list(stream_generate(*load(), prompt, n, mtp="off", **dict(options)))
 
 
-def expected(prompt, n=16, seed=None, load=bundled, **options):
+def expected(prompt, n=16, seed=None, load=narrow, **options):
     """The responses that the command generates."""
     prompt = tuple(prompt) if isinstance(prompt, list) else prompt
     return _expected(prompt, n, tuple(options.items()), seed, load)
