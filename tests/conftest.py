@@ -75,6 +75,12 @@ def kernels_off(tmp_path_factory, monkeypatch):
     proof.set_kernels("off" if metal_kernels.available() else "auto")
 
 
+@pytest.fixture(autouse=True)
+def disk_without_waiting(monkeypatch):
+    """No test pulls the plug: what is written need not have reached the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A machine with a GPU, about which nothing is known; the file of its findings."""
