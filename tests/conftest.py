@@ -33,6 +33,7 @@ if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
 
 # The slowest come first, so that none of them is left for a single worker at the end.
 SLOWEST = (
+    "test_openai_turns.py",  # so that no worker takes over half of it and asks all again
     "test_sharding.py",
     "test_server_ranks.py",
     "test_bench_process.py",
