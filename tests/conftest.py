@@ -4,8 +4,10 @@ import gc
 import os
 import platform
 import shutil
+import subprocess
 
 import checkpoints
+import forked
 import jit
 import mlx.core as mx
 import pytest
@@ -115,6 +117,14 @@ def base(tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(checkpoints.GOLDENS / "base" / name, directory / name)
     return directory
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """While active, Python processes that the test's own process starts are forked."""
+    if platform.system() == "Linux":
+        forked.server()  # which is started
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
 
 
 @pytest.fixture

@@ -27,12 +27,6 @@ sys.exit(main())
 
 
 @pytest.fixture
-def forks(monkeypatch):
-    """While active, workers are forked; those of a command start as they do."""
-    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
-
-
-@pytest.fixture
 def worker(forks):
     """A worker of this package on the golden model."""
     worker = Worker(Side("ours", "float32"), GOLDENS / "base", {})
