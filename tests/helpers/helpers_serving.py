@@ -89,6 +89,7 @@ class Sequences:
         for response in generated:
             assert response.uid not in self.ends
             self.told[response.uid].append(response.token)
+            assert abs(mx.logsumexp(response.logprobs).item()) < 1e-4  # they are probabilities
             if response.finish_reason is not None:
                 self.ends[response.uid] = response
         return prompted, generated
