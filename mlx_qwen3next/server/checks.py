@@ -1,6 +1,6 @@
 """The error that answers a request, and checks that all parts of a request share.
 
-A check maps the path of a field ("messages[0].role") and its value to the value for mlx-lm, and
+A check maps the path of a field ("messages[0].role") and its value to the value that is used, and
 raises :class:`RequestError` if the value does not fit.
 """
 

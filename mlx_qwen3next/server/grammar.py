@@ -20,7 +20,6 @@ from ..decoding.constraint import BITS, Constraint
 from ..errors import FieldError
 from ..model.qwen3_next import Model
 from .answer_grammar import AnswerGrammar, Schema
-from .checks import RequestError
 from .grammar_rules import Rules
 from .json_schema import circle, find, standing_alone, subschemas
 
@@ -33,20 +32,6 @@ _DETAILS = re.compile(r"\n( +1 \| |<state>)")  # after a message of llguidance's
 def is_available() -> bool:
     """Whether llguidance is installed."""
     return find_spec("llguidance") is not None
-
-
-def check_available(path: str) -> None:
-    """Checks that a field which needs a grammar can be obeyed.
-
-    Raises:
-        RequestError: llguidance is not installed.
-    """
-    if not is_available():
-        message = (
-            f"{path} needs llguidance, which the server does not have: pip install "
-            "'mlx-qwen3next[server]' adds it"
-        )
-        raise RequestError(message, path)
 
 
 class GrammarConstraint(Constraint):

@@ -219,9 +219,8 @@ class Handler(BaseHTTPRequestHandler):
             arguments = arguments_of(fields, self.generator.args)
         except ValueError as error:  # the flags' values: those of the request are checked
             raise _server_error(error) from error
-        calls = self._about.stored.calls
+        calls, template = self._about.stored.calls, arguments.template_options.get("chat_template")
         if form.is_chat:
-            template = arguments.template_options.get("chat_template")
             fields["messages"] = calls.restored(template, fields["messages"])
         prompt = prompt_of(fields, is_chat=form.is_chat)
         if path == _COUNT:
@@ -231,8 +230,11 @@ class Handler(BaseHTTPRequestHandler):
         self._streams = fields.get("stream", False)
         try:
             context, responses = self._generate(prompt, arguments)
-            one_call = not fields.get("parallel_tool_calls", True)
-            reading = Reading(prompt, arguments, context, one_call, calls)
+            tools, one_call = (
+                fields.get("tools") or None,
+                not fields.get("parallel_tool_calls", True),
+            )
+            reading = Reading(context, tools, one_call, template, calls)
             if self._streams:
                 self._begin_stream(form)
             self._send_answer(form, fields, reading, self._checked(responses))

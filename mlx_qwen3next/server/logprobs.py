@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -14,20 +13,6 @@ from .responses import Response
 # The characters that stand for bytes in the vocabulary of a byte-level tokenizer, such as GPT-2's.
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 _LEAST = -9999.0  # OpenAI's number for minus infinity, which JSON lacks
-
-
-def most_probable(logprobs: mx.array, n: int) -> tuple[tuple[int, float], ...]:
-    """Finds the ``n`` most probable tokens and their log-probabilities, in any order.
-
-    Args:
-        logprobs: ``[vocab]``.
-    """
-    if n == 0:
-        return ()
-    tokens = mx.argpartition(-logprobs, kth=n - 1)[:n]
-    ids: Any = tokens.tolist()
-    values: Any = logprobs[tokens].tolist()
-    return tuple(zip(ids, values, strict=True))
 
 
 def chat_form(tokenizer: TokenizerWrapper, sampled: Sequence[Response]) -> dict[str, Any]:

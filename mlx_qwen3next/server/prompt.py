@@ -12,7 +12,7 @@ from ..errors import FieldError
 from .answer_grammar import Reasoning
 from .answers import call_format
 from .arguments import Chat, Prompt
-from .call_grammar import call_opening
+from .call_grammar import Format, call_opening
 from .grammar import is_available
 
 _MARK = re.compile("(\ue000[0-9]+\ue001)")
@@ -32,12 +32,14 @@ class Rendered(NamedTuple):
         tokens: their ids.
         reasoning_open: whether the answer begins within reasoning that the template has opened.
         opening: the text at the prompt's end that is the beginning of the answer.
+        format: the form of calls that the template teaches; None without a chat.
         reasons: whether the answer may begin with its reasoning, where the template opens none.
     """
 
     tokens: list[int]
     reasoning_open: bool = False
     opening: str = ""
+    format: Format | None = None
     reasons: bool = False
 
     @property
@@ -71,7 +73,7 @@ def tokenized_prompt(
         if prompt.forced is not None:
             message = "tool_choice can force no call without a chat template; leave it out"
             raise FieldError(message, "tool_choice")
-        return Rendered(tokenizer.encode(_without_template(prompt)))
+        return Rendered(tokenizer.encode(_without_template(prompt)), format="json")
     if not arguments["add_generation_prompt"]:
         rest = "in an answer that goes on with a message; leave one of the two out"
         if prompt.forced is not None:
@@ -90,16 +92,19 @@ def tokenized_prompt(
     text = render()
     reasoning_open = _opens_reasoning(text, render, arguments)
     opening = ""
-    template = template_of(tokenizer, template_options.get("chat_template"), prompt.tools)
+    template = tokenizer.chat_template or ""
+    if isinstance(template, dict):
+        template = template[arguments["chat_template"]]
+    format = call_format(template)
     begins_call = prompt.forced is not None and not is_available()
     is_off = begins_call or arguments.get("enable_thinking") is False
     if arguments["add_generation_prompt"] and reasoning_open:
         opening = "\n</think>\n\n" if is_off else ""
     if begins_call:
-        opening += call_opening(call_format(template), prompt.forced or "")
+        opening += call_opening(format, prompt.forced or "")
     reasons = not is_off and "<think>" in template
     tokens = plain.encode(text + plain.mark(opening))
-    return Rendered(tokens, reasoning_open, opening, reasons)
+    return Rendered(tokens, reasoning_open, opening, format, reasons)
 
 
 def _without_template(chat: Chat) -> str:
@@ -193,21 +198,6 @@ def _template_arguments(
     arguments["add_generation_prompt"] = arguments["add_generation_prompt"] and not goes_on
     name = _template_name(tokenizer, arguments.pop("chat_template", None), chat.tools)
     return arguments if name is None else arguments | {"chat_template": name}
-
-
-def template_of(tokenizer: TokenizerWrapper, name: str | None, tools: Any) -> str:
-    """The text of the chat template that a request is rendered with; empty if the model has none.
-
-    Args:
-        name: of the template that the request names, if it names one.
-        tools: that the request has.
-
-    Raises:
-        ValueError: there is no such template.
-    """
-    name = _template_name(tokenizer, name, tools)
-    templates = tokenizer.chat_template
-    return str(templates[name] if name is not None else templates or "")
 
 
 def _template_name(tokenizer: TokenizerWrapper, name: str | None, tools: Any) -> str | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
-from .answers import Reader, call_format
-from .arguments import Arguments, Chat, Prompt
+from .answers import Reader
 from .events import ArgumentText, CallBegun, CallEnded, End, Event, Text
-from .prompt import template_of
 from .responses import Context, Response
 from .written_calls import WrittenCalls
 
@@ -17,8 +16,10 @@ class Reading:
     """Reads one answer.
 
     Args:
-        prompt, arguments, context: of the request.
+        context: of the request.
+        tools: the functions that the answer may call; None for none.
         one_call: whether the answer ends after its first call.
+        template: the name of the chat template that the request has named.
         written: takes the calls.
 
     Attributes:
@@ -27,24 +28,21 @@ class Reading:
 
     def __init__(
         self,
-        prompt: Prompt,
-        arguments: Arguments,
         context: Context,
+        tools: Sequence[dict[str, Any]] | None,
         one_call: bool,
+        template: str | None,
         written: WrittenCalls,
     ):
         self._reader: Reader | None = None
         self._opening: list[Event] = []
-        if isinstance(prompt, Chat):
-            self._template = arguments.template_options.get("chat_template")
-            template = template_of(context.tokenizer, self._template, prompt.tools)
+        if context.format is not None:
             self._reader = Reader(
-                format=call_format(template),
-                tools=prompt.tools,
-                reasoning_open=context.reasoning_open,
+                format=context.format, tools=tools, reasoning_open=context.reasoning_open
             )
             self._opening = self._reader.add(context.opening)
-        self._context, self._one_call, self._written = context, one_call, written
+        self._context, self._one_call = context, one_call
+        self._template, self._written = template, written
         self._name = self._json = ""  # of the call that is being read
         self._reason, self._by_itself = "stop", True
         self._stop_word: str | None = None

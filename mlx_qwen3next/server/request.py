@@ -26,14 +26,12 @@ from ..decoding.validation import token_budget
 from ..errors import ContextLengthError, first_line
 from ..model.qwen3_next import Model
 from .answer_grammar import answer_grammar
-from .answers import call_format
 from .arguments import Arguments, Chat, Prompt
 from .batching import Generated
 from .grammar import Grammars, is_available
-from .logprobs import most_probable
 from .lone_sequence import Drafted
 from .metrics import Metrics
-from .prompt import Rendered, template_of, tokenized_prompt
+from .prompt import Rendered, tokenized_prompt
 from .responses import Context, Response
 
 _PATIENCE = 1.0  # seconds to wait for a response before looking whether the thread has ended
@@ -78,7 +76,7 @@ class Request:
         reason = response.finish_reason
         text, stop_word = self.stop_words.add(self.decoder.add(response.token, reason), reason)
         logprob: Any = 0.0
-        top = most_probable(response.logprobs, self.arguments.top_logprobs)
+        top = _most_probable(response.logprobs, self.arguments.top_logprobs)
         if self.arguments.logprobs or top:
             logprob = response.logprobs[response.token].item()
         sent = "stop" if stop_word else reason
@@ -168,16 +166,15 @@ def read_request(
     sampling = replace(arguments.sampling, xtc_special_tokens=special)
     sampling.check_vocabulary(vocab)
     processors = sampling.logits_processors()
+    grammars = Grammars.of(model, tokenizer)
     if isinstance(prompt, Chat) and prompt.wanted.needs_grammar and is_available():
-        grammar = _grammar(prompt, arguments, rendered, Grammars.of(model, tokenizer))
-        arguments = replace(arguments, grammar=grammar)
+        arguments = replace(arguments, grammar=_grammar(prompt, rendered, grammars))
     if arguments.grammar is not None:
-        grammars = Grammars.of(model, tokenizer)
         processors.append(grammars.constraint(arguments.grammar, len(tokens)))
     return Request(
         queue,
         arguments,
-        Context(tokenizer, tokens, rendered.reasoning_open, rendered.opening),
+        Context(tokenizer, tokens, rendered.reasoning_open, rendered.opening, rendered.format),
         list(tokens),
         token_budget(model, len(tokens), arguments.max_tokens),
         sampling.sampler(),
@@ -189,14 +186,26 @@ def read_request(
     )
 
 
-def _grammar(chat: Chat, arguments: Arguments, rendered: Rendered, grammars: Grammars) -> str:
+def _grammar(chat: Chat, rendered: Rendered, grammars: Grammars) -> str:
     """The grammar of the answer to a chat, checked."""
-    tokenizer = grammars.tokenizer
-    template = template_of(tokenizer, arguments.template_options.get("chat_template"), chat.tools)
-    form = call_format(template)
-    grammar = answer_grammar(chat.wanted, form, rendered.reasoning, grammars.is_token)
+    assert rendered.format is not None
+    grammar = answer_grammar(chat.wanted, rendered.format, rendered.reasoning, grammars.is_token)
     grammars.check(grammar)
     return grammar.text
+
+
+def _most_probable(logprobs: mx.array, n: int) -> tuple[tuple[int, float], ...]:
+    """Finds the ``n`` most probable tokens and their log-probabilities, in any order.
+
+    Args:
+        logprobs: ``[vocab]``.
+    """
+    if n == 0:
+        return ()
+    tokens = mx.argpartition(-logprobs, kth=n - 1)[:n]
+    ids: Any = tokens.tolist()
+    values: Any = logprobs[tokens].tolist()
+    return tuple(zip(ids, values, strict=True))
 
 
 def random_key(seed: int | None) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .call_grammar import Format
+
 
 @dataclass
 class Context:
@@ -17,6 +19,7 @@ class Context:
         prompt: the prompt's token ids.
         reasoning_open: whether the answer begins within reasoning that the template has opened.
         opening: the answer's beginning, if the prompt holds it already.
+        format: the form of its calls; None if it goes on with a text, which is no chat.
         cached: how many of the prompt's tokens were in the prompt cache; None until that is known.
         accepted: the right drafts among the tokens of the answer so far, by their source.
         stopped: whether the client has gone.
@@ -26,6 +29,7 @@ class Context:
     prompt: list[int]
     reasoning_open: bool = False
     opening: str = ""
+    format: Format | None = None
     cached: int | None = None
     accepted: Counter[str] = field(default_factory=Counter)
     stopped: bool = False

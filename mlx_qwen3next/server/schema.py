@@ -1,4 +1,4 @@
-"""Checks the body of a request and brings it into the form that mlx-lm's handler reads.
+"""The body of a request: parsed, and its fields checked.
 
 A field of OpenAI's API that this server does not support is refused if it would change the form or
 the content of the answer. Hints and unknown fields are ignored. ``_COMMON``, ``_CHAT`` and
@@ -32,7 +32,7 @@ from .checks import (
     string,
     unfit,
 )
-from .grammar import check_available
+from .grammar import is_available
 from .messages import message, tool
 
 DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of the server
@@ -76,7 +76,7 @@ def normalise(
     aliases: Sequence[str] = ALIASES,
     adapter: str | None = None,
 ) -> dict[str, Any]:
-    """Checks a request and returns the fields for mlx-lm's handler.
+    """Checks the fields of a request and brings them into one form.
 
     Args:
         body: the result of :func:`parse`.
@@ -85,7 +85,7 @@ def normalise(
         adapter: the name of the adapter that a request may use.
 
     Returns:
-        The supported fields. The model is left out, so that mlx-lm's handler uses the default.
+        The supported fields, without the names of models.
 
     Raises:
         RequestError: a field is missing, has a wrong type or value, or is not supported.
@@ -251,7 +251,12 @@ def answer_format(path: str, value: Any, within: str | None = None) -> Schema | 
     kind = one_of("text", "json_object", "json_schema")(f"{path}.type", form.get("type"))
     if kind == "text":
         return None
-    check_available(path)
+    if not is_available():
+        message = (
+            f"{path} needs llguidance, which the server does not have: pip install "
+            "'mlx-qwen3next[server]' adds it"
+        )
+        raise RequestError(message, path)
     if kind == "json_object":
         return Schema(path, path, {"type": "object"})
     if within is not None:

@@ -74,7 +74,7 @@ class Fake:
         if self.before is not None:
             raise self.before
         rendered = tokenized_prompt(prompt, self.tokenizer, args.template_options)
-        ctx = Context(self.tokenizer, *rendered[:3], cached=1)
+        ctx = Context(self.tokenizer, *rendered[:4], cached=1)
         self.contexts.append(ctx)
         return ctx, self._responses(args, progress)
 

@@ -16,10 +16,8 @@ from mlx_qwen3next import stream_generate
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.errors import ContextLengthError
 from mlx_qwen3next.server import flags
-from mlx_qwen3next.server.answers import call_format
 from mlx_qwen3next.server.arguments import Chat
 from mlx_qwen3next.server.metrics import Metrics
-from mlx_qwen3next.server.prompt import template_of
 from mlx_qwen3next.server.request import read_request
 
 QUESTION = user("What does math.sqrt do?")
@@ -181,7 +179,8 @@ def test_the_form_of_calls_is_that_of_the_chosen_template(checkpoint):
     tokenizer.chat_template["tool_use"] = "<tool_call>\n<function=name>"
 
     def form(name=None, tools=TOOLS, tokenizer=tokenizer):
-        return call_format(template_of(tokenizer, name, tools))
+        options = {} if name is None else {"chat_template": name}
+        return read(user("Hi"), tools=tools, tokenizer=tokenizer, **options).context.format
 
     assert form() == form("tool_use", None) == "xml"
     assert form("default") == form("rag") == form(None, None) == "json"
