@@ -14,12 +14,12 @@ from types import SimpleNamespace
 from mlx_lm.tokenizer_utils import load
 
 from mlx_qwen3next.checkpoint.hub import BUNDLED
-from mlx_qwen3next.server.handler import Handler, Settings
-from mlx_qwen3next.server.http_server import Server
-from mlx_qwen3next.server.metrics import Metrics
-from mlx_qwen3next.server.prompt import tokenized_prompt
+from mlx_qwen3next.server.answers.tokens import Context, Response
+from mlx_qwen3next.server.engine.metrics import Metrics
+from mlx_qwen3next.server.http.connections import Server
+from mlx_qwen3next.server.http.handler import Handler, Settings
 from mlx_qwen3next.server.protocols.stored import Stored
-from mlx_qwen3next.server.responses import Context, Response
+from mlx_qwen3next.server.requests.prompt import tokenized_prompt
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]

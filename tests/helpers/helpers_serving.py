@@ -15,12 +15,12 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_qwen3next import stream_generate
 from mlx_qwen3next.decoding.sampling import Sampling
 from mlx_qwen3next.model.cache import tokens_held
-from mlx_qwen3next.server import handler
-from mlx_qwen3next.server.arguments import Arguments, Chat
-from mlx_qwen3next.server.batching import SpeculativeBatchGenerator
 from mlx_qwen3next.server.command import _prompt_cache
-from mlx_qwen3next.server.engine import Engine
+from mlx_qwen3next.server.engine.batching import SpeculativeBatchGenerator
+from mlx_qwen3next.server.engine.engine import Engine
 from mlx_qwen3next.server.flags import parser
+from mlx_qwen3next.server.http import handler
+from mlx_qwen3next.server.requests.options import Arguments, Chat
 
 TEXTS = ("import os\n", "class Queue:\n    def put(self", "def merge(left, right):\n", "x = [")
 ENDLESS = {4086: -100.0, 4088: -100.0}  # a bias against both stop tokens

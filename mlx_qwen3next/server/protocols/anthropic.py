@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import ContextLengthError
-from ..checks import RequestError
-from ..events import End, Event
-from ..responses import Context, Response
+from ..answers.events import End, Event
+from ..answers.tokens import Context, Response
+from ..requests.checks import RequestError
 from .anthropic_requests import chat_request
 from .form import About, Form, named
 from .parts import Part, Parts, Step

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..checks import RequestError
-from ..events import End, Event
-from ..responses import Context, Response
+from ..answers.events import End, Event
+from ..answers.tokens import Context, Response
+from ..requests.checks import RequestError
 from .stored import Stored
 
 # Fields that have the same name and meaning in all protocols; those of sampling are ours in some.

@@ -6,9 +6,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import logprobs
-from ..events import ArgumentText, CallBegun, End, Event, Reasoning, Text
-from ..responses import Context, Response
+from ..answers.events import ArgumentText, CallBegun, End, Event, Reasoning, Text
+from ..answers.tokens import Context, Response
+from . import logprobs
 from .form import About, Form, sent
 
 

@@ -6,11 +6,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from .. import logprobs
-from ..checks import RequestError, boolean, list_of, mapping, string
-from ..events import End, Event
-from ..responses import Context, Response
-from . import custom_tools
+from ..answers.events import End, Event
+from ..answers.tokens import Context, Response
+from ..requests.checks import RequestError, boolean, list_of, mapping, string
+from . import custom_tools, logprobs
 from .form import About, Form, named
 from .openai_responses_requests import LOGPROBS, chat_request, functions_of, items_of, sealed
 from .parts import Part, Parts, Step
