@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from mlx_lm.tokenizer_utils import load
 
 from mlx_qwen3next.checkpoint.hub import BUNDLED
-from mlx_qwen3next.server.answers.tokens import Context, Response
+from mlx_qwen3next.server.answers.tokens import Context, SampledToken
 from mlx_qwen3next.server.engine.metrics import Metrics
 from mlx_qwen3next.server.http.connections import Server
 from mlx_qwen3next.server.http.handler import Handler, Settings
@@ -100,7 +100,7 @@ class Fake:
                 detokenizer.finalize()
             top = list(zip((token, 5), self.logprobs, strict=True))[: args.top_logprobs]
             text = detokenizer.last_segment
-            yield Response(text, token, self.logprobs[0], reason, tuple(reversed(top)))
+            yield SampledToken(text, token, self.logprobs[0], reason, tuple(reversed(top)))
             if reason is not None:
                 return
 

@@ -20,7 +20,8 @@ from mlx_qwen3next.server.engine.batching import SpeculativeBatchGenerator
 from mlx_qwen3next.server.engine.engine import Engine
 from mlx_qwen3next.server.flags import parser
 from mlx_qwen3next.server.http import handler
-from mlx_qwen3next.server.requests.options import Arguments, Chat
+from mlx_qwen3next.server.requests.options import Options
+from mlx_qwen3next.server.requests.prompt import Chat
 
 TEXTS = ("import os\n", "class Queue:\n    def put(self", "def merge(left, right):\n", "x = [")
 ENDLESS = {4086: -100.0, 4088: -100.0}  # a bias against both stop tokens
@@ -169,7 +170,7 @@ def arguments(template=None, **fields):
     fields = {names.get(name, name): value for name, value in fields.items()}
     sampling = {x: fields.pop(x) for x in [*fields] if x in Sampling.__dataclass_fields__}
     fields = {"max_tokens": 16, "stop_words": fields.pop("stop", [])} | fields
-    return Arguments(Sampling(**sampling), template_options=template or {}, **fields)
+    return Options(Sampling(**sampling), template_options=template or {}, **fields)
 
 
 class Asked:

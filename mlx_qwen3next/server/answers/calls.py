@@ -37,6 +37,11 @@ JSON_HEAD = re.compile(
 )
 
 
+def call_format(template: str) -> Format:
+    """The form of calls that a chat template teaches."""
+    return "xml" if "<function=" in template else "json"
+
+
 def call_opening(format: Format, name: str) -> str:
     """The beginning of a call, which no answer but a call can continue.
 

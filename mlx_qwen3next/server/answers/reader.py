@@ -46,11 +46,6 @@ from .events import Answer, ArgumentText, CallBegun, CallEnded, Event, Reasoning
 from .json_text import JSONEnd, MendedJSON, load_json
 
 
-def call_format(template: str) -> Format:
-    """The form of calls that a chat template teaches."""
-    return "xml" if "<function=" in template else "json"
-
-
 def parse(
     text: str, *, format: Format, tools: Sequence[Any] | None, reasoning_open: bool = False
 ) -> Answer:

@@ -1,4 +1,4 @@
-"""From the engine's responses to the events of an answer, and how the answer has ended."""
+"""From the engine's tokens to the events of an answer, and how the answer has ended."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from .events import ArgumentText, CallBegun, CallEnded, End, Event, Text
 from .reader import Reader
-from .tokens import Context, Response
+from .tokens import Context, SampledToken
 from .written_calls import WrittenCalls
 
 
-class Reading:
+class TokenReader:
     """Reads one answer.
 
     Args:
@@ -49,17 +49,17 @@ class Reading:
         self._generated = self._reasoning = 0  # tokens
         self.is_over = False
 
-    def add(self, response: Response) -> list[Event]:
+    def add(self, token: SampledToken) -> list[Event]:
         """The events that are certain once another token has come."""
         self._generated += 1
-        self._reason = response.finish_reason or self._reason
-        self._by_itself = response.token in self._context.tokenizer.eos_token_ids
-        self._stop_word = response.stop_word
+        self._reason = token.finish_reason or self._reason
+        self._by_itself = token.token in self._context.tokenizer.eos_token_ids
+        self._stop_word = token.stop_word
         if self._reader is None:
-            return [Text(response.text)]
+            return [Text(token.text)]
         self._reasoning += self._reader.is_reasoning
         opening, self._opening = self._opening, []
-        return self._up_to_a_call([*opening, *self._reader.add(response.text)])
+        return self._up_to_a_call([*opening, *self._reader.add(token.text)])
 
     def end(self) -> list[Event]:
         """The events that remain when the answer has ended."""

@@ -40,7 +40,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Response:
+class SampledToken:
     """A generated token.
 
     Args:

@@ -39,9 +39,9 @@ from ...model.quantized_kv import KVQuantization
 from ...model.qwen3_next import Model
 from ...model.reading import MOST
 from ...prompt_cache.store import PromptCache
-from ..answers.tokens import Context, Response
-from ..requests.options import Arguments, Prompt
-from ..requests.prompt import tokenized_prompt
+from ..answers.tokens import Context, SampledToken
+from ..requests.options import Options
+from ..requests.prompt import Prompt, tokenized_prompt
 from .batching import SpeculativeBatchGenerator
 from .lone_sequence import Generated, Prompted
 from .memory import Memory
@@ -108,14 +108,14 @@ class Engine:
     def generate(
         self,
         prompt: Prompt,
-        arguments: Arguments,
+        options: Options,
         progress: Callable[[int, int], None] = lambda *_: None,
-    ) -> tuple[Context, Iterator[Response]]:
+    ) -> tuple[Context, Iterator[SampledToken]]:
         """Answers a request once the model is loaded; tokenizes in the caller's thread.
 
         Args:
             progress: called with the number of prompt tokens processed and of all of them, at
-                times, while the responses are awaited.
+                times, while the tokens are awaited.
 
         Raises:
             ValueError: the request cannot be answered.
@@ -124,14 +124,14 @@ class Engine:
         """
         with self._entered():
             self._check_queue()
-            request = self._read(prompt, arguments, Queue())
+            request = self._read(prompt, options, Queue())
             self._arrived.put(request)
-        return request.context, request.responses(progress, self.ended)
+        return request.context, request.answer(progress, self.ended)
 
-    def count_tokens(self, prompt: Prompt, arguments: Arguments) -> int:
+    def count_tokens(self, prompt: Prompt, options: Options) -> int:
         """The number of a prompt's tokens; raises as :meth:`generate`."""
         with self._entered():
-            return len(tokenized_prompt(prompt, self._tokenizer, arguments.template_options).tokens)
+            return len(tokenized_prompt(prompt, self._tokenizer, options.template_options).tokens)
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
@@ -251,7 +251,7 @@ class Engine:
             gone = {request.number for request in known if request.context.stopped}
             if not (over or new or known):
                 return True  # nothing that the other ranks need to know
-            decision = over, [(request.tokens, request.arguments) for request in new], gone
+            decision = over, [(request.tokens, request.options) for request in new], gone
         over, contents, gone = self._group.decide("requests", decision)
         if self._group.rank > 0:
             new = [self._read(tokens, args, NullQueue()) for tokens, args in contents]
@@ -286,8 +286,8 @@ class Engine:
                 self._checkpoints.save_next()
         return new
 
-    def _read(self, prompt: Prompt, arguments: Arguments, queue: Queue[Any]) -> Request:
-        return read_request(prompt, arguments, queue, self._model, self._tokenizer, self.metrics)
+    def _read(self, prompt: Prompt, options: Options, queue: Queue[Any]) -> Request:
+        return read_request(prompt, options, queue, self._model, self._tokenizer, self.metrics)
 
     def _drop(self, gone: Container[int]) -> None:
         """Drops requests, by their numbers."""
@@ -344,7 +344,7 @@ class Engine:
         sampler = request.sampler
         if sampler is not greedy_sampler or self._group.size > 1:
             if request.key is None:
-                request.key = self._group.decide("key", random_key(request.arguments.seed))
+                request.key = self._group.decide("key", random_key(request.options.seed))
             sampler = SeededSampler(sampler, request.key, request.generated, self._group)
         request.checkpoints = self._checkpoints.places(request.tokens, held)
         cuts = [held, *request.checkpoints, len(request.tokens)]

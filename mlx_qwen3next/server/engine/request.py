@@ -1,7 +1,7 @@
 """A request that the server answers, from the reading of it to its last token.
 
 :func:`read_request` checks a client's request and tokenizes its prompt. The engine
-(:mod:`.engine`) then has its tokens generated, and :class:`Request` turns them into the responses
+(:mod:`.engine`) then has its tokens generated, and :class:`Request` turns them into those
 that the HTTP side reads from a queue.
 """
 
@@ -25,20 +25,20 @@ from ...decoding.sampling import draw_key
 from ...decoding.validation import token_budget
 from ...errors import ContextLengthError, first_line
 from ...model.qwen3_next import Model
-from ..answers.tokens import Context, Response
+from ..answers.tokens import Context, SampledToken
 from ..grammars.answer import answer_grammar
 from ..grammars.compiled import Grammars, is_available
-from ..requests.options import Arguments, Chat, Prompt
-from ..requests.prompt import Rendered, tokenized_prompt
+from ..requests.options import Options
+from ..requests.prompt import Chat, Prompt, Rendered, tokenized_prompt
 from .batching import Generated
 from .lone_sequence import Drafted
 from .metrics import Metrics
 
-_PATIENCE = 1.0  # seconds to wait for a response before looking whether the thread has ended
+_PATIENCE = 1.0  # seconds to wait for a token before looking whether the thread has ended
 
 
 class NullQueue(Queue[Any]):
-    """The queue of a request on a rank without clients: drops the responses."""
+    """The queue of a request on a rank without clients: drops the tokens."""
 
     def put(self, *_: Any, **__: Any) -> None:
         pass
@@ -48,8 +48,8 @@ class NullQueue(Queue[Any]):
 class Request:
     """A request that is being answered."""
 
-    queue: Queue[Any]  # progress (done, total), responses, an exception; None at the end
-    arguments: Arguments
+    queue: Queue[Any]  # progress (done, total), tokens, an exception; None at the end
+    options: Options
     context: Context
     tokens: list[int]  # the prompt and all tokens generated after it
     max_tokens: int
@@ -76,11 +76,11 @@ class Request:
         reason = response.finish_reason
         text, stop_word = self.stop_words.add(self.decoder.add(response.token, reason), reason)
         logprob: Any = 0.0
-        top = _most_probable(response.logprobs, self.arguments.top_logprobs)
-        if self.arguments.logprobs or top:
+        top = _most_probable(response.logprobs, self.options.top_logprobs)
+        if self.options.logprobs or top:
             logprob = response.logprobs[response.token].item()
         sent = "stop" if stop_word else reason
-        self.queue.put(Response(text, response.token, logprob, sent, top, stop_word))
+        self.queue.put(SampledToken(text, response.token, logprob, sent, top, stop_word))
         if sent is None:
             return False
         self.queue.put(None)
@@ -98,10 +98,10 @@ class Request:
         if response.is_draft:
             self.context.accepted[source] += 1
 
-    def responses(
+    def answer(
         self, progress: Callable[[int, int], None], ended: threading.Event
-    ) -> Generator[Response]:
-        """Yields the responses as they come.
+    ) -> Generator[SampledToken]:
+        """Yields the tokens as they come.
 
         Args:
             progress: called with the number of prompt tokens processed and of all of them.
@@ -110,13 +110,13 @@ class Request:
         Raises:
             RuntimeError: the answer has failed, or the thread has died.
         """
-        while (response := self._next(ended)) is not None:
-            if isinstance(response, Exception):
-                raise response
-            if isinstance(response, tuple):
-                progress(*response)
+        while (item := self._next(ended)) is not None:
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, tuple):
+                progress(*item)
             else:
-                yield response
+                yield item
 
     def _next(self, ended: threading.Event) -> Any:
         """Waits for the next item of the queue."""
@@ -136,7 +136,7 @@ class Request:
 
 def read_request(
     prompt: Prompt,
-    arguments: Arguments,
+    options: Options,
     queue: Queue[Any],
     model: Model,
     tokenizer: TokenizerWrapper,
@@ -145,7 +145,7 @@ def read_request(
     """Checks a request and tokenizes its prompt.
 
     Args:
-        queue: receives the responses.
+        queue: receives the tokens.
         metrics: counts its tokens.
 
     Raises:
@@ -154,7 +154,7 @@ def read_request(
         ValueError: the request cannot be answered. The chat template and the tokenizer may raise
             other exceptions.
     """
-    rendered = tokenized_prompt(prompt, tokenizer, arguments.template_options)
+    rendered = tokenized_prompt(prompt, tokenizer, options.template_options)
     tokens = rendered.tokens
     if not tokens:
         raise ValueError("the prompt is empty")
@@ -163,25 +163,25 @@ def read_request(
     if not 0 <= min(tokens) <= max(tokens) < vocab:
         raise ValueError(f"the prompt holds a token id outside 0…{vocab - 1}")
     special = (*tokenizer.encode("\n"), *tokenizer.eos_token_ids)
-    sampling = replace(arguments.sampling, xtc_special_tokens=special)
+    sampling = replace(options.sampling, xtc_special_tokens=special)
     sampling.check_vocabulary(vocab)
     processors = sampling.logits_processors()
     grammars = Grammars.of(model, tokenizer)
     if isinstance(prompt, Chat) and prompt.wanted.needs_grammar and is_available():
-        arguments = replace(arguments, grammar=_grammar(prompt, rendered, grammars))
-    if arguments.grammar is not None:
-        processors.append(grammars.constraint(arguments.grammar, len(tokens)))
+        options = replace(options, grammar=_grammar(prompt, rendered, grammars))
+    if options.grammar is not None:
+        processors.append(grammars.constraint(options.grammar, len(tokens)))
     return Request(
         queue,
-        arguments,
+        options,
         Context(tokenizer, tokens, rendered.reasoning_open, rendered.opening, rendered.format),
         list(tokens),
-        token_budget(model, len(tokens), arguments.max_tokens),
+        token_budget(model, len(tokens), options.max_tokens),
         sampling.sampler(),
         processors,
         StopSequences([(token,) for token in tokenizer.eos_token_ids]),
         TextDecoder(tokenizer),
-        StopWords(arguments.stop_words),
+        StopWords(options.stop_words),
         metrics,
     )
 

@@ -8,7 +8,8 @@ from email.message import Message
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from ..requests.fields import ALIASES, RequestError
+from ..requests.checks import RequestError
+from ..requests.fields import ALIASES
 
 OPEN = ("/", "/health")  # the paths that need no key
 

@@ -15,7 +15,7 @@ from socketserver import TCPServer
 from typing import Any
 
 from ...errors import first_line
-from ..requests.fields import RequestError
+from ..requests.checks import RequestError
 
 MAX_CONNECTIONS = 512  # at a time
 RETRY = {"Retry-After": "5"}  # seconds; the header of an answer with status 429 or 503

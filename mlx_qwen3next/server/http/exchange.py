@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import first_line
-from ..answers.tokens import Context, Response
+from ..answers.tokens import Context, SampledToken
 from ..engine.metrics import Metrics
 
 GONE = 499  # the status that is told of an exchange whose client has left, as nginx calls it
@@ -40,12 +40,12 @@ class Exchange:
         self._asked = time.monotonic()
         self._first = self._last = 0.0
 
-    def add(self, response: Response) -> None:
+    def add(self, token: SampledToken) -> None:
         """Takes account of the next token."""
         self._last = time.monotonic()
         self._first = self._first or self._last
-        self.tokens.append(response.token)
-        self.texts.append(response.text)
+        self.tokens.append(token.token)
+        self.texts.append(token.text)
 
     @property
     def wait(self) -> float:

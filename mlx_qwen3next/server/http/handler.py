@@ -25,16 +25,18 @@ from jinja2 import TemplateError
 
 from ...errors import ContextLengthError, FieldError, QueueFullError, first_line
 from ..answers.events import Event, Text
-from ..answers.token_reader import Reading
-from ..answers.tokens import Context, Response
+from ..answers.token_reader import TokenReader
+from ..answers.tokens import Context, SampledToken
 from ..engine import metrics
 from ..protocols.anthropic import Message as AnthropicMessage
 from ..protocols.form import About, Form
 from ..protocols.openai import ChatCompletion, TextCompletion
 from ..protocols.openai_responses import ModelResponse
 from ..protocols.stored import Stored
-from ..requests.fields import RequestError, normalise, parse, served_name
-from ..requests.options import Arguments, Prompt, arguments_of, prompt_of
+from ..requests.checks import RequestError
+from ..requests.fields import normalise, parse, served_name
+from ..requests.options import Options, options_of
+from ..requests.prompt import Chat, Prompt, prompt_of
 from . import discovery
 from .access import OPEN, Settings, check_key, check_origin, cors_headers
 from .body import read_body
@@ -217,28 +219,25 @@ class Handler(BaseHTTPRequestHandler):
             )
         del raw
         try:
-            arguments = arguments_of(fields, self.generator.args)
+            options = options_of(fields, self.generator.args)
         except ValueError as error:  # the flags' values: those of the request are checked
             raise _server_error(error) from error
-        calls, template = self._about.stored.calls, arguments.template_options.get("chat_template")
+        calls, template = self._about.stored.calls, options.template_options.get("chat_template")
         if form.is_chat:
             fields["messages"] = calls.restored(template, fields["messages"])
         prompt = prompt_of(fields, is_chat=form.is_chat)
         if path == _COUNT:
-            count = self._asked(lambda: self.generator.count_tokens(prompt, arguments))
+            count = self._asked(lambda: self.generator.count_tokens(prompt, options))
             self._send(200, {"input_tokens": count})
             return
         self._streams = fields.get("stream", False)
         try:
-            context, responses = self._generate(prompt, arguments)
-            tools, one_call = (
-                fields.get("tools") or None,
-                not fields.get("parallel_tool_calls", True),
-            )
-            reading = Reading(context, tools, one_call, template, calls)
+            context, tokens = self._generate(prompt, options)
+            chat = prompt if isinstance(prompt, Chat) else Chat([])
+            reader = TokenReader(context, chat.tools, chat.one_call, template, calls)
             if self._streams:
                 self._begin_stream(form)
-            self._send_answer(form, fields, reading, self._checked(responses))
+            self._send_answer(form, fields, reader, self._checked(tokens))
         finally:
             if self._exchange.context is not None:
                 self._exchange.context.stop()
@@ -247,32 +246,32 @@ class Handler(BaseHTTPRequestHandler):
         self,
         form: Form,
         fields: dict[str, Any],
-        reading: Reading,
-        responses: Iterator[Response],
+        reader: TokenReader,
+        tokens: Iterator[SampledToken],
     ) -> None:
         """Sends the answer in chunks as it comes, or as a whole."""
         events: list[Event] = []
-        sampled: list[Response] = []  # tokens that no chunk has told of
+        sampled: list[SampledToken] = []  # tokens that no chunk has told of
         beginning: bytes | None = None  # of a stream, still to be sent
-        for response in responses:
+        for token in tokens:
             if beginning is None:  # the first token tells how much of the prompt was known
                 assert self._exchange.context is not None
                 beginning = form.begin(self._exchange.context, fields)
-            self._exchange.add(response)
-            events += reading.add(response)
-            sampled.append(response)
-            if reading.is_over:
+            self._exchange.add(token)
+            events += reader.add(token)
+            sampled.append(token)
+            if reader.is_over:
                 break
             if self._streams and any(event != Text("") for event in events):
                 self._send_chunk(beginning + form.chunk(events, sampled))
                 events, sampled, beginning = [], [], b""
             elif self._streams:
                 self._keep_alive()
-        events += reading.end()
+        events += reader.end()
         if self._streams:
-            self._send_chunk((beginning or b"") + form.end(events, sampled, reading.ending))
+            self._send_chunk((beginning or b"") + form.end(events, sampled, reader.ending))
         else:
-            self._send(200, form.whole(events, sampled, reading.ending))
+            self._send(200, form.whole(events, sampled, reader.ending))
 
     def _send_chunk(self, chunk: bytes) -> None:
         self.wfile.write(chunk)
@@ -283,7 +282,7 @@ class Handler(BaseHTTPRequestHandler):
         if time.monotonic() > self._sent + _SILENCE:
             self._send_chunk(f": {comment}\n\n".encode())
 
-    def _generate(self, prompt: Prompt, arguments: Arguments) -> tuple[Context, Iterator[Response]]:
+    def _generate(self, prompt: Prompt, options: Options) -> tuple[Context, Iterator[SampledToken]]:
         def progress(processed: int, total: int) -> None:
             self._check_client()
             if not self._streams:
@@ -293,11 +292,9 @@ class Handler(BaseHTTPRequestHandler):
             except OSError as error:
                 raise ClientGone(first_line(error)) from None
 
-        context, responses = self._asked(
-            lambda: self.generator.generate(prompt, arguments, progress)
-        )
+        context, tokens = self._asked(lambda: self.generator.generate(prompt, options, progress))
         self._exchange.context = context
-        return context, responses
+        return context, tokens
 
     def _asked(self, ask: Callable[[], Any]) -> Any:
         """What the generator answers at once; its errors become those of the request."""
@@ -314,12 +311,12 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             raise self._failure(error) from error
 
-    def _checked(self, responses: Iterator[Response]) -> Iterator[Response]:
-        """Passes the responses on while the client is there."""
+    def _checked(self, tokens: Iterator[SampledToken]) -> Iterator[SampledToken]:
+        """Passes the tokens on while the client is there."""
         try:
-            for response in responses:
+            for token in tokens:
                 self._check_client()
-                yield response
+                yield token
         except ClientGone:
             raise
         except Exception as error:

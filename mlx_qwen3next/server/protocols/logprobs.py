@@ -8,40 +8,40 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..answers.tokens import Response
+from ..answers.tokens import SampledToken
 
 # The characters that stand for bytes in the vocabulary of a byte-level tokenizer, such as GPT-2's.
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 _LEAST = -9999.0  # OpenAI's number for minus infinity, which JSON lacks
 
 
-def chat_form(tokenizer: TokenizerWrapper, sampled: Sequence[Response]) -> dict[str, Any]:
+def chat_form(tokenizer: TokenizerWrapper, sampled: Sequence[SampledToken]) -> dict[str, Any]:
     """Log-probabilities in the form of a chat completion.
 
     Every token also has its ``id``, as in mlx-lm.
     """
     content = []
-    for response in sampled:
-        entry = _entry(tokenizer, response.token, response.logprob)
-        content.append(entry | {"top_logprobs": _top_entries(tokenizer, response)})
+    for token in sampled:
+        entry = _entry(tokenizer, token.token, token.logprob)
+        content.append(entry | {"top_logprobs": _top_entries(tokenizer, token)})
     return {"content": content}
 
 
 def text_form(
-    tokenizer: TokenizerWrapper, sampled: Sequence[Response], offset: int
+    tokenizer: TokenizerWrapper, sampled: Sequence[SampledToken], offset: int
 ) -> dict[str, Any]:
     """Log-probabilities in the form of a completion.
 
     Args:
         offset: the number of characters of the text before these tokens.
     """
-    entries = [_entry(tokenizer, response.token, response.logprob) for response in sampled]
+    entries = [_entry(tokenizer, token.token, token.logprob) for token in sampled]
     offsets, tops = [], []
-    for response in sampled:
+    for token in sampled:
         offsets.append(offset)
-        offset += len(response.text)
+        offset += len(token.text)
         # The most probable token comes last, so that it wins among tokens of the same text.
-        entries_at = reversed(_top_entries(tokenizer, response))
+        entries_at = reversed(_top_entries(tokenizer, token))
         tops.append({entry["token"]: entry["logprob"] for entry in entries_at} or None)
     return {
         "tokens": [entry["token"] for entry in entries],
@@ -51,7 +51,9 @@ def text_form(
     }
 
 
-def split(sampled: Sequence[Response], text: str) -> tuple[list[Response], list[Response]]:
+def split(
+    sampled: Sequence[SampledToken], text: str
+) -> tuple[list[SampledToken], list[SampledToken]]:
     """Finds the tokens of a part of an answer.
 
     Args:
@@ -61,24 +63,24 @@ def split(sampled: Sequence[Response], text: str) -> tuple[list[Response], list[
     Returns:
         The tokens that have a share in it, and those after them.
     """
-    start = "".join(response.text for response in sampled).find(text)
+    start = "".join(token.text for token in sampled).find(text)
     if start < 0:
         return [], [*sampled]
     end, at = start + len(text), 0
-    own: list[Response] = []
-    for i, response in enumerate(sampled):
+    own: list[SampledToken] = []
+    for i, token in enumerate(sampled):
         if at >= end:
             return own, [*sampled[i:]]
-        at += len(response.text)
+        at += len(token.text)
         # A token that is a part of a character has no text.
-        if at > start or (at == start and not response.text):
-            own.append(response)
+        if at > start or (at == start and not token.text):
+            own.append(token)
     return own, []
 
 
-def _top_entries(tokenizer: TokenizerWrapper, response: Response) -> list[dict[str, Any]]:
+def _top_entries(tokenizer: TokenizerWrapper, token: SampledToken) -> list[dict[str, Any]]:
     """The entries of the most probable tokens at a position, in descending order."""
-    entries = [_entry(tokenizer, token, logprob) for token, logprob in response.top_tokens]
+    entries = [_entry(tokenizer, other, logprob) for other, logprob in token.top_tokens]
     return sorted(entries, key=lambda entry: -entry["logprob"])
 
 

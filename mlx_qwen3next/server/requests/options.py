@@ -1,4 +1,4 @@
-"""From the checked fields of a request to what the engine is asked: a prompt and its arguments."""
+"""The options of a request, from its checked fields and the flags of the server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from ...cli import given
 from ...decoding.sampling import Sampling
-from ..grammars.answer import Schema, Wanted
 
 # The fields of a request that are options of sampling, and those of them that have a flag.
 _SAMPLING = Sampling.__dataclass_fields__.keys() - {"temp", "logit_bias", "xtc_special_tokens"}
@@ -16,36 +15,7 @@ SAMPLING_FLAGS = ("temp", "top_p", "top_k", "min_p")
 
 
 @dataclass(frozen=True)
-class Chat:
-    """The messages to answer.
-
-    Args:
-        messages: each with a ``role`` and a ``content``.
-        tools: the functions that the answer may call.
-        role_mapping: what stands before the messages of each role, for a model without a template.
-        forced: the name of the tool that the answer must call, "" for any, None for none.
-        json: the schema that the answer must fit if it is no call; None for any text.
-        one_call: whether it has one call at most.
-    """
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    role_mapping: dict[str, str] | None = None
-    forced: str | None = None
-    json: Schema | None = None
-    one_call: bool = False
-
-    @property
-    def wanted(self) -> Wanted:
-        """The answers that are wanted."""
-        return Wanted(self.json, self.tools or (), self.forced, self.one_call)
-
-
-Prompt = str | list[int] | Chat  # a text or its token ids to continue, or messages to answer
-
-
-@dataclass(frozen=True)
-class Arguments:
+class Options:
     """The options of a request.
 
     Args:
@@ -69,40 +39,21 @@ class Arguments:
     grammar: str | None = None
 
 
-def prompt_of(fields: dict[str, Any], *, is_chat: bool) -> Prompt:
-    """Takes the prompt of a request, or its messages and tools.
-
-    Args:
-        fields: the result of :func:`mlx_qwen3next.server.requests.fields.normalise`.
-    """
-    if not is_chat:
-        return fields["prompt"]
-    tools, choice = fields.get("tools") or None, fields.get("tool_choice", "auto")
-    forced = None
-    if isinstance(choice, dict):
-        forced = choice["function"]["name"]
-    elif choice == "required":
-        forced = tools[0]["function"]["name"] if tools and len(tools) == 1 else ""
-    roles, one_call = fields.get("role_mapping"), not fields.get("parallel_tool_calls", True)
-    answer = fields.get("response_format")
-    return Chat(fields["messages"], tools, roles, forced, answer, one_call)
-
-
-def arguments_of(fields: dict[str, Any], flags: argparse.Namespace) -> Arguments:
+def options_of(fields: dict[str, Any], flags: argparse.Namespace) -> Options:
     """Takes the options of a request; the server's flags and mlx-lm's defaults fill missing ones.
 
     Raises:
         ValueError: a flag has no usable value.
     """
-    options = given(flags, SAMPLING_FLAGS)
-    options |= {name: value for name, value in fields.items() if name in _SAMPLING}
+    sampling = given(flags, SAMPLING_FLAGS)
+    sampling |= {name: value for name, value in fields.items() if name in _SAMPLING}
     if "temperature" in fields:
-        options["temp"] = fields["temperature"]
+        sampling["temp"] = fields["temperature"]
     if bias := fields.get("logit_bias"):
-        options["logit_bias"] = {int(token): x for token, x in bias.items()}
+        sampling["logit_bias"] = {int(token): x for token, x in bias.items()}
     template_options = flags.chat_template_args | fields.get("chat_template_kwargs", {})
-    return Arguments(
-        Sampling(**options),
+    return Options(
+        Sampling(**sampling),
         fields.get("max_completion_tokens", fields.get("max_tokens", flags.max_tokens)),
         fields.get("stop", []),
         fields.get("logprobs", False),

@@ -1,19 +1,18 @@
-"""From a checked request to its prompt's tokens, by the model's chat template."""
+"""From a checked request to its prompt, and to the prompt's tokens by the chat template."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import FieldError
-from ..answers.calls import Format, call_opening
-from ..answers.reader import call_format
-from ..grammars.answer import Reasoning
+from ..answers.calls import Format, call_format, call_opening
+from ..grammars.answer import Reasoning, Schema, Wanted
 from ..grammars.compiled import is_available
-from .options import Chat, Prompt
 
 _MARK = re.compile("(\ue000[0-9]+\ue001)")
 # What stands before a message of each role, and after every message, without a chat template.
@@ -23,6 +22,54 @@ _ROLES = {
     "assistant": "ASSISTANT: ",
     "stop": "\n",
 }
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The messages to answer.
+
+    Args:
+        messages: each with a ``role`` and a ``content``.
+        tools: the functions that the answer may call.
+        role_mapping: what stands before the messages of each role, for a model without a template.
+        forced: the name of the tool that the answer must call, "" for any, None for none.
+        json: the schema that the answer must fit if it is no call; None for any text.
+        one_call: whether it has one call at most.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    role_mapping: dict[str, str] | None = None
+    forced: str | None = None
+    json: Schema | None = None
+    one_call: bool = False
+
+    @property
+    def wanted(self) -> Wanted:
+        """The answers that are wanted."""
+        return Wanted(self.json, self.tools or (), self.forced, self.one_call)
+
+
+Prompt = str | list[int] | Chat  # a text or its token ids to continue, or messages to answer
+
+
+def prompt_of(fields: dict[str, Any], *, is_chat: bool) -> Prompt:
+    """Takes the prompt of a request, or its messages and tools.
+
+    Args:
+        fields: the result of :func:`mlx_qwen3next.server.requests.fields.normalise`.
+    """
+    if not is_chat:
+        return fields["prompt"]
+    tools, choice = fields.get("tools") or None, fields.get("tool_choice", "auto")
+    forced = None
+    if isinstance(choice, dict):
+        forced = choice["function"]["name"]
+    elif choice == "required":
+        forced = tools[0]["function"]["name"] if tools and len(tools) == 1 else ""
+    roles, one_call = fields.get("role_mapping"), not fields.get("parallel_tool_calls", True)
+    answer = fields.get("response_format")
+    return Chat(fields["messages"], tools, roles, forced, answer, one_call)
 
 
 class Rendered(NamedTuple):

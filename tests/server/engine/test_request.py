@@ -18,7 +18,7 @@ from mlx_qwen3next.errors import ContextLengthError
 from mlx_qwen3next.server import flags
 from mlx_qwen3next.server.engine.metrics import Metrics
 from mlx_qwen3next.server.engine.request import read_request
-from mlx_qwen3next.server.requests.options import Chat
+from mlx_qwen3next.server.requests.prompt import Chat
 
 QUESTION = user("What does math.sqrt do?")
 THINKING = """{%- for message in messages %}

@@ -6,7 +6,7 @@ import pytest
 from helpers_server import CHAT, MESSAGES, NAMES, exchange, serving
 
 from mlx_qwen3next.server.http.access import Settings, check_origin
-from mlx_qwen3next.server.requests.fields import RequestError
+from mlx_qwen3next.server.requests.checks import RequestError
 
 
 def refused(origin, host, **settings):

@@ -26,7 +26,7 @@ from helpers_server import (
 )
 from helpers_serving import running
 
-from mlx_qwen3next.server.answers.tokens import Context, Response
+from mlx_qwen3next.server.answers.tokens import Context, SampledToken
 from mlx_qwen3next.server.engine.metrics import Metrics
 from mlx_qwen3next.server.http import exchange as exchanges
 from mlx_qwen3next.server.http.access import Settings
@@ -51,7 +51,7 @@ def test_the_line_of_an_answer(monkeypatch, lines):
     told.context = Context(None, [1] * 50, cached=40, accepted=accepted)
     for at in (102, 103, 103, 103, 103, 103, 103, 104):
         clock.now = at
-        told.add(Response("x", 5))
+        told.add(SampledToken("x", 5))
     clock.now = 105
     told.tell("POST /p HTTP/1.1", "/p", "1.2.3.4", metrics)
     assert lines() == [

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 from helpers_server import tokenizer
 
-from mlx_qwen3next.server.answers.tokens import Response
+from mlx_qwen3next.server.answers.tokens import SampledToken
 from mlx_qwen3next.server.protocols import logprobs
 
 
 def entries(words, tokens):
-    sampled = [Response("", token, -1.0, None, ((token, -1.0),)) for token in tokens]
+    sampled = [SampledToken("", token, -1.0, None, ((token, -1.0),)) for token in tokens]
     return logprobs.chat_form(words, sampled)["content"]
 
 

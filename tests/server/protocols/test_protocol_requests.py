@@ -11,7 +11,8 @@ from mlx_qwen3next.server.protocols.anthropic import Message
 from mlx_qwen3next.server.protocols.form import About
 from mlx_qwen3next.server.protocols.openai_responses import ModelResponse
 from mlx_qwen3next.server.protocols.stored import Kept, Stored
-from mlx_qwen3next.server.requests.fields import RequestError, normalise, parse
+from mlx_qwen3next.server.requests.checks import RequestError
+from mlx_qwen3next.server.requests.fields import normalise, parse
 
 FORMS = {MESSAGES_PATH: Message, RESPONSES_PATH: ModelResponse}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -5,7 +5,8 @@ import json
 import pytest
 from helpers_server import CHAT, MESSAGES, bodies
 
-from mlx_qwen3next.server.requests.fields import RequestError, normalise, parse, served_name
+from mlx_qwen3next.server.requests.checks import RequestError
+from mlx_qwen3next.server.requests.fields import normalise, parse, served_name
 
 NAMES = ("demo", "org/demo")
 FUNCTION = {"name": "f", "parameters": {"properties": {"x": {"type": "string"}}}}

@@ -3,7 +3,8 @@
 import pytest
 from helpers_server import MESSAGES, tokenizer
 
-from mlx_qwen3next.server.requests.fields import RequestError, normalise
+from mlx_qwen3next.server.requests.checks import RequestError
+from mlx_qwen3next.server.requests.fields import normalise
 
 FUNCTION = {"name": "f", "parameters": {"properties": {"x": {"type": "string"}}}}
 

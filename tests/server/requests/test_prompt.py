@@ -10,8 +10,7 @@ from helpers_templates import CODER, INSTRUCT, THINKING
 from mlx_qwen3next.server.answers.reader import Reader
 from mlx_qwen3next.server.protocols.openai import Completion
 from mlx_qwen3next.server.requests.messages import message
-from mlx_qwen3next.server.requests.options import Chat
-from mlx_qwen3next.server.requests.prompt import tokenized_prompt
+from mlx_qwen3next.server.requests.prompt import Chat, tokenized_prompt
 
 TOOLS = [{"type": "function", "function": {"name": "write", "parameters": {}}}]
 
