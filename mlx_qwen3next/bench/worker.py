@@ -41,11 +41,11 @@ from ..checkpoint.loading import load_model
 from ..compute import proof
 from ..compute.cpu_matmul import TransposedLinear
 from ..decoding import queueing
+from ..decoding.drafters.speculation import Speculation
 from ..decoding.generation import generate_step
 from ..decoding.pace import PromptPace
 from ..decoding.preparation import prepare
 from ..decoding.sequence import prefill
-from ..decoding.speculation import Speculation
 from ..decoding.speculative import Acceptance, Token
 from ..decoding.validation import held_by
 from ..errors import first_line

@@ -22,8 +22,8 @@ from mlx_lm.generate import (
 from mlx_lm.sample_utils import LogitsProcessor, Sampler
 
 from ...decoding.draft_depth import Depth
+from ...decoding.drafters.speculation import Speculation
 from ...decoding.pace import PromptPace
-from ...decoding.speculation import Speculation
 from ...model.cache import Cache, tokens_held
 from ...model.quantized_kv import NOT_QUANTIZED, KVQuantization, in_rows, out_of_rows
 from ...model.qwen3_next import Model

@@ -30,9 +30,9 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...decoding.draft_depth import Depth
+from ...decoding.drafters.speculation import MTP, Speculation
 from ...decoding.pace import PromptPace
 from ...decoding.sampling import SeededSampler
-from ...decoding.speculation import MTP, Speculation
 from ...errors import QueueFullError, first_line
 from ...model.cache import Cache
 from ...model.quantized_kv import KVQuantization

@@ -8,7 +8,7 @@ from helpers_serving import Sequences
 from helpers_speculative import Cycle
 
 from mlx_qwen3next import load_model
-from mlx_qwen3next.decoding import speculation
+from mlx_qwen3next.decoding.drafters import speculation
 from mlx_qwen3next.decoding.drafters.dflash import DFlashDrafter
 from mlx_qwen3next.decoding.speculative import forward
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ..model.cache import Cache
-from ..model.qwen3_next import Model
-from .draft_depth import (
+from ...model.cache import Cache
+from ...model.qwen3_next import Model
+from ..draft_depth import (
     MAX_DEPTH,
     MOST_COPIED,
     DecidedDepth,
@@ -15,10 +15,10 @@ from .draft_depth import (
     MeasuredDepth,
     Promise,
 )
-from .drafters import Drafter, dflash, lookup, mtp
-from .drafters.dflash import DFlashDrafter
-from .drafters.lookup import LookupDrafter
-from .drafters.mtp import MTPDrafter
+from . import Drafter, dflash, lookup, mtp
+from .dflash import DFlashDrafter
+from .lookup import LookupDrafter
+from .mtp import MTPDrafter
 
 MTP = Literal["auto", "off"] | int
 Lookup = Literal["auto", "off"] | int | None
