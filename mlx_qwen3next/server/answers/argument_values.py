@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .json_schema import find, followed
+from .json_schema import MOST_REFERENCES, find, followed
 from .json_text import MOST_DIGITS, NOTHING, NUMBER, load_json
 
 _TYPES = frozenset({"string", "integer", "number", "boolean", "null", "object", "array"})
-_MOST_REFERENCES = 20  # followed for one property; circles end there
 
 
 class Parameters:
@@ -69,7 +68,7 @@ class Parameters:
             self._types[name] = self.allowed(self._properties.get(name))
         return self._types[name]
 
-    def allowed(self, schema: Any, references: int = _MOST_REFERENCES) -> frozenset[str]:
+    def allowed(self, schema: Any, references: int = MOST_REFERENCES) -> frozenset[str]:
         """The types that a schema within that of the tool allows; none if it tells nothing of them.
 
         Args:

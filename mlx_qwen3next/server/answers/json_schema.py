@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote
 _NAMED = ("$defs", "definitions", "properties", "patternProperties")
 _LISTED = ("prefixItems", "allOf", "anyOf", "oneOf")
 _SINGLE = ("items", "additionalProperties")
-_MOST_REFERENCES = 20  # followed from one place; circles end there
+MOST_REFERENCES = 20  # followed from one place; circles end there
 
 
 def find(root: Any, pointer: str) -> Any:
@@ -31,7 +31,7 @@ def find(root: Any, pointer: str) -> Any:
 
 def followed(root: Any, pointer: str) -> str:
     """Where the references lead that a part of a document consists of."""
-    for _ in range(_MOST_REFERENCES):
+    for _ in range(MOST_REFERENCES):
         named = find(root, pointer)
         reference = named.get("$ref") if isinstance(named, Mapping) else None
         if not isinstance(reference, str) or find(root, reference) is None:
