@@ -17,10 +17,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.sample_utils import greedy_sampler
 
-from ..decoding.drafters.mtp import MTPDrafter
-from ..decoding.sampling import Chooser
-from ..model.cache import Cache, Round
-from .on_metal import as_on_metal, mlx_lm, ours
+from ...decoding.drafters.mtp import MTPDrafter
+from ...decoding.sampling import Chooser
+from ...model.cache import Cache, Round
+from ..on_metal import as_on_metal, mlx_lm, ours
 
 LAYERS = 48
 # Steps of a kind in a row, as in decoding, after some that are not timed: traces are made in the

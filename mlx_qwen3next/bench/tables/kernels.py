@@ -7,16 +7,15 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from .. import metal_kernels
-from ..checkpoint.loading import load_model
-from ..compute import proof
-from ..compute.proof import Finding
-from ..decoding.draft_depth import MAX_DEPTH
-from ..decoding.preparation import prove
-from . import machine
-from .report import NONE, table
-from .run import check, model_directory
-from .sides import rank
+from ... import metal_kernels
+from ...checkpoint.loading import load_model
+from ...compute import proof
+from ...compute.proof import Finding
+from ...decoding.draft_depth import MAX_DEPTH
+from ...decoding.preparation import prove
+from .. import machine
+from ..models import check, model_directory, rank
+from . import NONE, table
 
 
 def kernel_lines(args: argparse.Namespace) -> list[str]:

@@ -22,14 +22,14 @@ from unittest.mock import patch
 import mlx.core as mx
 from mlx_lm.generate import wired_limit
 
-from ..checkpoint.loading import load_model
-from ..decoding import queueing
-from ..decoding.generation import generate_step
-from ..decoding.queueing import COMMAND_BUFFERS
-from ..errors import first_line
-from ..model.capacity import GB
-from . import shapes
-from .report import NONE, table
+from ...checkpoint.loading import load_model
+from ...decoding import queueing
+from ...decoding.generation import generate_step
+from ...decoding.queueing import COMMAND_BUFFERS
+from ...errors import first_line
+from ...model.capacity import GB
+from .. import shapes
+from . import NONE, table
 
 LAYERS = (4, 8, 16, shapes.FULL)  # handed over at a time
 # MLX's limits of a command buffer; without an entry MLX's own hold.
@@ -55,7 +55,7 @@ def in_another_process(directory: Path, buffers: Mapping[str, str]) -> Times:
         ValueError: the process failed.
     """
     environment = {k: v for k, v in os.environ.items() if k not in COMMAND_BUFFERS} | {**buffers}
-    code = "from mlx_qwen3next.bench.variants import main; main()"
+    code = "from mlx_qwen3next.bench.tables.variants import main; main()"
     command = [sys.executable, "-c", code, str(directory)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -6,26 +6,26 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoint import files
-from ..checkpoint.hub import resolve
-from ..cli import division
-from ..model import capacity, layouts
-from ..model.config import Config
-from ..storage.replacing import write_text
-from ..storage.safetensors import Tensor
-from . import machine, plots, prompts, report, shapes
+from ...checkpoint import files
+from ...cli import division
+from ...model import capacity, layouts
+from ...model.config import Config
+from ...storage.replacing import write_text
+from ...storage.safetensors import Tensor
+from .. import machine, plots, prompts
+from ..models import DtypeChoice, check, model_directory, rank
+from ..traffic import Traffic, traffic
+from . import report
 from .measure import Run, measure
-from .sides import DtypeChoice, Side, rank, sides_of
+from .sides import Side, sides_of
 from .summary import medians
-from .traffic import Traffic, traffic
 from .worker import follow
 
 HELD = 1.5  # memory that a model and its caches may take, in sizes of its files
@@ -90,66 +90,6 @@ def run_bench(args: argparse.Namespace) -> None:
         write_text(args.json, json.dumps(content, indent=1, default=str))
     if args.plots is not None:
         plots.draw(args.plots, figures, raw.get("growth", []))
-
-
-def check(args: argparse.Namespace) -> None:
-    """Checks the options.
-
-    Raises:
-        ValueError: an option is not usable, or not with the others.
-    """
-    if args.tokens < 2:
-        raise ValueError(
-            "--tokens must be at least 2: the time of the first token is that of the prompt"
-        )
-    for name in ("layers", "expert_bits"):
-        if getattr(args, name) is not None and args.shape is None:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is for --shape alone: other models have theirs")
-    if args.layers is not None and (args.layers % shapes.PERIOD or args.layers > shapes.FULL):
-        raise ValueError(
-            f"--layers must be a multiple of {shapes.PERIOD} (three linear layers, one of "
-            f"attention), at most {shapes.FULL}, got {args.layers}"
-        )
-    if rank() is not None and args.shape == "80b" and args.layers is None:
-        raise ValueError(
-            "--layers is needed with mlx.launch, because the machines' memories may differ"
-        )
-    if args.plots is not None:
-        plots.check_available()
-    for file in (args.json, args.plots):
-        if file is not None and not file.parent.is_dir():
-            raise ValueError(f"{file} cannot be written: there is no directory {file.parent}")
-
-
-@contextmanager
-def model_directory(
-    args: argparse.Namespace, choice: DtypeChoice
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yields the directory of the model, and its description for the JSON file."""
-    if args.shape is None:
-        directory = resolve(args.model)
-        name = args.model or "the bundled demo model"
-        yield directory, {"name": name, "revision": _revision(directory), "shape": None}
-        return
-    models = 1 if args.without_mlx_lm else 2 + (choice == "both")
-    layers, experts = args.layers, args.expert_bits or shapes.BITS
-    bits = partial(shapes.bits_of, experts=experts)
-    if layers is None:  # a period has all kinds of layer that there are kernels for
-        layers = shapes.PERIOD if args.kernels else shapes.layers_that_fit(args.shape, models, bits)
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        shapes.write(Path(folder), args.shape, layers, bits)
-        name = f"random weights in the shapes of --shape {args.shape}, {layers} layers"
-        name += f", experts of {experts} bits" * (experts != shapes.BITS)
-        yield (
-            Path(folder),
-            {"name": name, "revision": None, "shape": args.shape, "layers": layers},
-        )
-
-
-def _revision(directory: Path) -> str | None:
-    """The commit of a model in the hub's cache, or None."""
-    return directory.name if directory.parent.name == "snapshots" else None
 
 
 def link_common_files(directory: Path, view: Path) -> Path:

@@ -10,17 +10,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoint.loading import load_model
-from ..checkpoint.streaming import Plan
-from ..decoding.generation import generate_step
-from ..decoding.preparation import prepare
-from ..decoding.queueing import limit_cache
-from ..model.capacity import GB
-from ..model.config import Config
-from . import machine, plots, prompts
-from .report import table
-from .run import check, model_directory
-from .sides import rank
+from ...checkpoint.loading import load_model
+from ...checkpoint.streaming import Plan
+from ...decoding.generation import generate_step
+from ...decoding.preparation import prepare
+from ...decoding.queueing import limit_cache
+from ...model.capacity import GB
+from ...model.config import Config
+from .. import machine, plots, prompts
+from ..models import check, model_directory, rank
+from . import table
 
 Row = Mapping[str, float]
 

@@ -37,24 +37,24 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import load_model as load_stock
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from ..checkpoint.loading import load_model
-from ..compute import proof
-from ..compute.cpu_matmul import TransposedLinear
-from ..decoding import queueing
-from ..decoding.drafters.speculation import Speculation
-from ..decoding.generation import generate_step
-from ..decoding.pace import PromptPace
-from ..decoding.preparation import prepare
-from ..decoding.sequence import prefill
-from ..decoding.speculative import Acceptance, Token
-from ..decoding.validation import held_by
-from ..errors import first_line
-from ..group import ALONE, Group, join
-from ..model import capacity
-from ..model.cache import Undo, settle
-from ..model.reading import Reading
-from ..prompt_cache.store import PromptCache
-from .graph import arrays_of, count
+from ...checkpoint.loading import load_model
+from ...compute import proof
+from ...compute.cpu_matmul import TransposedLinear
+from ...decoding import queueing
+from ...decoding.drafters.speculation import Speculation
+from ...decoding.generation import generate_step
+from ...decoding.pace import PromptPace
+from ...decoding.preparation import prepare
+from ...decoding.sequence import prefill
+from ...decoding.speculative import Acceptance, Token
+from ...decoding.validation import held_by
+from ...errors import first_line
+from ...group import ALONE, Group, join
+from ...model import capacity
+from ...model.cache import Undo, settle
+from ...model.reading import Reading
+from ...prompt_cache.store import PromptCache
+from ..graph import arrays_of, count
 
 TIMED = 7  # repeats of timing a part of a step, after one that does not count
 COPIES = 5  # repeats of measuring the bandwidth

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from .shapes import FULL
+from ..shapes import FULL
+from ..traffic import Traffic
 from .sides import Side
-from .traffic import Traffic
 
 Sample = Mapping[str, Any]
 
@@ -25,7 +25,7 @@ def medians(
     """Computes the figures of the tables, by side and context.
 
     Args:
-        raw: the result of :func:`mlx_qwen3next.bench.measure.measure`.
+        raw: the result of :func:`mlx_qwen3next.bench.comparison.measure.measure`.
         sides: the sides that were measured.
         traffic: the bytes of a step, by the label of the side.
 

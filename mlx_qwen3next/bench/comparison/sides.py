@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,10 +13,9 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from ..checkpoint.loading import default_dtype
-from ..storage.safetensors import DTYPES, Tensor
-
-DtypeChoice = Literal["default", "float32", "both"]
+from ...checkpoint.loading import default_dtype
+from ...storage.safetensors import DTYPES, Tensor
+from ..models import DtypeChoice
 
 # The imports of a package before it can load a model. They are timed; the worker imports more.
 _IMPORTS = {
@@ -26,20 +24,11 @@ _IMPORTS = {
 }
 _START = (
     "import time; start = time.perf_counter(); import {}; seconds = time.perf_counter() - start; "
-    "from mlx_qwen3next.bench import worker; worker.main(seconds)"
+    "from mlx_qwen3next.bench.comparison import worker; worker.main(seconds)"
 )
 
 
 CLOSING = 1.0  # seconds for an idle process to end
-
-
-def rank() -> int | None:
-    """The rank that ``mlx.launch`` gave this process, or None.
-
-    Only the worker of this process joins the group of ranks.
-    """
-    given = os.environ.get("MLX_RANK")
-    return None if given is None else int(given)
 
 
 class WorkerError(ValueError):

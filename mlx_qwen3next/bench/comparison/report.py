@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..decoding.queueing import COMMAND_BUFFERS
-from ..model.capacity import GB
+from ...decoding.queueing import COMMAND_BUFFERS
+from ...model.capacity import GB
+from ..shapes import FULL
+from ..tables import NONE, table
+from ..traffic import Traffic
 from .agreement import TIES
 from .growth import in_words
 from .measure import Run
-from .shapes import FULL
 from .sides import partner
 from .summary import extrapolated, median_of
-from .traffic import Traffic
 
-NONE = "-"
 KINDS = ("linear", "attention")
 SHOWN = 12  # kernels listed, at most
 
@@ -27,7 +27,7 @@ def lines(
 
     Args:
         run: the run, after the measurements.
-        medians: the result of :func:`mlx_qwen3next.bench.summary.medians`.
+        medians: the result of :func:`mlx_qwen3next.bench.comparison.summary.medians`.
         traffic: the bytes of a step, by the label of the side.
         model: ``shape`` of random weights, or None, and their ``layers``.
     """
@@ -44,16 +44,6 @@ def lines(
         [f"Note: {note}." for note in run.notes],
     ]
     return [line for part in parts if part for line in ["", *part]]
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligns rows of equal length; the first column is text, the others are figures."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *figures in rows:
-        cells = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells]).rstrip())
-    return lines
 
 
 def _sides(run: Run) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..models import rank
 from .agreement import EXACT, ROUNDED, check_logits, check_tie, common_prefix, error_of
 from .growth import MARKS, STEP
-from .limits import fits_another, predicted
-from .sides import Side, Worker, WorkerError, partner, rank
+from .sides import Side, Worker, WorkerError, partner
 
 DEPTHS = (1, 2, 3, 4)
 SPECULATED = 128  # tokens of a measurement of speculation
 WARM_UP = 256  # tokens before the measurements, for "auto" to learn the depth
 MORE = 64  # tokens that a second turn of a chat adds
 LARGE = 4e9  # bytes of a model; a larger one is loaded only once
+
+Samples = Sequence[Mapping[str, Any]]  # results of the worker's ``generate``
 
 
 @dataclass
@@ -321,3 +323,34 @@ class _Session:
             logits = self._logits_of(judge, [*prompt, *a[:n]], 1)
             check_tie(name, n, logits, (a[n], b[n]), error)
         return n
+
+
+# --- what would take too long --------------------------------------------------------------------
+def predicted(before: Mapping[int, Samples], context: int, tokens: int) -> float:
+    """Predicts the seconds of a measurement from the longest context measured so far that is not
+    longer.
+
+    Args:
+        before: the samples so far, by context.
+        context: the length of the prompt in tokens.
+        tokens: the number of tokens decoded after it.
+
+    Returns:
+        The seconds; 0 if there is no such context.
+    """
+    known = [n for n, samples in before.items() if samples and n <= context]
+    if not known:
+        return 0.0
+    n = max(known)
+    last = before[n][-1]
+    return last["first"] * context / n + last["further"] * tokens
+
+
+def fits_another(spent: Sequence[float], limit: float) -> bool:
+    """Whether one more repeat stays within the limit; the first one always does.
+
+    Args:
+        spent: the seconds of the repeats so far.
+        limit: the seconds for all repeats together.
+    """
+    return not spent or sum(spent) + sum(spent) / len(spent) <= limit
