@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .json_schema import MOST_REFERENCES, find, followed
-from .json_text import MOST_DIGITS, NOTHING, NUMBER, load_json
+from .json_text import MOST_DIGITS, NOTHING, NUMBER, load_mended
 
 _TYPES = frozenset({"string", "integer", "number", "boolean", "null", "object", "array"})
 
@@ -46,7 +46,7 @@ class Parameters:
             return None
         if types & {"object", "array"} and bare[:1] in ("{", "["):
             kind = "object" if bare[0] == "{" else "array"
-            value = load_json(bare) if kind in types else NOTHING
+            value = load_mended(bare) if kind in types else NOTHING
             if isinstance(value, dict if kind == "object" else list):
                 return value
         if "string" in types or not types:

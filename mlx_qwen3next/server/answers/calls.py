@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from .argument_values import Parameters
-from .json_text import NOTHING, JSONEnd, load_json
+from .json_text import NOTHING, JSONEnd, load_mended
 
 Format = Literal["xml", "json"]
 
@@ -257,7 +257,7 @@ def calls_of(value: Any) -> list[tuple[str, dict[str, Any]]]:
             return []
         arguments = call.get("arguments", call.get("parameters"))
         if isinstance(arguments, str):
-            arguments = load_json(arguments) if arguments.strip() else {}
+            arguments = load_mended(arguments) if arguments.strip() else {}
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
             return []

@@ -272,7 +272,7 @@ def _dumped(value: Any) -> str:
 
 
 # --- whole values --------------------------------------------------------------------------------
-def load_json(text: str) -> Any:
+def load_mended(text: str) -> Any:
     """The JSON value of a text, with a model's usual mistakes mended.
 
     Mended are raw line breaks in strings, escapes that JSON has not, trailing commas, Python's

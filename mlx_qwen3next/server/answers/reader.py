@@ -43,7 +43,7 @@ from .calls import (
     tag_of,
 )
 from .events import Answer, ArgumentText, CallBegun, CallEnded, Event, Reasoning, Text
-from .json_text import JSONEnd, MendedJSON, load_json
+from .json_text import JSONEnd, MendedJSON, load_mended
 
 
 def parse(
@@ -374,7 +374,7 @@ class Reader:
             end = self._text.find("</tool_call>")
             end = len(self._text) if end < 0 else end
         start = min(i for i in map(self._text.find, "{[") if i >= 0)
-        calls = calls_of(load_json(self._text[start:end]))
+        calls = calls_of(load_mended(self._text[start:end]))
         if calls:
             after = self._after_json(end)
             if after is None:

@@ -20,7 +20,7 @@ from .rules import Rules, literal
 # Beside text that is no call, nor a part of one.
 _ANY, _NO_THOUGHT_END = "/(?s:.*)/", r"~/(?s:.*)<\/think>(?s:.*)/"
 
-Reasoning = Literal["open", "possible", "none"]
+Thought = Literal["open", "possible", "none"]  # the reasoning that an answer begins with
 
 
 class Schema(NamedTuple):
@@ -76,7 +76,7 @@ class AnswerGrammar:
 
 
 def answer_grammar(
-    wanted: Wanted, format: Format, reasoning: Reasoning, is_token: Callable[[str], bool]
+    wanted: Wanted, format: Format, reasoning: Thought, is_token: Callable[[str], bool]
 ) -> AnswerGrammar:
     """Writes the grammar of the answers that are wanted.
 

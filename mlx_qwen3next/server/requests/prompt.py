@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import FieldError
 from ..answers.calls import Format, call_format, call_opening
-from ..grammars.answer import Reasoning, Schema, Wanted
+from ..grammars.answer import Schema, Thought, Wanted
 from ..grammars.compiled import is_available
 
 _MARK = re.compile("(\ue000[0-9]+\ue001)")
@@ -90,7 +90,7 @@ class Rendered(NamedTuple):
     reasons: bool = False
 
     @property
-    def reasoning(self) -> Reasoning:
+    def reasoning(self) -> Thought:
         """The reasoning that the answer begins with."""
         if self.opening:
             return "none"

@@ -7,7 +7,7 @@ import pytest
 from test_answers import TOOLS, cuts, in_pieces, random_value
 
 from mlx_qwen3next.server.answers.events import ArgumentText, CallBegun, CallEnded
-from mlx_qwen3next.server.answers.json_text import NOTHING, MendedJSON, load_json
+from mlx_qwen3next.server.answers.json_text import NOTHING, MendedJSON, load_mended
 from mlx_qwen3next.server.answers.reader import Reader, parse
 
 HEAD = '<tool_call>\n{"name": "write", "arguments": '
@@ -93,7 +93,7 @@ def test_mistakes_are_mended_in_the_same_way_in_any_pieces(text, arguments, rest
     ],
 )
 def test_whole_values_are_not_guessed(text, value):
-    assert load_json(text) == value
+    assert load_mended(text) == value
 
 
 # --- calls ---------------------------------------------------------------------------------------
