@@ -45,7 +45,7 @@ from .http.connections import MAX_CONNECTIONS, Server
 from .http.exchange import RequestLog
 from .http.handler import Handler
 from .protocols.stored import Stored
-from .requests.options import SAMPLING_FLAGS
+from .requests.fields import SAMPLING_FLAGS
 
 DEMO = "qwen3-next-demo"  # the name of the bundled model
 LEAST_CACHE = 256 * 2**20  # bytes of the prompt cache at least, however full the memory is

@@ -20,7 +20,7 @@ from mlx_qwen3next.server.engine.batching import SpeculativeBatchGenerator
 from mlx_qwen3next.server.engine.engine import Engine
 from mlx_qwen3next.server.flags import parser
 from mlx_qwen3next.server.http import handler
-from mlx_qwen3next.server.requests.options import Options
+from mlx_qwen3next.server.requests.fields import Options
 from mlx_qwen3next.server.requests.prompt import Chat
 
 TEXTS = ("import os\n", "class Queue:\n    def put(self", "def merge(left, right):\n", "x = [")

@@ -40,7 +40,7 @@ from ...model.qwen3_next import Model
 from ...model.reading import MOST
 from ...prompt_cache.store import PromptCache
 from ..answers.tokens import Context, SampledToken
-from ..requests.options import Options
+from ..requests.fields import Options
 from ..requests.prompt import Prompt, tokenized_prompt
 from .batching import SpeculativeBatchGenerator
 from .lone_sequence import Generated, Prompted

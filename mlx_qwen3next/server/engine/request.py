@@ -28,7 +28,7 @@ from ...model.qwen3_next import Model
 from ..answers.tokens import Context, SampledToken
 from ..grammars.answer import answer_grammar
 from ..grammars.compiled import Grammars, is_available
-from ..requests.options import Options
+from ..requests.fields import Options
 from ..requests.prompt import Chat, Prompt, Rendered, tokenized_prompt
 from .batching import Generated
 from .lone_sequence import Drafted
@@ -166,10 +166,11 @@ def read_request(
     sampling = replace(options.sampling, xtc_special_tokens=special)
     sampling.check_vocabulary(vocab)
     processors = sampling.logits_processors()
-    grammars = Grammars.of(model, tokenizer)
     if isinstance(prompt, Chat) and prompt.wanted.needs_grammar and is_available():
-        options = replace(options, grammar=_grammar(prompt, rendered, grammars))
+        grammar = _grammar(prompt, rendered, Grammars.of(model, tokenizer))
+        options = replace(options, grammar=grammar)
     if options.grammar is not None:
+        grammars = Grammars.of(model, tokenizer)
         processors.append(grammars.constraint(options.grammar, len(tokens)))
     return Request(
         queue,

@@ -1,7 +1,7 @@
 """The handler of HTTP requests.
 
 :class:`Handler` has a request checked, sends the answer as it is read
-(:mod:`mlx_qwen3next.server.answers.token_reader`) in the form of the request's protocol
+(:mod:`mlx_qwen3next.server.answers.tokens`) in the form of the request's protocol
 (:mod:`mlx_qwen3next.server.protocols`), and stops the generation once the client has gone.
 """
 
@@ -25,8 +25,7 @@ from jinja2 import TemplateError
 
 from ...errors import ContextLengthError, FieldError, QueueFullError, first_line
 from ..answers.events import Event, Text
-from ..answers.token_reader import TokenReader
-from ..answers.tokens import Context, SampledToken
+from ..answers.tokens import Context, SampledToken, TokenReader
 from ..engine import metrics
 from ..protocols.anthropic import Message as AnthropicMessage
 from ..protocols.form import About, Form
@@ -34,8 +33,7 @@ from ..protocols.openai import ChatCompletion, TextCompletion
 from ..protocols.openai_responses import ModelResponse
 from ..protocols.stored import Stored
 from ..requests.checks import RequestError
-from ..requests.fields import normalise, parse, served_name
-from ..requests.options import Options, options_of
+from ..requests.fields import Options, normalise, options_of, parse, served_name
 from ..requests.prompt import Chat, Prompt, prompt_of
 from . import discovery
 from .access import OPEN, Settings, check_key, check_origin, cors_headers
