@@ -165,7 +165,7 @@ def served(engine):
 
 
 def arguments(template=None, **fields):
-    """The arguments of a request, with the names of its fields."""
+    """The options of a request, with the names of its fields."""
     names = {"temperature": "temp", "penalty": "repetition_penalty"}
     fields = {names.get(name, name): value for name, value in fields.items()}
     sampling = {x: fields.pop(x) for x in [*fields] if x in Sampling.__dataclass_fields__}
