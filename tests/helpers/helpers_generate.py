@@ -76,6 +76,7 @@ def predictable_at_4_bits():
     widths = "hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"
     model = predictable(**dict.fromkeys(widths, 64))
     nn.quantize(model, 64, 4)
+    mx.eval(model.parameters())
     return model
 
 
@@ -83,7 +84,9 @@ def predictable_at_4_bits():
 def narrow():
     """A predictable model, packed, and its tokenizer, the bundled one's; caches have the sizes of
     the bundled model's, and long prompts are read ten times as fast."""
-    return pack(predictable()), bundled()[1]
+    model = pack(predictable())
+    mx.eval(model.parameters())  # by the thread that made them
+    return model, bundled()[1]
 
 
 @functools.cache

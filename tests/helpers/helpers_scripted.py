@@ -42,7 +42,8 @@ def _tiny():
     named = {"default": own, "coder": CODER, "instruct": INSTRUCT, "thinking": FORGETFUL}
     tokenizer._tokenizer.chat_template = named
     model = Model(Config.from_dict(TINY | {"vocab_size": len(tokenizer)}))
-    return pack(model.eval()), tokenizer
+    mx.eval(pack(model.eval()).parameters())  # by the thread that made them
+    return model, tokenizer
 
 
 class ScriptedEngine(Engine):
