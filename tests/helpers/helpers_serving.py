@@ -7,7 +7,7 @@ import functools
 import itertools
 
 import mlx.core as mx
-from helpers_generate import bundled, tokens_of
+from helpers_generate import bundled, narrow, tokens_of
 from helpers_server import serving
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import greedy_sampler
@@ -15,12 +15,13 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_qwen3next import stream_generate
 from mlx_qwen3next.decoding.sampling import Sampling
 from mlx_qwen3next.model.cache import tokens_held
-from mlx_qwen3next.server import handler
-from mlx_qwen3next.server.arguments import Arguments, Chat
-from mlx_qwen3next.server.batching import SpeculativeBatchGenerator
 from mlx_qwen3next.server.command import _prompt_cache
-from mlx_qwen3next.server.engine import Engine
+from mlx_qwen3next.server.engine.batching import SpeculativeBatchGenerator
+from mlx_qwen3next.server.engine.engine import Engine
 from mlx_qwen3next.server.flags import parser
+from mlx_qwen3next.server.http import handler
+from mlx_qwen3next.server.requests.fields import Options
+from mlx_qwen3next.server.requests.prompt import Chat
 
 TEXTS = ("import os\n", "class Queue:\n    def put(self", "def merge(left, right):\n", "x = [")
 ENDLESS = {4086: -100.0, 4088: -100.0}  # a bias against both stop tokens
@@ -89,6 +90,7 @@ class Sequences:
         for response in generated:
             assert response.uid not in self.ends
             self.told[response.uid].append(response.token)
+            assert abs(mx.logsumexp(response.logprobs).item()) < 1e-4  # they are probabilities
             if response.finish_reason is not None:
                 self.ends[response.uid] = response
         return prompted, generated
@@ -128,7 +130,7 @@ TOOLS = [
 @contextlib.contextmanager
 def running(
     *flags,
-    load=bundled,
+    load=narrow,
     cache=None,
     mtp="off",
     failed=lambda _: None,
@@ -164,12 +166,12 @@ def served(engine):
 
 
 def arguments(template=None, **fields):
-    """The arguments of a request, with the names of its fields."""
+    """The options of a request, with the names of its fields."""
     names = {"temperature": "temp", "penalty": "repetition_penalty"}
     fields = {names.get(name, name): value for name, value in fields.items()}
     sampling = {x: fields.pop(x) for x in [*fields] if x in Sampling.__dataclass_fields__}
     fields = {"max_tokens": 16, "stop_words": fields.pop("stop", [])} | fields
-    return Arguments(Sampling(**sampling), template_options=template or {}, **fields)
+    return Options(Sampling(**sampling), template_options=template or {}, **fields)
 
 
 class Asked:
@@ -245,7 +247,7 @@ def _expected(prompt, n, options, seed, load):
     return list(stream_generate(*load(), prompt, n, mtp="off", **dict(options)))
 
 
-def expected(prompt, n=16, seed=None, load=bundled, **options):
+def expected(prompt, n=16, seed=None, load=narrow, **options):
     """The responses that the command generates."""
     prompt = tuple(prompt) if isinstance(prompt, list) else prompt
     return _expected(prompt, n, tuple(options.items()), seed, load)

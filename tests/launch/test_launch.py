@@ -16,7 +16,7 @@ from mlx_qwen3next.launch import running
 from mlx_qwen3next.launch.__main__ import main, parser, server_flags
 from mlx_qwen3next.launch.agents import AGENTS, Place
 from mlx_qwen3next.server.flags import parser as server_parser
-from mlx_qwen3next.server.handler import Settings
+from mlx_qwen3next.server.http.handler import Settings
 
 PLACE = Place("http://127.0.0.1:1234", "a key", "coder", 100_000)
 AGENT = """#!{python}
@@ -201,7 +201,7 @@ def test_a_server_that_is_ending_is_waited_for(monkeypatch):
         assert running._place_of_own(process, url, "none") is None
 
 
-def test_a_server_that_cannot_load_says_why(base, home, installed, free_port, call):
+def test_a_server_that_cannot_load_says_why(forks, base, home, installed, free_port, call):
     """It listens already when it finds that weights are missing."""
     (base / "model.safetensors").unlink()
     out = installed("claude")
