@@ -22,9 +22,9 @@ from ..cli import (
     positive_seconds,
     seconds,
 )
-from .access import Settings
-from .checks import MAX_INTEGER
-from .schema import ALIASES
+from .http.access import Settings
+from .requests.checks import MAX_INTEGER
+from .requests.fields import ALIASES
 
 DECODE_CONCURRENCY = 32  # mlx_lm.server's default
 

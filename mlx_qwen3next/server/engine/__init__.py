@@ -1,0 +1,1 @@
+"""The engine: the thread that owns the model, the batch and the prompt cache."""
