@@ -34,8 +34,9 @@ def is_step(x: mx.array) -> bool:
 def traced(*without: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Traces a method ``method(module, numbers, *arguments)``, called with facts before them.
 
-    ``without`` are the paths of parts whose parameters the method never reads. The others are
-    arguments of the trace, which makes each of them cost the host time at each call.
+    ``without`` are the paths of parts whose parameters the method never reads. The others, which
+    are a module's own and in no list, are arguments of the trace: each costs the host time at each
+    call.
 
     The method is a pure function of its module's parameters and its arguments, which are arrays,
     constants, and tuples and lists of such, as its results are. Each value of a constant makes a
