@@ -239,9 +239,9 @@ def _load(
 
 
 def _streamed(model: Model, plan: Plan, tensors: Mapping[str, Tensor], dtype: mx.Dtype) -> Model:
-    stored = streamed.hold(model, plan.size, lambda p, a: match.dtype_in_memory(p, a, dtype))
+    paths = streamed.hold(model, plan.size, lambda p, a: match.dtype_in_memory(p, a, dtype))
     _for_inference(model)
-    experts = streamed.stream(model, plan.size, stored, tensors)
+    experts = streamed.stream(model, plan.size, paths, tensors)
     experts.plan = streaming.measured(plan, experts)
     return model
 

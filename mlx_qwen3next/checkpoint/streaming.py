@@ -174,8 +174,7 @@ def measured(planned: Plan, experts: StreamedExperts) -> Plan:
         layers = len(experts.slots)
         for number in np.random.default_rng(0).permutation(layers * planned.experts).tolist():
             stored = experts.slots[number % layers].stored
-            memory = {name: rows[0] for name, rows in stored.empty(1).items()}
-            yield from stored.pieces(number // layers, memory)
+            yield from stored.pieces(number // layers)
 
     return replace(planned, rate=experts.reader.rate(pieces()))
 

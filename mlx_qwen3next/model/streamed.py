@@ -8,7 +8,7 @@ experts in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,53 +159,51 @@ class StreamedExperts:
         }
 
 
-def hold(model: Model, size: int, dtype: Callable[[str, mx.array], mx.Dtype]) -> dict[str, Any]:
+def hold(model: Model, size: int, dtype: Callable[[str, mx.array], mx.Dtype]) -> list[str]:
     """Leaves a model, in place, stacks of ``size`` experts, all zeros, which packing then takes.
 
     Args:
         model: not packed. dtype: gives the dtype in memory of a path's parameter.
 
     Returns:
-        The modules of gate and down as they were, by the path of the mixture.
+        The paths of the mixtures.
     """
-    stored = {}
+    paths = []
     for i, layer in enumerate(model.layers):
         if not isinstance(layer.mlp, SparseMoE):
             continue
         path = f"model.layers.{i}.mlp"
         experts = layer.mlp.switch_mlp
-        stored[path] = tuple(
-            recast(module, type(module)) for module in (experts.gate_proj, experts.down_proj)
-        )
+        paths.append(path)
         for name, module in experts.children().items():
             for part, array in parameters(module).items() if "weight" in module else ():
                 kind = dtype(f"{path}.switch_mlp.{name}.{part}", array)
                 module[part] = mx.zeros((size, *array.shape[1:]), kind)
-    return stored
+    return paths
 
 
 def stream(
-    model: Model, size: int, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: Model, size: int, paths: Collection[str], tensors: Mapping[str, Tensor]
 ) -> StreamedExperts:
     """Makes slots of a packed model's stacks, in place.
 
     Args:
-        model: packed after :func:`hold`. size, stored: its argument and its result.
+        model: packed after :func:`hold`. size, paths: its argument and its result.
         tensors: the checkpoint's, by name.
 
     Raises:
         OSError: a file cannot be opened.
     """
-    own = {path: _of(path, tensors) for path in stored}
+    own = {path: _of(path, tensors) for path in paths}
     reader = Reader({tensor.file for of in own.values() for tensor in of.values()})
     experts = StreamedExperts(reader)
     passing: dict[tuple[object, ...], tuple[Slots, Slots]] = {}
     for i, layer in enumerate(model.layers):
         path = f"model.layers.{i}.mlp"
-        if path not in stored:
+        if path not in paths:
             continue
         stacks = layer.mlp.gate_up_proj, layer.mlp.down_proj
-        on_disk = StoredExperts(own[path], stored[path], stacks, reader)
+        on_disk = StoredExperts(own[path], stacks, reader)
         slots = LayerSlots(*stacks, layer.mlp.num_experts, size, on_disk, passing)
         experts.slots.append(slots)
         mixture = recast(layer.mlp, StreamedSparseMoE, slots=slots)

@@ -49,11 +49,11 @@ def test_each_weight_is_where_it_was(bits, group_size):
     assert mx.allclose(transpose(layer)(mx.eye(256)), weights.T, rtol=3e-7, atol=3e-7).item()
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 5])
+@pytest.mark.parametrize("rows", [32, 64, 2**19])
 @pytest.mark.parametrize(("bits", "group_size"), STORED)
-def test_stack(bits, group_size, pieces, monkeypatch):
-    """One row for several matrices, and a row for each, transposed in pieces."""
-    monkeypatch.setattr(cpu_matmul, "PIECE", -(-5 // pieces) * 64 * 256)
+def test_stack(bits, group_size, rows, monkeypatch):
+    """One row for several matrices, and a row for each, transposed some rows at a time."""
+    monkeypatch.setattr(cpu_matmul, "PIECE", rows * 256 * (bits or 32) // 8)
     layer = stack(bits, group_size, 40)
     weights = transpose(layer).weights
     shared, own = mx.random.normal((3, 1, 1, 256)), mx.random.normal((3, 2, 1, 256))
