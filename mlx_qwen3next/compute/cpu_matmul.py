@@ -27,6 +27,7 @@ UNIT = 64  # outputs in one of MLX's own groups, which run along them here
 BITS = (2, 4, 8)  # a byte holds a whole number of such codes
 PIECE = 1 << 19  # bytes of codes transposed at a time; measured
 SUMS = 1 << 20  # sums over groups that are held at a time; measured
+PRODUCTS = 16 * 4 * SUMS  # bytes that products take beside their results; measured
 # The lower halves of 64 bits, by the width of a half.
 _LOWER = {n: np.uint64(sum((2**n - 1) << i for i in range(0, 64, 2 * n))) for n in (2, 4, 8, 16)}
 

@@ -42,7 +42,7 @@ from .access import Settings
 from .arguments import SAMPLING_FLAGS
 from .engine import Engine
 from .exchange import RequestLog
-from .flags import DECODE_CONCURRENCY, UNSUPPORTED, parser
+from .flags import UNSUPPORTED, parser
 from .handler import Handler
 from .http_server import MAX_CONNECTIONS, Server
 from .protocols.stored import Stored
@@ -215,8 +215,6 @@ def _load(
     limit_cache()
     if model.streamed is not None:
         logging.info(model.streamed.plan)
-        if args.decode_concurrency == DECODE_CONCURRENCY:  # not asked for
-            args.decode_concurrency = 1
     if args.use_default_chat_template and tokenizer.chat_template is None:
         tokenizer.chat_template = tokenizer.default_chat_template
     prepare(

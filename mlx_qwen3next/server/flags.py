@@ -98,9 +98,8 @@ def parser() -> argparse.ArgumentParser:
     fairness.add_argument(
         "--decode-concurrency",
         type=int,
-        default=DECODE_CONCURRENCY,
         metavar="N",
-        help="Requests that are answered together (default: %(default)s, "
+        help=f"Requests that are answered together (default: {DECODE_CONCURRENCY}, "
         "but 1 where experts are read from disk: several requests want more of them).",
     )
     fairness.add_argument(
