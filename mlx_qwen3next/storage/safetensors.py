@@ -208,7 +208,8 @@ def converted(raw: np.ndarray, stored: str, dtype: mx.Dtype) -> np.ndarray:
     if dtype == mx.float32:
         return wide
     if dtype == mx.float16:
-        return wide.astype(np.float16).view(np.uint16)
+        with np.errstate(over="ignore"):
+            return wide.astype(np.float16).view(np.uint16)
     bits = wide.view(np.uint32)
     return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
 
