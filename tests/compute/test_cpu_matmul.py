@@ -89,6 +89,22 @@ def test_memory_of_many_rows():
     assert mx.get_peak_memory() - before < 16 * y.nbytes
 
 
+def test_memory_of_pieces(monkeypatch):
+    """They are computed one after the other (4 to 8 MB): side by side some twenty take 18."""
+    monkeypatch.setattr(cpu_matmul, "SUMS", 1 << 16)
+    weights, x = (
+        transpose(stack(4, 64, 512, inputs=512)).weights,
+        mx.random.normal((640, 1, 1, 512)),
+    )
+    indices = mx.arange(640, dtype=mx.uint32)[:, None] // 128
+    mx.eval(weights.weight, weights.scales, weights.biases, x, indices)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(gather(x, weights, indices))
+    assert mx.get_peak_memory() - before < 12e6
+
+
 def with_bias():
     return nn.Linear(128, 64)
 
