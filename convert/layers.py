@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qwen3next.checkpoint.loading import default_dtype
-from mlx_qwen3next.model import layouts
+from mlx_qwen3next.checkpoint.match import dtype_in_memory
 
 from .plan import Conversion
 
@@ -19,7 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def in_model_dtype(path: str, value: mx.array) -> mx.array:
     """A parameter's value in the dtype that it has in a loaded model."""
-    return value.astype(mx.float32 if layouts.is_float32(path) else default_dtype())
+    return value.astype(dtype_in_memory(path, value, default_dtype()))
 
 
 def reader(conversion: Conversion) -> Reader:

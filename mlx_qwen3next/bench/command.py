@@ -12,12 +12,12 @@ from .. import metal_kernels
 from ..cli import LineParser, add_group_options, amounts, count, counts, guarded, positive_seconds
 from ..metal_kernels.experts import BITS
 from . import shapes
-from .agreement import Disagreement
-from .host import host_table
-from .kernels import kernel_lines
-from .memory import memory_lines
-from .run import run_bench
-from .variants import variants_table
+from .comparison.agreement import Disagreement
+from .comparison.run import run_bench
+from .tables.host import host_table
+from .tables.kernels import kernel_lines
+from .tables.memory import memory_lines
+from .tables.variants import variants_table
 
 EPILOG = """examples:
   python -m mlx_qwen3next.bench

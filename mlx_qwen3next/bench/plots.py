@@ -24,7 +24,7 @@ def draw(folder: Path, medians: Mapping[str, Any], growth: Sequence[Mapping[str,
     """Writes ``prefill.png``, ``decode.png`` and, if growth was measured, ``growth.png``.
 
     Args:
-        medians: the result of :func:`mlx_qwen3next.bench.summary.medians`.
+        medians: the result of :func:`mlx_qwen3next.bench.comparison.summary.medians`.
         growth: a row for each length; empty if growth was not measured.
     """
     folder.mkdir(parents=True, exist_ok=True)

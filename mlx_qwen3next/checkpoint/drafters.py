@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..model import layouts
 from ..model.config import Config
 from ..model.dflash import DFlash, DFlashConfig
 from ..model.qwen3_next import Model
@@ -93,15 +94,8 @@ def load_drafter(drafter: Drafter, dtype: mx.Dtype) -> DFlash:
     if surplus := drafter.tensors.keys() - {path for path, _ in leaves}:
         name = min(surplus)
         raise ValueError(f"{drafter.tensors[name].file}: the tensor {name} has no place in it")
-    stored: dict[str, mx.array] = {}
-    for file in {tensor.file: None for tensor in drafter.tensors.values()}:
-        stored |= files.open_file(file)
-    for path, _ in leaves:
-        value = stored.pop(path)
-        value = value.astype(match.dtype_in_memory(path, value, dtype))
-        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
-            raise ValueError(f"{drafter.tensors[path].file}: {path} holds NaN or infinite values")
-        mx.eval(value)
+    origins = layouts.origins({path: tuple(a.shape) for path, a in leaves}, "converted")
+    for path, value in match.read(origins, drafter.tensors, dtype):
         dflash.load_weights([(path, value)], strict=False)
     dflash.eval()
     return dflash

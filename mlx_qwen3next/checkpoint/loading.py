@@ -8,8 +8,7 @@ near the model's own size.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -25,12 +24,9 @@ from ..errors import first_line
 from ..group import ALONE, Group
 from ..model import capacity, layouts, mtp_head, packing, streamed
 from ..model.config import Config, read_json
-from ..model.layouts import Origin
 from ..model.parallel import divide
 from ..model.qwen3_next import Model
-from ..model.sharding import Mode, Shard, take
-from ..storage import safetensors
-from ..storage.safetensors import Tensor
+from ..model.sharding import Mode
 from . import files, foreign, match, streaming
 from .adapter import add_adapter, read_adapter
 from .drafters import Drafter, attach_drafter, find_drafter
@@ -211,11 +207,11 @@ def _load(
     quantize(model, stored, dtype)
     parameters = dict(_parameters(model))
     if head is None:
-        origins = _match(parameters, tensors, config, directory)
+        origins = match.matched(parameters, tensors, config, directory)
     else:
         of_head = {path: parameters.pop(path) for path in [*parameters] if layouts.is_mtp(path)}
-        origins = _match(parameters, tensors, config, directory)
-        origins |= _match(of_head, head.tensors, head.config, head.directory)
+        origins = match.matched(parameters, tensors, config, directory)
+        origins |= match.matched(of_head, head.tensors, head.config, head.directory)
     if group.size > 1:
         _check_same(directory, head, group, dtype, config)
     part = divide(model, group, mode, layers)
@@ -231,7 +227,7 @@ def _load(
     mixtures: list[str] = []
     if plan is not None:
         mixtures = streamed.hold(model, plan.size, lambda p, a: match.dtype_in_memory(p, a, dtype))
-    read = _read(own, stored, dtype, part)
+    read = match.read(own, stored, dtype, part)
     # Only a large model takes long enough for the bar to appear.
     bar = tqdm(read, "loading", total=len(own), unit="tensor", leave=False, delay=2, disable=None)
     for layer, values in groupby(bar, lambda read: _layer_of(read[0])):
@@ -310,24 +306,6 @@ def _eos_token_ids(directory: Path) -> list[int] | None:
     return None
 
 
-def _match(
-    parameters: Mapping[str, mx.array],
-    tensors: Mapping[str, Tensor],
-    config: Config,
-    directory: Path,
-) -> dict[str, Origin]:
-    """Parameter path -> origin, after checking that tensors and parameters agree exactly."""
-    origins = match.find_origins({p: tuple(a.shape) for p, a in parameters.items()}, tensors)
-    used: set[str] = set()
-    for path, array in parameters.items():
-        for name in origins[path].names:
-            dtypes = match.stored_dtypes(array)
-            match.check_tensor(name, tensors, origins[path].shape, dtypes, directory)
-            used.add(name)
-    match.refuse_surplus(tensors, used, config)
-    return origins
-
-
 def _parameters(model: Model) -> list[tuple[str, mx.array]]:
     """Path and array of every parameter."""
     leaves: Any = tree_flatten(model.parameters())
@@ -368,47 +346,3 @@ def _check_same(
             raise ValueError(
                 f"{directory} is not run as on rank 0: {name} is {own[name]}, there {value}"
             )
-
-
-def _read(
-    origins: dict[str, Origin],
-    tensors: dict[str, Tensor],
-    dtype: mx.Dtype,
-    part: Shard,
-) -> Iterator[tuple[str, mx.array]]:
-    """The path and evaluated value of each parameter, one at a time."""
-    lazy: dict[str, mx.array] = {}
-    for file in {tensor.file: None for tensor in tensors.values()}:
-        lazy |= {
-            name: array
-            for name, array in files.open_file(file).items()
-            if name in tensors and tensors[name].file == file
-        }
-    uses = Counter(name for origin in origins.values() for name in origin.names)
-    for path, origin in origins.items():
-        index = part.index(part.whole_path(path), origin.shape)
-        value = None
-        if index is not None:
-            value = origin.part(lambda name, of: safetensors.read_part(tensors[name], of), index)
-        if value is None:
-            value = origin.build([lazy[name] for name in origin.names])
-            value = value if index is None else take(value, index)
-        value = value.astype(match.dtype_in_memory(path, value, dtype))
-        mx.eval(value)
-        # A stored form other than the parameter's must not stay in memory as well.
-        uses.subtract(origin.names)
-        for name in origin.names:
-            if not uses[name]:
-                del lazy[name]
-        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
-            raise ValueError(_not_finite(path, origin, tensors))
-        yield path, value
-
-
-def _not_finite(path: str, origin: Origin, tensors: dict[str, Tensor]) -> str:
-    """The message that names the tensor which holds a NaN or an infinity."""
-    for name in origin.names:
-        if not mx.isfinite(files.open_file(tensors[name].file)[name]).all().item():
-            return f"{tensors[name].file}: {name} holds NaN or infinite values"
-    file = tensors[origin.names[0]].file
-    return f"{file}: {path} overflows in the dtype asked for"

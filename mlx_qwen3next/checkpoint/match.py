@@ -1,8 +1,9 @@
-"""Matching the model's parameters with a checkpoint's tensors: exactly, or not at all."""
+"""Parameters from a checkpoint's tensors: matched exactly or not at all, then read one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from ..model import layouts, packing
 from ..model.config import Config
 from ..model.layouts import Layout, Origin, Shape
 from ..model.qwen3_next import Model
-from ..storage.safetensors import Tensor
+from ..model.sharding import Shard, take
+from ..storage.safetensors import Tensor, read_part
+from . import files
 
 FLOATS = ("BF16", "F16", "F32")  # safetensors' names of the dtypes that weights are computed with
 
@@ -115,3 +118,85 @@ def refuse_surplus(tensors: Mapping[str, Tensor], used: Collection[str], config:
     for name, tensor in tensors.items():
         if name not in used and not layouts.is_ignored(name, config):
             raise ValueError(f"{tensor.file}: the tensor {name} has no place in this model")
+
+
+def matched(
+    parameters: Mapping[str, mx.array],
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    directory: Path,
+) -> dict[str, Origin]:
+    """The origin of each parameter, after checking that tensors and parameters agree exactly.
+
+    Args:
+        parameters: the model's, by path; their values do not matter.
+        tensors: the checkpoint's, by name.
+        config: the model's.
+        directory: the checkpoint's, for messages.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape or dtype.
+    """
+    origins = find_origins({p: tuple(a.shape) for p, a in parameters.items()}, tensors)
+    used: set[str] = set()
+    for path, array in parameters.items():
+        for name in origins[path].names:
+            dtypes = stored_dtypes(array)
+            check_tensor(name, tensors, origins[path].shape, dtypes, directory)
+            used.add(name)
+    refuse_surplus(tensors, used, config)
+    return origins
+
+
+def read(
+    origins: Mapping[str, Origin],
+    tensors: Mapping[str, Tensor],
+    dtype: mx.Dtype,
+    part: Shard | None = None,
+) -> Iterator[tuple[str, mx.array]]:
+    """Reads parameters: the path and the evaluated value of each, one at a time.
+
+    Args:
+        origins: by path.
+        tensors: the checkpoint's, by name.
+        dtype: the model's.
+        part: of the model that this rank has; None for all.
+
+    Raises:
+        ValueError: a file cannot be read, or a value is NaN or infinite.
+    """
+    lazy: dict[str, mx.array] = {}
+    for file in {tensor.file: None for tensor in tensors.values()}:
+        lazy |= {
+            name: array
+            for name, array in files.open_file(file).items()
+            if name in tensors and tensors[name].file == file
+        }
+    uses = Counter(name for origin in origins.values() for name in origin.names)
+    for path, origin in origins.items():
+        index = None if part is None else part.index(part.whole_path(path), origin.shape)
+        value = None
+        if index is not None:
+            value = origin.part(lambda name, of: read_part(tensors[name], of), index)
+        if value is None:
+            value = origin.build([lazy[name] for name in origin.names])
+            value = value if index is None else take(value, index)
+        value = value.astype(dtype_in_memory(path, value, dtype))
+        mx.eval(value)
+        # A stored form other than the parameter's must not stay in memory as well.
+        uses.subtract(origin.names)
+        for name in origin.names:
+            if not uses[name]:
+                del lazy[name]
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+            raise ValueError(_not_finite(path, origin, tensors))
+        yield path, value
+
+
+def _not_finite(path: str, origin: Origin, tensors: Mapping[str, Tensor]) -> str:
+    """The message that names the tensor which holds a NaN or an infinity."""
+    for name in origin.names:
+        if not mx.isfinite(files.open_file(tensors[name].file)[name]).all().item():
+            return f"{tensors[name].file}: {name} holds NaN or infinite values"
+    file = tensors[origin.names[0]].file
+    return f"{file}: {path} overflows in the dtype asked for"

@@ -27,10 +27,10 @@ from ..model.streamed import Reads
 from ..prompt_cache.store import PromptCache
 from .constraint import Constraint
 from .detokenize import TextDecoder
+from .drafters.speculation import MTP, Lookup, Speculation
 from .pace import PromptPace
 from .sampling import Chooser, Sampling, check_integer
 from .sequence import TokenSequence
-from .speculation import MTP, Lookup, Speculation
 from .speculative import Acceptance, Token
 from .validation import check_cache, check_kv_quantization, check_prompt, held_by, token_budget
 

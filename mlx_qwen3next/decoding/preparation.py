@@ -29,9 +29,9 @@ from ..model.cache import Round, reserve, settle
 from ..model.qwen3_next import Model
 from ..model.reading import Reading
 from .draft_depth import MOST_COPIED
-from .drafters.states import CATCH_UP
+from .drafters import CATCH_UP
+from .drafters.speculation import MTP, Lookup, most_drafted
 from .sampling import check_integer
-from .speculation import MTP, Lookup, most_drafted
 
 # Numbers of tokens in a forward. The experts' kernels have a kind for each number up to 16, the
 # others for classes that end at powers of two (:func:`..compute.operations.rows_class`).

@@ -37,15 +37,15 @@ from ..group import ALONE, Group, join
 from ..model import capacity
 from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
-from . import mlx_lm_interface
-from .access import Settings
-from .arguments import SAMPLING_FLAGS
-from .engine import Engine
-from .exchange import RequestLog
+from .engine import mlx_lm_interface
+from .engine.engine import Engine
 from .flags import UNSUPPORTED, parser
-from .handler import Handler
-from .http_server import MAX_CONNECTIONS, Server
+from .http.access import Settings
+from .http.connections import MAX_CONNECTIONS, Server
+from .http.exchange import RequestLog
+from .http.handler import Handler
 from .protocols.stored import Stored
+from .requests.fields import SAMPLING_FLAGS
 
 DEMO = "qwen3-next-demo"  # the name of the bundled model
 LEAST_CACHE = 256 * 2**20  # bytes of the prompt cache at least, however full the memory is

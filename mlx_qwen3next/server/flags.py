@@ -22,11 +22,10 @@ from ..cli import (
     positive_seconds,
     seconds,
 )
-from .access import Settings
-from .checks import MAX_INTEGER
-from .schema import ALIASES
-
-DECODE_CONCURRENCY = 32  # mlx_lm.server's default
+from .engine import DECODE_CONCURRENCY
+from .http.access import Settings
+from .requests.checks import MAX_INTEGER
+from .requests.fields import ALIASES
 
 # Flags of mlx_lm.server that would have no effect here, with the reasons.
 UNSUPPORTED = {

@@ -7,9 +7,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from mlx_qwen3next.bench import measure, plots, run
+from mlx_qwen3next.bench import plots
 from mlx_qwen3next.bench.__main__ import main
-from mlx_qwen3next.bench.sides import WorkerError
+from mlx_qwen3next.bench.comparison import measure, run
+from mlx_qwen3next.bench.comparison.sides import WorkerError
 
 TOKENS = [5, 7, 11, 13]
 LONG = 1e9  # seconds

@@ -11,12 +11,12 @@ from mlx_lm.utils import load_model as load_stock
 
 from mlx_qwen3next import load_model
 from mlx_qwen3next.bench import prompts, shapes
-from mlx_qwen3next.bench.agreement import Disagreement, check_tie, common_prefix
-from mlx_qwen3next.bench.growth import exponent, fit_quadratic, in_words
-from mlx_qwen3next.bench.limits import fits_another, predicted
-from mlx_qwen3next.bench.run import clipped, link_common_files
-from mlx_qwen3next.bench.sides import Side, partner, sides_of
-from mlx_qwen3next.bench.summary import extrapolated
+from mlx_qwen3next.bench.comparison.agreement import Disagreement, check_tie, common_prefix
+from mlx_qwen3next.bench.comparison.growth import exponent, fit_quadratic, in_words
+from mlx_qwen3next.bench.comparison.measure import fits_another, predicted
+from mlx_qwen3next.bench.comparison.run import clipped, link_common_files
+from mlx_qwen3next.bench.comparison.sides import Side, partner, sides_of
+from mlx_qwen3next.bench.comparison.summary import extrapolated
 from mlx_qwen3next.bench.traffic import traffic
 from mlx_qwen3next.checkpoint.files import NORMS_FILE, find_files, read_headers
 from mlx_qwen3next.checkpoint.hub import BUNDLED
@@ -117,12 +117,12 @@ def test_a_tie_is_within_a_few_times_the_noise():
 def test_each_dtype_is_compared_once(monkeypatch):
     tensors = read_headers(find_files(BUNDLED))
     here, stored = Side("ours", "float32"), Side("stock", "bfloat16")
-    monkeypatch.setattr("mlx_qwen3next.bench.sides.default_dtype", lambda: mx.float32)
+    monkeypatch.setattr("mlx_qwen3next.bench.comparison.sides.default_dtype", lambda: mx.float32)
     both = sides_of("both", tensors, stock=True)
     assert both == [here, stored, Side("stock", "float32")]
     assert [partner(side, both) for side in both[1:]] == [here, here]
     assert sides_of("both", tensors, stock=False) == [here]
-    monkeypatch.setattr("mlx_qwen3next.bench.sides.default_dtype", lambda: mx.bfloat16)
+    monkeypatch.setattr("mlx_qwen3next.bench.comparison.sides.default_dtype", lambda: mx.bfloat16)
     both = sides_of("both", tensors, stock=True)
     assert partner(both[3], both) == here and partner(both[1], both).dtype == "bfloat16"
     assert sides_of("default", tensors, stock=True) == both[:2]

@@ -11,14 +11,14 @@ import helpers_group as group
 import pytest
 from checkpoints import GOLDENS
 
-from mlx_qwen3next.bench import sides
-from mlx_qwen3next.bench.sides import Side, Worker, WorkerError
+from mlx_qwen3next.bench.comparison import sides
+from mlx_qwen3next.bench.comparison.sides import Side, Worker, WorkerError
 
 BENCH = [sys.executable, "-m", "mlx_qwen3next.bench"]
 SPECULATED = 24  # tokens, where the command has 128
 SHORTER = """
 import sys
-from mlx_qwen3next.bench import measure
+from mlx_qwen3next.bench.comparison import measure
 from mlx_qwen3next.bench.__main__ import main
 measure.SPECULATED = measure.WARM_UP = {}
 sys.exit(main())
@@ -36,7 +36,7 @@ def worker():
 def test_a_worker_prepares_before_it_is_asked():
     """Proofs are no part of a figure."""
     code = (
-        "from mlx_qwen3next.bench import worker\n"
+        "from mlx_qwen3next.bench.comparison import worker\n"
         "worker.prepare = lambda model: print('prepared', model.packed)\n"
         "worker.main(0.0)\n"
     )

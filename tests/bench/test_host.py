@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from mlx_qwen3next.bench.host import host_table
+from mlx_qwen3next.bench.tables.host import host_table
 from mlx_qwen3next.model import tracing
 
 PARTS = ["embedding", "layers", "norm and logits", "choice", "plain step"]

@@ -9,9 +9,9 @@ import pytest
 from helpers_metal import by_host, executed, new_process
 
 from mlx_qwen3next import metal_kernels
-from mlx_qwen3next.bench import kernels
 from mlx_qwen3next.bench.command import main
-from mlx_qwen3next.bench.kernels import NONE
+from mlx_qwen3next.bench.tables import kernels
+from mlx_qwen3next.bench.tables.kernels import NONE
 from mlx_qwen3next.checkpoint import loading
 from mlx_qwen3next.compute import proof
 from mlx_qwen3next.compute.proof import Finding

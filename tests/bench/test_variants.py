@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_qwen3next.bench import command, shapes, variants
+from mlx_qwen3next.bench import command, shapes
 from mlx_qwen3next.bench.__main__ import main
+from mlx_qwen3next.bench.tables import variants
 from mlx_qwen3next.decoding import queueing
 from mlx_qwen3next.decoding.queueing import COMMAND_BUFFERS
 

@@ -21,8 +21,8 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
-from mlx_qwen3next.server.arguments import Chat
-from mlx_qwen3next.server.engine import Engine
+from mlx_qwen3next.server.engine.engine import Engine
+from mlx_qwen3next.server.requests.prompt import Chat
 
 CONTEXT = 131_072  # tokens
 

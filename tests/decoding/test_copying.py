@@ -16,8 +16,8 @@ from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.decoding import speculative
 from mlx_qwen3next.decoding.draft_depth import MOST_COPIED, FixedDepth
 from mlx_qwen3next.decoding.drafters.lookup import LookupDrafter
+from mlx_qwen3next.decoding.drafters.speculation import Speculation, check_lookup
 from mlx_qwen3next.decoding.generation import statistics
-from mlx_qwen3next.decoding.speculation import Speculation, check_lookup
 from mlx_qwen3next.decoding.speculative import Acceptance
 from mlx_qwen3next.prompt_cache.store import PromptCache
 

@@ -12,7 +12,7 @@ from checkpoints import GOLDENS, relative_error
 from helpers_generate import PROMPT, forced, golden, tokens_of
 
 from mlx_qwen3next import generate_step, load_model
-from mlx_qwen3next.decoding import speculation
+from mlx_qwen3next.decoding.drafters import speculation
 from mlx_qwen3next.decoding.drafters.dflash import DFlashDrafter
 from mlx_qwen3next.decoding.speculative import forward
 from mlx_qwen3next.generate import main

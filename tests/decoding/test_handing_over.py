@@ -6,7 +6,7 @@ from helpers_generate import golden, golden_tokens
 from helpers_serving import assert_holds
 from helpers_speculative import Cycle, decoding
 
-from mlx_qwen3next.decoding.speculation import Speculation
+from mlx_qwen3next.decoding.drafters.speculation import Speculation
 
 
 def model():

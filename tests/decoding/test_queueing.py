@@ -5,7 +5,7 @@ import pytest
 from helpers_generate import BUNDLED, bundled
 
 from mlx_qwen3next import terminal
-from mlx_qwen3next.bench import worker
+from mlx_qwen3next.bench.comparison import worker
 from mlx_qwen3next.decoding import queueing, speculative
 from mlx_qwen3next.generate import main
 from mlx_qwen3next.group import ALONE

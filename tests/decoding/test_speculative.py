@@ -25,7 +25,7 @@ from mlx_qwen3next.compute import proof
 from mlx_qwen3next.decoding import speculative
 from mlx_qwen3next.decoding.draft_depth import MAX_DEPTH, FixedDepth, MeasuredDepth
 from mlx_qwen3next.decoding.drafters.mtp import new_shares
-from mlx_qwen3next.decoding.speculation import Speculation
+from mlx_qwen3next.decoding.drafters.speculation import Speculation
 from mlx_qwen3next.decoding.speculative import Acceptance
 from mlx_qwen3next.model.cache import tokens_held
 

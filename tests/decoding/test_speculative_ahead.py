@@ -8,7 +8,7 @@ from helpers_speculative import Cycle
 
 from mlx_qwen3next import generate_step
 from mlx_qwen3next.decoding.drafters.mtp import MTPDrafter
-from mlx_qwen3next.decoding.speculation import Speculation
+from mlx_qwen3next.decoding.drafters.speculation import Speculation
 from mlx_qwen3next.model.mtp_head import MTPHead
 
 

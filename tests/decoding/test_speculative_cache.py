@@ -20,7 +20,7 @@ from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, save_prompt
 from mlx_qwen3next import generate_step
 from mlx_qwen3next.decoding.draft_depth import FixedDepth
 from mlx_qwen3next.decoding.drafters import mtp as mtp_drafter
-from mlx_qwen3next.decoding.speculation import Speculation
+from mlx_qwen3next.decoding.drafters.speculation import Speculation
 from mlx_qwen3next.decoding.speculative import Decoding
 from mlx_qwen3next.model.cache import GatedDeltaCache, tokens_held
 

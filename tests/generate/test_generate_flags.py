@@ -8,8 +8,8 @@ from mlx_lm.generate import setup_arg_parser
 
 from mlx_qwen3next.compute.proof import Mode
 from mlx_qwen3next.decoding.draft_depth import MAX_DEPTH, MOST_COPIED
+from mlx_qwen3next.decoding.drafters.speculation import check_depth, check_lookup
 from mlx_qwen3next.decoding.sampling import Sampling
-from mlx_qwen3next.decoding.speculation import check_depth, check_lookup
 from mlx_qwen3next.generate import DEFAULT_PROMPT, UNSUPPORTED, main, parser
 
 STOCK = {action.dest: action for action in setup_arg_parser()._actions}

@@ -21,7 +21,7 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
-from mlx_qwen3next.server.engine import Engine
+from mlx_qwen3next.server.engine.engine import Engine
 
 CONTEXT = 1024  # tokens
 TINY = config("base") | {

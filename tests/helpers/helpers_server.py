@@ -14,12 +14,12 @@ from types import SimpleNamespace
 from mlx_lm.tokenizer_utils import load
 
 from mlx_qwen3next.checkpoint.hub import BUNDLED
-from mlx_qwen3next.server.handler import Handler, Settings
-from mlx_qwen3next.server.http_server import Server
-from mlx_qwen3next.server.metrics import Metrics
-from mlx_qwen3next.server.prompt import tokenized_prompt
+from mlx_qwen3next.server.answers.tokens import Context, SampledToken
+from mlx_qwen3next.server.engine.metrics import Metrics
+from mlx_qwen3next.server.http.connections import Server
+from mlx_qwen3next.server.http.handler import Handler, Settings
 from mlx_qwen3next.server.protocols.stored import Stored
-from mlx_qwen3next.server.responses import Context, Response
+from mlx_qwen3next.server.requests.prompt import tokenized_prompt
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -74,7 +74,7 @@ class Fake:
         if self.before is not None:
             raise self.before
         rendered = tokenized_prompt(prompt, self.tokenizer, args.template_options)
-        ctx = Context(self.tokenizer, *rendered[:3], cached=1)
+        ctx = Context(self.tokenizer, *rendered[:4], cached=1)
         self.contexts.append(ctx)
         return ctx, self._responses(args, progress)
 
@@ -100,7 +100,7 @@ class Fake:
                 detokenizer.finalize()
             top = list(zip((token, 5), self.logprobs, strict=True))[: args.top_logprobs]
             text = detokenizer.last_segment
-            yield Response(text, token, self.logprobs[0], reason, tuple(reversed(top)))
+            yield SampledToken(text, token, self.logprobs[0], reason, tuple(reversed(top)))
             if reason is not None:
                 return
 

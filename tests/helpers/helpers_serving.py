@@ -15,12 +15,13 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_qwen3next import stream_generate
 from mlx_qwen3next.decoding.sampling import Sampling
 from mlx_qwen3next.model.cache import tokens_held
-from mlx_qwen3next.server import handler
-from mlx_qwen3next.server.arguments import Arguments, Chat
-from mlx_qwen3next.server.batching import SpeculativeBatchGenerator
 from mlx_qwen3next.server.command import _prompt_cache
-from mlx_qwen3next.server.engine import Engine
+from mlx_qwen3next.server.engine.batching import SpeculativeBatchGenerator
+from mlx_qwen3next.server.engine.engine import Engine
 from mlx_qwen3next.server.flags import parser
+from mlx_qwen3next.server.http import handler
+from mlx_qwen3next.server.requests.fields import Options
+from mlx_qwen3next.server.requests.prompt import Chat
 
 TEXTS = ("import os\n", "class Queue:\n    def put(self", "def merge(left, right):\n", "x = [")
 ENDLESS = {4086: -100.0, 4088: -100.0}  # a bias against both stop tokens
@@ -164,12 +165,12 @@ def served(engine):
 
 
 def arguments(template=None, **fields):
-    """The arguments of a request, with the names of its fields."""
+    """The options of a request, with the names of its fields."""
     names = {"temperature": "temp", "penalty": "repetition_penalty"}
     fields = {names.get(name, name): value for name, value in fields.items()}
     sampling = {x: fields.pop(x) for x in [*fields] if x in Sampling.__dataclass_fields__}
     fields = {"max_tokens": 16, "stop_words": fields.pop("stop", [])} | fields
-    return Arguments(Sampling(**sampling), template_options=template or {}, **fields)
+    return Options(Sampling(**sampling), template_options=template or {}, **fields)
 
 
 class Asked:

@@ -19,8 +19,8 @@ from helpers_speculative import Cycle
 from mlx.utils import tree_flatten
 
 from mlx_qwen3next.checkpoint.loading import load_model
+from mlx_qwen3next.decoding.drafters.speculation import Speculation
 from mlx_qwen3next.decoding.generation import generate_step
-from mlx_qwen3next.decoding.speculation import Speculation
 from mlx_qwen3next.group import ALONE, join
 
 HANGS = 180  # seconds; then it says where

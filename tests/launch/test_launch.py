@@ -16,7 +16,7 @@ from mlx_qwen3next.launch import running
 from mlx_qwen3next.launch.__main__ import main, parser, server_flags
 from mlx_qwen3next.launch.agents import AGENTS, Place
 from mlx_qwen3next.server.flags import parser as server_parser
-from mlx_qwen3next.server.handler import Settings
+from mlx_qwen3next.server.http.handler import Settings
 
 PLACE = Place("http://127.0.0.1:1234", "a key", "coder", 100_000)
 AGENT = """#!{python}

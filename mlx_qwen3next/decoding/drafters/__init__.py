@@ -7,8 +7,11 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from ..draft_depth import Offer
+from ..draft_depth import Offer, Shares
 from ..sampling import Choose
+
+ACCEPTANCE = 0.8  # the share of first drafts that is expected to be right before anything is known
+CATCH_UP = 64  # verified hidden states that wait at most, when nothing is drafted
 
 
 class Drafter:
@@ -65,6 +68,31 @@ class Drafter:
 
     def settle(self) -> None:
         """Brings everything up to date, because decoding has ended."""
+
+
+class StateDrafter(Drafter):
+    """A drafter of hidden states, which counts by depth how often its drafts are right.
+
+    Args:
+        shares: what was counted before.
+    """
+
+    def __init__(self, shares: Shares):
+        self._shares = shares
+
+    def judged(self, drafted: int, accepted: int) -> None:
+        for depth in range(min(accepted + 1, drafted)):
+            self._shares.add(depth, depth < accepted)
+
+    def extend(self, token: int) -> None:
+        self._shares.fade()
+
+    def _expected(self, count: int) -> list[float]:
+        """The shares of the first ``count`` drafts, as :class:`Offer` takes them."""
+        shares = [ACCEPTANCE]
+        for depth in range(count):  # one of which little is known is as good as the one before
+            shares.append(self._shares.of(depth, shares[-1]))
+        return shares[1:]
 
 
 class Outputs:

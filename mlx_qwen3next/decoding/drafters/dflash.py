@@ -9,7 +9,7 @@ import mlx.core as mx
 from ...model.qwen3_next import Model
 from ..draft_depth import MOST_COPIED, Offer, Shares
 from ..sampling import Choose
-from .states import CATCH_UP, StateDrafter
+from . import CATCH_UP, StateDrafter
 
 DEPTHS = (1, 3, 7)  # worth timing besides the deepest; the block takes the same time at all of them
 

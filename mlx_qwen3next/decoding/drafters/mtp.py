@@ -16,7 +16,7 @@ from ...model.qwen3_next import Model
 from ...model.tracing import MOST_ROWS
 from ..draft_depth import MAX_DEPTH, Offer, Shares
 from ..sampling import Choose
-from .states import CATCH_UP, StateDrafter
+from . import CATCH_UP, StateDrafter
 
 
 class MTPDrafter(StateDrafter):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import ContextLengthError
-from ..checks import RequestError
-from ..events import End, Event
-from ..responses import Context, Response
+from ..answers.events import End, Event
+from ..answers.tokens import Context, SampledToken
+from ..requests.checks import RequestError
 from .anthropic_requests import chat_request
 from .form import About, Form, named
 from .parts import Part, Parts, Step
@@ -32,17 +32,17 @@ class Message(Form):
         message = self._message([], None) | {"usage": self._usage(0)}
         return named({"type": "message_start", "message": message})
 
-    def chunk(self, events: Sequence[Event], sampled: Sequence[Response]) -> bytes:
+    def chunk(self, events: Sequence[Event], sampled: Sequence[SampledToken]) -> bytes:
         return self._sent(self._parts.add(events))
 
-    def end(self, events: Sequence[Event], sampled: Sequence[Response], end: End) -> bytes:
+    def end(self, events: Sequence[Event], sampled: Sequence[SampledToken], end: End) -> bytes:
         rest = self._sent([*self._parts.add(events), *self._parts.end()])
         delta = {"type": "message_delta", "delta": self._stop(end)}
         delta["usage"] = self._usage(end.generated)
         return rest + named(delta, {"type": "message_stop"})
 
     def whole(
-        self, events: Sequence[Event], sampled: Sequence[Response], end: End
+        self, events: Sequence[Event], sampled: Sequence[SampledToken], end: End
     ) -> dict[str, Any]:
         self._parts.add(events)
         content = [self._block(part, part.text) for part in self._parts]

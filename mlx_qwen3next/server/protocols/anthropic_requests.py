@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..checks import (
+from ..requests.checks import (
     RequestError,
     boolean,
     filled_string,
@@ -19,8 +19,8 @@ from ..checks import (
     string,
     unfit,
 )
-from ..messages import UNREADABLE, left_out
-from ..schema import answer_format, stop_words, token_limit
+from ..requests.fields import answer_format, stop_words, token_limit
+from ..requests.messages import UNREADABLE, left_out
 from .form import SHARED
 
 # Claude Code begins its system prompt with a line that changes from version to version, and with

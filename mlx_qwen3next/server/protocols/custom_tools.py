@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from ..checks import mapping
+from ..requests.checks import mapping
 
 _NAME = "input"
 _SCHEMA = {"type": "object", "properties": {_NAME: {"type": "string"}}, "required": [_NAME]}

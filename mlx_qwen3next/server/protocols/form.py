@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..checks import RequestError
-from ..events import End, Event
-from ..responses import Context, Response
+from ..answers.events import End, Event
+from ..answers.tokens import Context, SampledToken
+from ..requests.checks import RequestError
 from .stored import Stored
 
 # Fields that have the same name and meaning in all protocols; those of sampling are ours in some.
@@ -69,7 +69,7 @@ class Form(ABC):
         """
 
     @abstractmethod
-    def chunk(self, events: Sequence[Event], sampled: Sequence[Response]) -> bytes:
+    def chunk(self, events: Sequence[Event], sampled: Sequence[SampledToken]) -> bytes:
         """More of a stream.
 
         Args:
@@ -78,12 +78,12 @@ class Form(ABC):
         """
 
     @abstractmethod
-    def end(self, events: Sequence[Event], sampled: Sequence[Response], end: End) -> bytes:
+    def end(self, events: Sequence[Event], sampled: Sequence[SampledToken], end: End) -> bytes:
         """The rest of a stream."""
 
     @abstractmethod
     def whole(
-        self, events: Sequence[Event], sampled: Sequence[Response], end: End
+        self, events: Sequence[Event], sampled: Sequence[SampledToken], end: End
     ) -> dict[str, Any]:
         """The answer as a whole."""
 

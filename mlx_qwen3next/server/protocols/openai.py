@@ -6,9 +6,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import logprobs
-from ..events import ArgumentText, CallBegun, End, Event, Reasoning, Text
-from ..responses import Context, Response
+from ..answers.events import ArgumentText, CallBegun, End, Event, Reasoning, Text
+from ..answers.tokens import Context, SampledToken
+from . import logprobs
 from .form import About, Form, sent
 
 
@@ -133,26 +133,26 @@ class ChatCompletion(Form):
         self._completion = Completion(common, is_chat=self.is_chat, is_streamed=is_streamed)
         return b""
 
-    def chunk(self, events: Sequence[Event], sampled: Sequence[Response]) -> bytes:
+    def chunk(self, events: Sequence[Event], sampled: Sequence[SampledToken]) -> bytes:
         content = self._with_logprobs(self._completion.choice(events), sampled)
         self._generated += len(sampled)
         if self._wants_counts:
             content |= self._usage(self._generated)
         return sent(content)
 
-    def end(self, events: Sequence[Event], sampled: Sequence[Response], end: End) -> bytes:
+    def end(self, events: Sequence[Event], sampled: Sequence[SampledToken], end: End) -> bytes:
         chunks = sent(self._last(events, sampled, end))
         if self._wants_usage:
             chunks += sent(self._completion.last_chunk(self._usage(end.generated)))
         return chunks + b"data: [DONE]\n\n"
 
     def whole(
-        self, events: Sequence[Event], sampled: Sequence[Response], end: End
+        self, events: Sequence[Event], sampled: Sequence[SampledToken], end: End
     ) -> dict[str, Any]:
         return self._last(events, sampled, end) | self._usage(end.generated)
 
     def _last(
-        self, events: Sequence[Event], sampled: Sequence[Response], end: End
+        self, events: Sequence[Event], sampled: Sequence[SampledToken], end: End
     ) -> dict[str, Any]:
         content = self._completion.choice(events, end.reason, end.has_whole_calls)
         return self._with_logprobs(content, sampled)
@@ -163,14 +163,14 @@ class ChatCompletion(Form):
         return self._completion.usage(*counts)
 
     def _with_logprobs(
-        self, content: dict[str, Any], sampled: Sequence[Response]
+        self, content: dict[str, Any], sampled: Sequence[SampledToken]
     ) -> dict[str, Any]:
         """Adds the log-probabilities, if they are wanted."""
         if self._wants_logprobs:
             content["choices"][0]["logprobs"] = self._logprobs(sampled)
         return content
 
-    def _logprobs(self, sampled: Sequence[Response]) -> dict[str, Any]:
+    def _logprobs(self, sampled: Sequence[SampledToken]) -> dict[str, Any]:
         return logprobs.chat_form(self._context.tokenizer, sampled)
 
 
@@ -181,7 +181,7 @@ class TextCompletion(ChatCompletion):
     _kind, _prefix = "text_completion", "cmpl"
     _text_offset = 0  # characters
 
-    def _logprobs(self, sampled: Sequence[Response]) -> dict[str, Any]:
+    def _logprobs(self, sampled: Sequence[SampledToken]) -> dict[str, Any]:
         offset = self._text_offset
         self._text_offset += sum(len(token.text) for token in sampled)
         return logprobs.text_form(self._context.tokenizer, sampled, offset)

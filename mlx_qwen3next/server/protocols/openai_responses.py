@@ -6,11 +6,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from .. import logprobs
-from ..checks import RequestError, boolean, list_of, mapping, string
-from ..events import End, Event
-from ..responses import Context, Response
-from . import custom_tools
+from ..answers.events import End, Event
+from ..answers.tokens import Context, SampledToken
+from ..requests.checks import RequestError, boolean, list_of, mapping, string
+from . import custom_tools, logprobs
 from .form import About, Form, named
 from .openai_responses_requests import LOGPROBS, chat_request, functions_of, items_of, sealed
 from .parts import Part, Parts, Step
@@ -54,17 +53,17 @@ class ModelResponse(Form):
             "response.in_progress", response=response
         )
 
-    def chunk(self, events: Sequence[Event], sampled: Sequence[Response]) -> bytes:
+    def chunk(self, events: Sequence[Event], sampled: Sequence[SampledToken]) -> bytes:
         return self._sent(self._parts.add(events), sampled)
 
-    def end(self, events: Sequence[Event], sampled: Sequence[Response], end: End) -> bytes:
+    def end(self, events: Sequence[Event], sampled: Sequence[SampledToken], end: End) -> bytes:
         self._ending = "incomplete" if end.reason == "length" else "completed"
         rest = self._sent([*self._parts.add(events), *self._parts.end()], sampled)
         response = self._finished(end)
         return rest + self._named(f"response.{response['status']}", response=response)
 
     def whole(
-        self, events: Sequence[Event], sampled: Sequence[Response], end: End
+        self, events: Sequence[Event], sampled: Sequence[SampledToken], end: End
     ) -> dict[str, Any]:
         self._ending = "incomplete" if end.reason == "length" else "completed"
         self._sent(self._parts.add(events), sampled)
@@ -138,7 +137,7 @@ class ModelResponse(Form):
         self._events += 1
         return named(event)
 
-    def _sent(self, steps: Sequence[Step], sampled: Sequence[Response]) -> bytes:
+    def _sent(self, steps: Sequence[Step], sampled: Sequence[SampledToken]) -> bytes:
         """The events of steps.
 
         Args:

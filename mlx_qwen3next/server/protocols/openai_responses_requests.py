@@ -12,9 +12,9 @@ import base64
 import binascii
 from typing import Any, NamedTuple
 
-from ..checks import RequestError, filled_string, list_of, mapping, one_of, string, unfit
-from ..messages import content, message
-from ..schema import answer_format, token_limit
+from ..requests.checks import RequestError, filled_string, list_of, mapping, one_of, string, unfit
+from ..requests.fields import answer_format, token_limit
+from ..requests.messages import content, message
 from . import custom_tools
 from .form import SHARED
 from .stored import Stored

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..events import ArgumentText, CallBegun, CallEnded, Event, Reasoning, Text
+from ..answers.events import ArgumentText, CallBegun, CallEnded, Event, Reasoning, Text
 
 
 @dataclass

@@ -8,8 +8,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import RequestError, shown
-from ..written_calls import WrittenCalls
+from ..answers.written_calls import WrittenCalls
+from ..requests.checks import RequestError, shown
 
 MOST = 256  # responses
 MOST_BYTES = 64 * 2**20  # of their JSON

@@ -1,0 +1,1 @@
+"""The comparison with stock mlx-lm, each side in a process of its own."""
