@@ -7,7 +7,9 @@ from functools import cache
 
 import mlx.core as mx
 
-from .kernel import LANES, THREADGROUP_BYTES, Kernel, constant
+from .kernel import LANES, THREADGROUP_BYTES, Kernel, body_of, constant
+
+_TAPE = ("tape_g", "tape_k", "tape_delta", "keep")
 
 
 def _step(name: str, *, recording: bool, replays: bool) -> Kernel:
@@ -18,30 +20,15 @@ def _step(name: str, *, recording: bool, replays: bool) -> Kernel:
         replays: whether it is for steps after a round, whose tape it reads.
     """
     inputs = "x before taps A_log dt_bias norm_weight eps mask state"
-    tape = "tape_g, tape_k, tape_delta" if replays else "none, none, none"
-    written = "g_out, k_out, delta_out" if recording else "nullptr, nullptr, nullptr"
-    body = f"""
-    threadgroup float shared[CHUNK * (2 * DK + 2 * DV + 2)];
-    {"" if replays else "const device float* none = nullptr;"}
-    const Tape written = {{{written}}};
-    const Place at = {{
-        threadgroup_position_in_grid.y, threadgroup_position_in_grid.z,
-        thread_index_in_threadgroup, thread_index_in_simdgroup,
-        simdgroup_index_in_threadgroup}};
-    gated_delta_step<T, W, HK, HV, DK, DV, K, SG, CHUNK, {str(recording).lower()}, MASKED>(
-        x, before, taps, A_log, dt_bias, norm_weight, eps, mask, state, {tape}, x_shape[1],
-        before_shape[1], {"keep[0]" if replays else "0"}, o, state_out, rows_out, written, shared,
-        at);
-    """
     return Kernel(
         name,
         "gated_delta",
-        inputs=(*inputs.split(), *(("tape_g", "tape_k", "tape_delta", "keep") if replays else ())),
+        inputs=(*inputs.split(), *(_TAPE if replays else ())),
         outputs=(
             *("o", "state_out", "rows_out"),
             *(("g_out", "k_out", "delta_out") if recording else ()),
         ),
-        body=body,
+        body=body_of("gated_delta", "gated_delta_step", RECORDING=recording, REPLAYS=replays),
     )
 
 
@@ -52,16 +39,9 @@ GATED_DELTA_ROUND_AFTER_ROUND = _step("gated_delta_round_after", recording=True,
 GATED_DELTA_REPLAY = Kernel(
     "gated_delta_replay",
     "gated_delta",
-    inputs=("state", "tape_g", "tape_k", "tape_delta", "keep"),
+    inputs=("state", *_TAPE),
     outputs=("state_out",),
-    body="""
-    const Place at = {
-        threadgroup_position_in_grid.y, threadgroup_position_in_grid.z,
-        thread_index_in_threadgroup, thread_index_in_simdgroup,
-        simdgroup_index_in_threadgroup};
-    gated_delta_replay<HK, HV, DK, DV, SG>(
-        state, tape_g, tape_k, tape_delta, tape_k_shape[1], keep[0], state_out, at);
-    """,
+    body=body_of("gated_delta", "gated_delta_replay"),
 )
 
 
@@ -137,9 +117,9 @@ def gated_delta_step(
     return kernel.launch(
         inputs=inputs,
         template=[
-            *(("T", x.dtype), ("W", taps.dtype), ("HK", key_heads), ("HV", Hv), ("DK", Dk)),
-            *(("DV", Dv), ("K", K), ("SG", groups), ("CHUNK", chunk)),
-            ("MASKED", mask is not None),
+            *(("T", x.dtype), ("W", taps.dtype), ("Hk", key_heads), ("Hv", Hv), ("Dk", Dk)),
+            *(("Dv", Dv), ("K", K), ("SG", groups), ("Chunk", chunk)),
+            ("Masked", mask is not None),
         ],
         grid=(LANES * groups, Hv, B),
         threadgroup=(LANES * groups, 1, 1),
@@ -159,7 +139,7 @@ def gated_delta_replay(
     groups = _simdgroups(Dk, Dv)
     (after,) = GATED_DELTA_REPLAY.launch(
         inputs=[state, g, k, delta, constant(keep, mx.int32)],
-        template=[("HK", k.shape[2]), ("HV", Hv), ("DK", Dk), ("DV", Dv), ("SG", groups)],
+        template=[("Hk", k.shape[2]), ("Hv", Hv), ("Dk", Dk), ("Dv", Dv), ("SG", groups)],
         grid=(LANES * groups, Hv, B),
         threadgroup=(LANES * groups, 1, 1),
         output_shapes=[state.shape],

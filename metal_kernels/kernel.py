@@ -14,7 +14,9 @@ LANES = 32  # threads of a simdgroup
 THREADGROUP_BYTES = 32768
 _DEFINITION = re.compile(r"^\w.*?(?:;\n|\n(?:.*\n)*?};?\n)", re.MULTILINE)
 _DEFINED = re.compile(r"^(?!template).*?(\w+)(?:\(| =| {)", re.MULTILINE)
-_PUNCTUATION = re.compile(r" *([{}()\[\];,=?<>]) *")
+_KERNEL = re.compile(r"^kernel void (\w+)\(\) {\n(.*?)^}\n", re.MULTILINE | re.DOTALL)
+_SPACE = re.compile(r"(?<=[\w)\]}]) +(?=\W)|(?<=\W) +(?=[\w({])")
+_IF = re.compile(r"^#if (!?)(\w+)\n(.*?)(?:^#else\n(.*?))?^#endif\n", re.MULTILINE | re.DOTALL)
 
 
 class Kernel(NamedTuple):
@@ -43,7 +45,7 @@ def compiled(kernel: Kernel) -> Any:
         name=f"qwen3next_{kernel.name}",
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
-        header=needed(text("common") + text(kernel.family), kernel.body),
+        header=needed(definitions(kernel.family), kernel.body),
         source=condensed(kernel.body),
     )
 
@@ -51,12 +53,11 @@ def compiled(kernel: Kernel) -> Any:
 def needed(text: str, body: str) -> str:
     """Returns the definitions of a text that a body needs, condensed.
 
-    MLX copies and hashes a kernel's text at each launch. A definition ends with a line ``}`` or
+    MLX copies a kernel's text at each launch or trace. A definition ends with a line ``}`` or
     ``};``, or is one line; it stands before those that use it.
     """
-    definitions = _DEFINITION.findall(re.sub(" *//.*", "", text))
     kept = condensed(body)
-    for definition in reversed(definitions):
+    for definition in reversed(_DEFINITION.findall(re.sub(" *//.*", "", text))):
         (name,) = _DEFINED.search(definition).groups()  # type: ignore[union-attr]
         if re.search(rf"\b{name}\b", kept):
             kept = condensed(definition) + kept
@@ -64,9 +65,35 @@ def needed(text: str, body: str) -> str:
 
 
 def condensed(code: str) -> str:
-    """Returns code without comments, empty lines, indentation, and spaces beside punctuation."""
+    """Returns code without comments, empty lines and indentation.
+
+    Of the spaces in a line those between two words stay, and those between two operators.
+    """
     lines = (line.strip() for line in re.sub("//.*", "", code).splitlines())
-    return "".join(_PUNCTUATION.sub(r"\1", line) + "\n" for line in lines if line)
+    return "".join(
+        (line if line.startswith("#") else _SPACE.sub("", line)) + "\n" for line in lines if line
+    )
+
+
+def definitions(family: str) -> str:
+    """Returns the common file's text and the family's, without the bodies in them."""
+    return _KERNEL.sub("", text("common") + text(family))
+
+
+def body_of(family: str, name: str, **symbols: bool) -> str:
+    """Returns the body of ``kernel void NAME()`` in the family's file.
+
+    Args:
+        symbols: what ``#if SYMBOL … #else … #endif`` and ``#if !SYMBOL …`` choose by; the body has
+            the chosen lines only.
+    """
+
+    def chosen(found: re.Match[str]) -> str:
+        negated, symbol, lines, others = found.groups()
+        return lines if symbols[symbol] != bool(negated) else others or ""
+
+    bodies = dict(_KERNEL.findall(text(family)))
+    return _IF.sub(chosen, bodies[name])
 
 
 @cache

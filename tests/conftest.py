@@ -4,8 +4,10 @@ import gc
 import os
 import platform
 import shutil
+import subprocess
 
 import checkpoints
+import forked
 import jit
 import mlx.core as mx
 import pytest
@@ -33,6 +35,7 @@ if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
 
 # The slowest come first, so that none of them is left for a single worker at the end.
 SLOWEST = (
+    "test_openai_turns.py",  # so that no worker takes over half of it and asks all again
     "test_sharding.py",
     "test_server_ranks.py",
     "test_bench_process.py",
@@ -75,6 +78,12 @@ def kernels_off(tmp_path_factory, monkeypatch):
     proof.set_kernels("off" if metal_kernels.available() else "auto")
 
 
+@pytest.fixture(autouse=True)
+def disk_without_waiting(monkeypatch):
+    """No test pulls the plug: what is written need not have reached the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A machine with a GPU, about which nothing is known; the file of its findings."""
@@ -108,6 +117,14 @@ def base(tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(checkpoints.GOLDENS / "base" / name, directory / name)
     return directory
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """While active, Python processes that the test's own process starts are forked."""
+    if platform.system() == "Linux":
+        forked.server()  # which is started
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
 
 
 @pytest.fixture

@@ -239,10 +239,10 @@ class Chooser:
 
     def _choose(self, logits: mx.array, ahead: int) -> tuple[mx.array, mx.array]:
         """Chooses at positions one after the other, the first so many ahead."""
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         if isinstance(self._sampler, TopKSampler):
             numbers = _uniform(self._key, self._position + ahead, len(logits))
-            return self._sampler.draw(logprobs, numbers), logprobs
+            return self._sampler.choose(logits, numbers)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return self._sampler(logprobs), logprobs
 
     def extend(self, token: int) -> None:

@@ -3,6 +3,11 @@
 The k largest of many numbers lie in the k blocks whose maxima are largest, so that two short sorts
 find them. All rows are drawn at once. The tokens are mlx-lm's for the same random numbers, ties
 included: of equal ones, those with the lowest ids are kept.
+
+The tokens that are kept lie on a line in the order of their ids, each as long as its weight, and
+the one at a point is drawn. They are the first m of the k, and m depends on a running sum of
+probabilities; where a token begins on the line depends on m. Both are summed in one launch, for
+every m, and the right m is picked with the token.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import mlx.core as mx
 
 MOST = 1024  # tokens that are few, so that an array [k, k] is small
 _LARGEST_BLOCK = 64  # tokens
+_UNIT = 2**30  # of probabilities, as integers
 
 
 class TopKSampler:
@@ -27,9 +33,10 @@ class TopKSampler:
 
     def __init__(self, temp: float, top_p: float, min_p: float, top_k: int):
         self._scale = 1 / temp
-        self._top_p = top_p if 0 < top_p < 1 else 1.0
+        self._top_p = top_p if 0 < top_p < 1 else math.inf
         self._min_p = math.log(min_p) if min_p else -math.inf
         self._top_k = top_k
+        self._places = mx.array(list(range(top_k + 1)), mx.uint32)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Draws with numbers from ``mx.random``."""
@@ -42,20 +49,46 @@ class TopKSampler:
             logprobs: ``[n, vocab]``, floating.
             uniform: numbers ``[n, 1]`` float32, at least 0 and below 1.
         """
-        dtype = logprobs.dtype
-        values, tokens = largest(logprobs, self._top_k)
-        row, column = (values[:, None], tokens[:, None]), (values[..., None], tokens[..., None])
-        mass_above, top_p = mx.array(0.0), mx.array(self._top_p)
-        if self._top_p < 1:
-            # The mass of float32 probabilities is 1; others are rounded by several percent.
-            total = mx.array(0.0) if dtype == mx.float32 else mx.logsumexp(logprobs, -1)
-            terms = _mass_above(*mx.broadcast_arrays(row[0], column[0], total.reshape(-1, 1, 1)))
-            mass_above = terms.sum(-1)[:, None]
-        options = mx.array(self._scale, dtype), mx.array(self._min_p, dtype), top_p
-        inputs = *row, column[1], row[0][..., :1], uniform[..., None], mass_above, *options
+        if self._sums_to_one(logprobs):
+            return self._draw(logprobs, mx.array(1.0), uniform)
+        return self._draw_rounded(logprobs, mx.zeros((1, 1), logprobs.dtype), uniform)[0]
+
+    def choose(self, logits: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array]:
+        """Draws as :meth:`draw`, from logits; returns log-probabilities ``[n, vocab]`` as well."""
+        log_total = mx.logsumexp(logits, axis=-1, keepdims=True)
+        if not self._sums_to_one(logits):
+            return self._draw_rounded(logits, log_total, uniform)
+        logprobs = logits - log_total
+        return self._draw(logprobs, mx.array(1.0), uniform), logprobs
+
+    def _sums_to_one(self, numbers: mx.array) -> bool:
+        """Whether probabilities sum to 1, or to anything where their sum does not count.
+
+        Those of 16-bit log-probabilities are rounded by several percent.
+        """
+        return numbers.dtype == mx.float32 or self._top_p == math.inf
+
+    def _draw_rounded(
+        self, logits: mx.array, log_total: mx.array, uniform: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Draws from ``logits - log_total`` in 16 bits; returns these as well."""
+        logprobs, probabilities = _rounded(logits, log_total)
+        return self._draw(logprobs, probabilities.sum(-1)[:, None, None], uniform), logprobs
+
+    def _draw(self, logprobs: mx.array, total: mx.array, uniform: mx.array) -> mx.array:
+        """Draws where the sum of the probabilities is known, ``[n, 1, 1]`` or one for all."""
+        k, dtype = self._top_k, logprobs.dtype
+        values, tokens = largest(logprobs, k + 1)  # the last one tells whether a tie goes on
+        first, last, after = values[:, None, :1], values[:, None, :k], values[:, None, 1:]
+        row, rows = tokens[:, None, :k], (tokens[..., None], self._places[:, None])
+        weight = first, mx.array(self._scale, dtype), uniform[..., None]
         # Of one shape, lest a compiled function fall into several.
-        line = _line(*mx.broadcast_arrays(*inputs))
-        return line.sum(-1).max(-1, keepdims=True).view(mx.uint32)[:, 0]
+        sums = _terms(*mx.broadcast_arrays(last, row, *rows, *weight)).cumsum(-1)
+        ends = last, after, first, mx.array(self._min_p, dtype), self._places[:0:-1]
+        limit = sums[:, k:], total, mx.array(self._top_p * _UNIT)
+        column = sums[:, :k], values[:, :k, None], tokens[:, :k, None]
+        picks = _picks(*mx.broadcast_arrays(*ends, *limit, *column))
+        return picks.max((-2, -1), keepdims=True).view(mx.uint32)[:, 0, 0]
 
 
 def largest(logprobs: mx.array, k: int) -> tuple[mx.array, mx.array]:
@@ -84,6 +117,16 @@ def largest(logprobs: mx.array, k: int) -> tuple[mx.array, mx.array]:
 
 
 @mx.compile
+def _rounded(logits: mx.array, log_total: mx.array) -> tuple[mx.array, mx.array]:
+    """Log-probabilities in 16 bits, and the probabilities that they stand for, in float32.
+
+    On a CPU MLX's power takes half as long as its exp.
+    """
+    logprobs = logits - log_total
+    return logprobs, mx.power(2.0, logprobs.astype(mx.float32) * math.log2(math.e))
+
+
+@mx.compile
 def _keys(bits: mx.array, blocks: mx.array) -> mx.array:
     """Joins the bits ``[n, k, block]`` of numbers and their places into uint64, to sort by both."""
     block = bits.shape[-1]
@@ -92,34 +135,50 @@ def _keys(bits: mx.array, blocks: mx.array) -> mx.array:
 
 
 @mx.compile
-def _mass_above(values: mx.array, others: mx.array, log_total: mx.array) -> mx.array:
-    """Terms ``[n, k, k]`` of the probability of all that are more probable than each."""
-    return mx.where(values > others, mx.exp(values.astype(mx.float32) - log_total), 0)
-
-
-@mx.compile
-def _line(
+def _terms(
     values: mx.array,
     tokens: mx.array,
     others: mx.array,
+    places: mx.array,
     first: mx.array,
-    uniform: mx.array,
-    mass_above: mx.array,
     scale: mx.array,
-    min_p: mx.array,
-    top_p: mx.array,
+    uniform: mx.array,
 ) -> mx.array:
-    """Terms ``[n, k, k]`` uint64 of a sum whose maximum has the token drawn as its lower half.
+    """What each of the k tokens adds to the sums, ``[n, k + 1, k]`` int32.
 
-    The tokens that are kept lie on a line in the order of their ids, each as long as its weight.
-    The upper half says where a token begins, counted from behind the point that is drawn. What
-    begins before it is negative, and hence, as the number has no sign, larger than all others.
+    Row j: to where token j begins, counted from the point that is drawn; row k: to the probability.
     """
-    is_kept = (mass_above < top_p) & (values >= first + min_p)
-    unit = math.log(2**31 / tokens.shape[-1])  # the whole line stays below 2^31
+    k = tokens.shape[-1]
+    unit = math.log(2**31 / k)  # the whole line stays below 2^31
     origin = (first * scale).astype(mx.float32) - unit
-    lengths = mx.where(is_kept, mx.exp((values * scale).astype(mx.float32) - origin), 0)
-    before = mx.where(tokens < others, lengths, 0).astype(mx.uint64)
-    start = before - (lengths * uniform).astype(mx.uint64)
-    own = mx.where(tokens == others, tokens.astype(mx.uint64) - 2**32, 0)
-    return (start << 32) + own
+    lengths = mx.exp((values * scale).astype(mx.float32) - origin)
+    before = mx.where(tokens < others, lengths, 0).astype(mx.int32)
+    begins = before - (lengths * uniform).astype(mx.int32)
+    probabilities = mx.round(mx.exp(values.astype(mx.float32)) * _UNIT)
+    return mx.where(places == k, probabilities.astype(mx.int32), begins)
+
+
+@mx.compile
+def _picks(
+    last: mx.array,
+    after: mx.array,
+    first: mx.array,
+    min_p: mx.array,
+    places: mx.array,
+    mass: mx.array,
+    total: mx.array,
+    top_p: mx.array,
+    begins: mx.array,
+    values: mx.array,
+    tokens: mx.array,
+) -> mx.array:
+    """Numbers ``[n, k, k]`` uint64 whose maximum has the token drawn as its lower half.
+
+    Column m stands for m + 1 tokens that are kept, the least probable of them ``last``; the first
+    column that is right has the largest upper half. Rows are tokens: of those that are kept and
+    begin at the point or before it, the last counts.
+    """
+    is_mass_reached = (mass.astype(mx.float32) >= top_p * total) & (last > after)
+    is_right = is_mass_reached | (after < first + min_p) | (places == 1)
+    upper = mx.where(is_right & (values >= last) & (begins <= 0), places, 0)
+    return upper.astype(mx.uint64) << 32 | tokens.astype(mx.uint64)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import helpers_group as group
 import pytest
 from checkpoints import GOLDENS
@@ -26,7 +27,7 @@ sys.exit(main())
 
 
 @pytest.fixture
-def worker():
+def worker(forks):
     """A worker of this package on the golden model."""
     worker = Worker(Side("ours", "float32"), GOLDENS / "base", {})
     yield worker
@@ -41,21 +42,19 @@ def test_a_worker_prepares_before_it_is_asked():
         "worker.main(0.0)\n"
     )
     command = [sys.executable, "-c", code, "ours", str(GOLDENS / "base"), "float32", "{}"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = forked.run(command, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stderr) == (0, "prepared True\n")
     assert json.loads(done.stdout)["result"]["load"] > 0
 
 
 def test_a_whole_run(tmp_path):
     file = tmp_path / "figures.json"
-    done = subprocess.run(
+    done = forked.run(
         [
             *(sys.executable, "-c", SHORTER.format(SPECULATED), "--model", str(GOLDENS / "base")),
             *("--dtype", "float32", "--repeats", "1", "--contexts", "8,16", "--tokens", "4"),
             *("--growth", "2048", "--json", str(file)),
-        ],
-        capture_output=True,
-        text=True,
+        ]
     )
     assert (done.returncode, done.stderr) == (0, "")
     figures = json.loads(file.read_text())
@@ -110,12 +109,12 @@ def test_a_worker_that_dies_or_refuses(worker):
         worker.ask("queued")
 
 
-def test_a_model_that_cannot_be_loaded(tmp_path):
+def test_a_model_that_cannot_be_loaded(forks, tmp_path):
     with pytest.raises(WorkerError, match=r"^mlx-lm, float32: FileNotFoundError: .*config.json"):
         Worker(Side("stock", "float32"), tmp_path, {})
 
 
-def test_stray_prints_are_no_replies(monkeypatch, capfd):
+def test_stray_prints_are_no_replies(forks, monkeypatch, capfd):
     prints = "worker.Ours.queued = lambda self: (print('stray', flush=True), 40)[1]; worker.main"
     monkeypatch.setattr(sides, "_START", sides._START.replace("worker.main", prints))
     worker = Worker(Side("ours", "float32"), GOLDENS / "base", {})
@@ -128,7 +127,7 @@ def test_stray_prints_are_no_replies(monkeypatch, capfd):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
 def test_a_stopped_bench_leaves_nothing(tmp_path, number, status):
-    bench = subprocess.Popen(
+    bench = forked.Popen(
         [*BENCH, "--shape", "small", "--without-mlx-lm", "--contexts", "8192"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -301,7 +301,10 @@ def test_interrupted_before_there_is_anything(run, monkeypatch):
 @pytest.mark.parametrize(("module", "folder"), [("convert", ROOT), ("mlx_qwen3next.convert", None)])
 def test_as_a_module(tmp_path, module, folder):
     command = [sys.executable, "-m", module, "--hf-path", BASE, "--mlx-path", tmp_path / "out"]
-    result = subprocess.run(command, cwd=folder or tmp_path, capture_output=True, text=True)
+    if folder is None:
+        result = forked.run(command, cwd=tmp_path)
+    else:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "")
     assert result.stderr.endswith(f"\n{tmp_path / 'out'}: 16.012 bits per weight\n")
     (tmp_path / "out" / "norms.safetensors").unlink()

@@ -105,7 +105,7 @@ def test_generation_with_a_prompt_cache():
 
 
 def test_generation_that_is_stopped_leaves_what_it_has(monkeypatch):
-    model, tokenizer = bundled()
+    model, tokenizer = narrow()
     prompt = tokenizer.encode("import os\n" * 110)
     cache = PromptCache(max_bytes=10**9)
     monkeypatch.setattr(prompt_cache, "EVERY", 100)
@@ -144,7 +144,7 @@ def test_a_prompt_that_is_interrupted_is_kept_as_far_as_it_was_read(monkeypatch,
 
 def test_the_head_reads_a_prompt_only_if_somebody_will_draft(monkeypatch):
     """With a prompt cache, too, whether that knows the head's part or not."""
-    model, tokenizer = bundled()
+    model, tokenizer = narrow()
     prompt = tokenizer.encode("import os\n" * 40)
     cache, read, call = PromptCache(max_bytes=10**9), [], type(model.mtp).__call__
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import forked
 import long_text
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_qwen3next import generate_step, load, load_model, stream_generate
 from mlx_qwen3next.checkpoint.hub import BUNDLED
@@ -48,16 +49,44 @@ def bundled():
     return load(dtype=mx.float32)
 
 
+def predictable(**changes):
+    """A model of random weights with its head, as deep as the bundled one and narrow.
+
+    About half of its tokens follow from the one before alone, and its head knows which: so half of
+    the drafts are right, and the other tokens show what went wrong in a cache.
+
+    Args:
+        changes: other entries of the config.
+    """
+    mx.random.seed(0)
+    config = json.loads((BUNDLED / "config.json").read_text()) | NARROW | changes
+    model = Model(Config.from_dict(config))
+    head, (tokens, width) = mtp_head.attach(model), model.lm_head.weight.shape
+    words = mx.random.normal((tokens, width))
+    model.model.embed_tokens.weight = 0.3 * words
+    model.lm_head.weight = words[mx.random.permutation(tokens)]
+    _, of_hidden = mx.split(head.fc.weight, 2, axis=1)
+    head.fc.weight = mx.concatenate([mx.eye(width), of_hidden], axis=1)
+    mx.eval(model.parameters())
+    return model.eval()
+
+
+def predictable_at_4_bits():
+    """The same, as narrow as groups of 64 let it be."""
+    widths = "hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"
+    model = predictable(**dict.fromkeys(widths, 64))
+    nn.quantize(model, 64, 4)
+    mx.eval(model.parameters())
+    return model
+
+
 @functools.cache
 def narrow():
-    """A model of random weights whose caches are those of the bundled one, with its tokenizer: it
-    reads long prompts ten times as fast."""
-    mx.random.seed(0)
-    config = json.loads((BUNDLED / "config.json").read_text())
-    model = Model(Config.from_dict(config | NARROW))
-    mtp_head.attach(model)
-    mx.eval(model.parameters())
-    return model.eval(), bundled()[1]
+    """A predictable model, packed, and its tokenizer, the bundled one's; caches have the sizes of
+    the bundled model's, and long prompts are read ten times as fast."""
+    model = pack(predictable())
+    mx.eval(model.parameters())  # by the thread that made them
+    return model, bundled()[1]
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.packing import pack
 from mlx_qwen3next.model.qwen3_next import Model
 from mlx_qwen3next.server.engine.engine import Engine
 
@@ -41,8 +42,8 @@ def _tiny():
     named = {"default": own, "coder": CODER, "instruct": INSTRUCT, "thinking": FORGETFUL}
     tokenizer._tokenizer.chat_template = named
     model = Model(Config.from_dict(TINY | {"vocab_size": len(tokenizer)}))
-    mx.eval(model.parameters())
-    return model.eval(), tokenizer
+    mx.eval(pack(model.eval()).parameters())  # by the thread that made them
+    return model, tokenizer
 
 
 class ScriptedEngine(Engine):

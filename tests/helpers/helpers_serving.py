@@ -7,7 +7,7 @@ import functools
 import itertools
 
 import mlx.core as mx
-from helpers_generate import bundled, tokens_of
+from helpers_generate import bundled, narrow, tokens_of
 from helpers_server import serving
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import greedy_sampler
@@ -90,6 +90,7 @@ class Sequences:
         for response in generated:
             assert response.uid not in self.ends
             self.told[response.uid].append(response.token)
+            assert abs(mx.logsumexp(response.logprobs).item()) < 1e-4  # they are probabilities
             if response.finish_reason is not None:
                 self.ends[response.uid] = response
         return prompted, generated
@@ -129,7 +130,7 @@ TOOLS = [
 @contextlib.contextmanager
 def running(
     *flags,
-    load=bundled,
+    load=narrow,
     cache=None,
     mtp="off",
     failed=lambda _: None,
@@ -246,7 +247,7 @@ def _expected(prompt, n, options, seed, load):
     return list(stream_generate(*load(), prompt, n, mtp="off", **dict(options)))
 
 
-def expected(prompt, n=16, seed=None, load=bundled, **options):
+def expected(prompt, n=16, seed=None, load=narrow, **options):
     """The responses that the command generates."""
     prompt = tuple(prompt) if isinstance(prompt, list) else prompt
     return _expected(prompt, n, tuple(options.items()), seed, load)

@@ -201,7 +201,7 @@ def test_a_server_that_is_ending_is_waited_for(monkeypatch):
         assert running._place_of_own(process, url, "none") is None
 
 
-def test_a_server_that_cannot_load_says_why(base, home, installed, free_port, call):
+def test_a_server_that_cannot_load_says_why(forks, base, home, installed, free_port, call):
     """It listens already when it finds that weights are missing."""
     (base / "model.safetensors").unlink()
     out = installed("claude")

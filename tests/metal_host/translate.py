@@ -65,7 +65,7 @@ ATTRIBUTES = {
 _ATTRIBUTE = r"\w+(?:\s*\([^()\[\]]*\))?"
 _TYPE = r"(?:const\s+)?(?:typename\s+)?[A-Za-z_]\w*(?:::\w+)*(?:\s*<[^;{}()]*?>(?:::\w+)*)?"
 _POINTER = re.compile(rf"\s*(?:{_TYPE}(?:\s+const)?|const)?\s*[*&(]")
-_VARIABLES = re.compile(rf"\s+({_TYPE})\s+((?:\w+\s*(?:\[[^\]]*\]\s*)*,?\s*)+);")
+_VARIABLES = re.compile(rf"\s+({_TYPE})(?:\s+|(?<=>))((?:\w+\s*(?:\[[^\]]*\]\s*)*,?\s*)+);")
 
 
 def blank(text: str) -> str:

@@ -32,7 +32,7 @@ def test_an_experts_weights_are_read_once_a_step(rows, bits, shared):
 
 def test_rows_share_what_they_can():
     """Four rows choose fewer experts than four times one row's."""
-    one, four = (experts(rows)["expert_gate_up"]["weight"].unique_read for rows in (1, 4))
+    one, four = (experts(rows, 4, None)["expert_gate_up"]["weight"].unique_read for rows in (1, 4))
     assert one < four < 4 * one
     assert kernel_bytes.chosen(4) * one == (TOP + 1) * four
 

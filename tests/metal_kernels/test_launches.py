@@ -10,6 +10,15 @@ from mlx_qwen3next.bench.on_metal import CONFIG, as_on_metal
 from mlx_qwen3next.model import widening
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Launches do not depend on widths, and a CPU is slow at bfloat16."""
+    widths = ("hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+    for name in widths:
+        monkeypatch.setitem(CONFIG, name, 64)
+    monkeypatch.setitem(CONFIG, "num_experts", 8)
+
+
 @pytest.mark.parametrize("rows, speculating", [(1, False), (4, True), (9, True), (16, True)])
 def test_a_period_with_kernels(rows, speculating):
     counted = launches.per_period(launches.ours, rows, kernels=True, speculating=speculating)

@@ -1,8 +1,8 @@
 """The example that computes what a model takes on several machines, beside figures made by hand."""
 
-import subprocess
 import sys
 
+import forked
 import machines
 import pytest
 from checkpoints import GOLDENS
@@ -69,7 +69,7 @@ def test_a_pipeline_reads_one_after_the_other():
 
 def test_the_command():
     command = [sys.executable, machines.__file__, "--context", "1024"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = forked.run(command).stdout.splitlines()
     assert "computed, not measured" in lines[0]
     assert [line.split()[:2] for line in lines[2:]] == [
         [str(size), mode] for size in (1, 2, 4, 8) for mode in ("tensor", "pipeline")

@@ -18,6 +18,7 @@ from helpers_generate import (
     golden,
     golden_tokens,
     greedy,
+    predictable_at_4_bits,
     same,
     tokens_of,
 )
@@ -232,8 +233,9 @@ class Dataset(list):
 
 
 def fresh(name):
-    directory = None if name == "bundled" else GOLDENS / name
-    return load_model(directory, dtype=mx.float32, pack=False)
+    if name == "4 bits":
+        return predictable_at_4_bits()
+    return load_model(GOLDENS / name, dtype=mx.float32, pack=False)
 
 
 def train(model, directory, **changes):
@@ -266,7 +268,7 @@ def train(model, directory, **changes):
         ("base", {}),
         ("base", {"grad_checkpoint": True}),
         ("dense", {}),
-        ("bundled", {}),
+        ("4 bits", {}),
         ("base", {"fine_tune_type": "full"}),
     ],
     ids=["lora", "grad-checkpoint", "dense", "qlora", "full"],

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from helpers_generate import bundled, endless, forced, process
+from helpers_generate import bundled, endless, forced, narrow, process
 from helpers_group import free_port
 from helpers_server import CALL, CHAT, TEXT, ask, bodies, calls_of, exchange, until
 from helpers_serving import TOOLS, running, served, user
@@ -173,13 +173,28 @@ def test_an_attribute_that_is_gone_is_named(monkeypatch):
 
 
 # --- OpenAI's client and the model --------------------------------------------------------------
-@pytest.fixture(scope="module", params=["off", 3])
-def over_http(request):
-    """(engine, its HTTP server, OpenAI's client of that), plain and with drafts."""
-    with running("--max-tokens", 2, mtp=request.param) as engine, served(engine) as listening:
+@contextlib.contextmanager
+def reached(**options):
+    """(engine, its HTTP server, OpenAI's client of that)."""
+    with running("--max-tokens", 2, **options) as engine, served(engine) as listening:
         url = "http://{}:{}/v1".format(*listening.server_address[:2])
         with openai.OpenAI(base_url=url, api_key="any", max_retries=0) as client:
             yield engine, listening, client
+
+
+@pytest.fixture(scope="module", params=["off", 3])
+def over_http(request):
+    """A server that decodes plainly or with drafts."""
+    with reached(mtp=request.param) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["off", 3])
+def trained(request):
+    """The same with the bundled model, whose answers are text that comes back as the same
+    tokens."""
+    with reached(load=bundled, mtp=request.param) as server:
+        yield server
 
 
 QUESTION = [user("What does os.path.join do?")]
@@ -188,7 +203,7 @@ QUESTION = [user("What does os.path.join do?")]
 @functools.cache
 def expected(n=40):
     """The command's answer to the question."""
-    model, tokenizer = bundled()
+    model, tokenizer = narrow()
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
     return list(stream_generate(model, tokenizer, prompt, n, mtp="off"))
 
@@ -209,8 +224,8 @@ def test_a_chat_and_its_stream(over_http):
     assert last.usage.prompt_tokens_details.cached_tokens > 0
 
 
-def test_the_second_turn_is_cached(over_http):
-    _, _, client = over_http
+def test_the_second_turn_is_cached(trained):
+    _, _, client = trained
     create = functools.partial(
         client.chat.completions.create, model="demo", temperature=0, max_tokens=60
     )
@@ -227,7 +242,7 @@ def test_the_second_turn_is_cached(over_http):
 def test_a_completion_its_stream_and_a_stop_word(over_http):
     _, _, client = over_http
     request = {"model": "demo", "prompt": "import os\n", "temperature": 0, "max_tokens": 24}
-    model, tokenizer = bundled()
+    model, tokenizer = narrow()
     want = "".join(r.text for r in stream_generate(model, tokenizer, "import os\n", 24, mtp="off"))
     assert client.completions.create(**request).choices[0].text == want
     chunks = list(client.completions.create(**request, stream=True))
@@ -250,9 +265,9 @@ def test_log_probabilities(over_http):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_tool_call(over_http, monkeypatch, streamed):
+def test_a_tool_call(trained, monkeypatch, streamed):
     """With drafts, most of which are right here, and without."""
-    _, _, client = over_http
+    _, _, client = trained
     tokenizer = bundled()[1]
     prompt = tokenizer.apply_chat_template(QUESTION, tools=TOOLS, add_generation_prompt=True)
     text = tokenizer.encode("Let me see.\n" + CALL, add_special_tokens=False)
@@ -309,11 +324,11 @@ def test_only_the_config_of_another_model_is_fetched(hub, tmp_path, call):
 
 
 @contextlib.contextmanager
-def command(*given):
+def command(*given, cold=False):
     """A process of the command, and its address."""
     port = free_port()
     args = "--port", str(port), *map(str, given)
-    with process("-m", "mlx_qwen3next.server", *args, cold=True) as child:
+    with process("-m", "mlx_qwen3next.server", *args, cold=cold) as child:
         yield child, SimpleNamespace(server_address=("127.0.0.1", port))
 
 
@@ -370,7 +385,7 @@ def test_a_server_that_is_told_to_stop_answers_first_and_keeps_what_it_has_read(
     model, cached = endless(tmp_path / "model"), tmp_path / "cached"
     given = ("--model", model, "--prompt-cache-dir", cached, "--temp", "0.5")
     messages = [user("What is a list?")]
-    with command(*given) as (child, at):
+    with command(*given, cold=True) as (child, at):
         get_ready(child, at)
         with streaming(at, CHAT, messages=messages, max_tokens=300) as stream:
             child.send_signal(signal.SIGTERM)

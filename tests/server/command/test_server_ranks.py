@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from helpers_generate import bundled
 from helpers_group import ended, free_port, processes
 from helpers_server import TEXT, ask, exchange, post, until
 from helpers_serving import TEXTS, expected_text
@@ -25,8 +26,8 @@ def test_answers_are_those_of_one_process(tmp_path, divided):
     at = SimpleNamespace(server_address=("127.0.0.1", port))
     flags = ["--port", port, "--mtp", "2", "--prompt-cache-bytes", "1MB", "--log-level", "ERROR"]
     asked = [
-        {"prompt": text * times, "temperature": temperature, "seed": 3, "max_tokens": 12}
-        for times in (1, 20)
+        {"prompt": text * times, "temperature": temperature, "seed": 3, "max_tokens": 8}
+        for times in (1, 10)
         for text in TEXTS[:2]
         for temperature in (0.0, 0.8)
     ]
@@ -47,7 +48,8 @@ def test_answers_are_those_of_one_process(tmp_path, divided):
         ranks[0].send_signal(signal.SIGTERM)
         assert [(status, out) for status, out, _ in ended(ranks)] == [(0, ""), (0, "")]
     want = [
-        expected_text(f["prompt"], 12, seed=3, temp=f["temperature"]) for f in [*asked, asked[-1]]
+        expected_text(f["prompt"], 8, seed=3, load=bundled, temp=f["temperature"])
+        for f in [*asked, asked[-1]]
     ]
     assert got == want
 

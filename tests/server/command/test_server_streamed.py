@@ -19,7 +19,7 @@ def load():
 
 
 def test_answers_together_are_those_of_the_model_in_memory(load):
-    want = [expected_text(text, 8) for text in TEXTS[:3]]
+    want = [expected_text(text, 8, load=bundled) for text in TEXTS[:3]]
     with running("--decode-concurrency", 4, load=load) as engine:
         asked = [Asked(engine, text, max_tokens=8) for text in TEXTS[:3]]
         assert [answer.read().text for answer in asked] == want
@@ -41,7 +41,7 @@ def test_a_fault_ends_the_request_and_the_next_one_is_answered(load, monkeypatch
             with pytest.raises(RuntimeError, match=r"model\.safetensors cannot be read: no luck"):
                 ask(engine, TEXTS[1], max_tokens=8)
         monkeypatch.undo()
-        assert ask(engine, TEXTS[1], max_tokens=8).text == expected_text(TEXTS[1], 8)
+        assert ask(engine, TEXTS[1], max_tokens=8).text == expected_text(TEXTS[1], 8, load=bundled)
 
 
 @pytest.mark.parametrize(("asked", "together"), [(None, 1), (32, 32)])

@@ -34,13 +34,31 @@ OPENING = 3  # tokens a chat's prompt ends with, "<|im_start|>assistant\n"
 
 
 # --- answers ------------------------------------------------------------------------------------
-@pytest.fixture(scope="module", params=["off", 3, "quantized"])
-def engine(request):
+def decoding(kind, load):
     """An engine that decodes plainly, with drafts, or with quantized keys and values."""
-    quantized = request.param == "quantized"
+    quantized = kind == "quantized"
     flags = ("--kv-bits", 8, "--quantized-kv-start", 0) if quantized else ()
-    with running(*flags, mtp=3 if quantized else request.param) as engine:
-        engine.options = {"kv_bits": 8, "quantized_kv_start": 0} if quantized else {}
+    engine = running(*flags, load=load, mtp=3 if quantized else kind)
+    return engine, {"kv_bits": 8, "quantized_kv_start": 0} if quantized else {}
+
+
+KINDS = ["off", 3, "quantized"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def engine(request):
+    started, options = decoding(request.param, narrow)
+    with started as engine:
+        engine.options = options
+        yield engine
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request):
+    """An engine of the bundled model, whose answers are text that comes back as the same tokens."""
+    started, options = decoding(request.param, bundled)
+    with started as engine:
+        engine.options = options | {"load": bundled}
         yield engine
 
 
@@ -53,10 +71,10 @@ def test_a_completion_is_the_command_s(engine, text):
         assert [response.finish_reason for response in answer.seen] == [None] * 15 + ["length"]
 
 
-def test_a_chat_is_the_command_s(engine):
+def test_a_chat_is_the_command_s(trained):
     messages = [{"role": "system", "content": "Be brief."}, user("What is a list?")]
-    want = expected(chat(*messages), 60, **engine.options)
-    answer = ask(engine, messages, max_tokens=60)
+    want = expected(chat(*messages), 60, **trained.options)
+    answer = ask(trained, messages, max_tokens=60)
     assert answer.tokens == tokens_of(want)
     assert answer.text == "".join(response.text for response in want)
     assert answer.reason == want[-1].finish_reason == "stop"
@@ -135,14 +153,14 @@ def test_the_context_ends_an_answer(tmp_path):
 
 
 # --- the prompt cache ---------------------------------------------------------------------------
-def test_the_next_turn_reads_only_what_is_new(engine):
+def test_the_next_turn_reads_only_what_is_new(trained):
     messages = [user("What does os.path.join do?")]
-    first = ask(engine, messages, max_tokens=60)
+    first = ask(trained, messages, max_tokens=60)
     second = [*messages, assistant(first.text), user("And math.sqrt?")]
-    answer = ask(engine, second, max_tokens=20)
+    answer = ask(trained, second, max_tokens=20)
     assert first.ctx.prompt + first.tokens == answer.ctx.prompt[: answer.cached]
-    assert answer.text == expected_text(chat(*second), 20, **engine.options)
-    again = ask(engine, second, max_tokens=20)
+    assert answer.text == expected_text(chat(*second), 20, **trained.options)
+    again = ask(trained, second, max_tokens=20)
     assert again.cached == len(again.ctx.prompt) - 1
     assert again.text == answer.text
 
@@ -212,7 +230,7 @@ def test_the_cache_and_the_running_requests_keep_to_the_budget(monkeypatch):
     monkeypatch.setattr(store, "EVERY", 100)
     budget, sums = 4 * 2**20, []
     cache = PromptCache(max_bytes=budget)
-    with running("--prefill-step-size", 256, load=narrow, cache=cache) as engine:
+    with running("--prefill-step-size", 256, cache=cache) as engine:
         for i in range(3):
             ask(engine, [5 + i] * 300, max_tokens=1)
             assert cache.nbytes <= budget
@@ -233,7 +251,7 @@ def test_the_cache_and_the_running_requests_keep_to_the_budget(monkeypatch):
 def test_a_request_waits_until_there_is_memory_for_it():
     """A batch pads all sequences to the longest one."""
     cache = PromptCache(max_bytes=3 * 2**20)
-    with running(load=narrow, cache=cache) as engine:
+    with running(cache=cache) as engine:
         first = Asked(engine, [9] * 300, max_tokens=8000, logit_bias=ENDLESS).read(1)
         long = Asked(engine, [3] * 900, max_tokens=1)
         until(lambda: waits(engine) == 1)
@@ -257,21 +275,17 @@ def steps(monkeypatch):
     return seen
 
 
-# Of the two, only the bundled model's head drafts what the trunk accepts.
-MODELS = pytest.mark.parametrize(("mtp", "load"), [("off", narrow), (3, bundled)])
-
-
-@MODELS
-def test_answers_that_outgrow_the_memory_wait_in_turn(steps, monkeypatch, mtp, load):
+@pytest.mark.parametrize("mtp", ["off", 3])
+def test_answers_that_outgrow_the_memory_wait_in_turn(steps, monkeypatch, mtp):
     """The youngest waits first, and goes on where it was. Two sequences of 512 tokens do not fit,
     nor do three of 256."""
     monkeypatch.setattr(serving, "AHEAD", 1)
     budget, temperature = 3 * 2**20, 0.8 if mtp == "off" else 0.0
     prompts = [encode(TEXTS[1] * 60)[-n:] for n in (500, 240, 240)]
-    want = [tokens_of(expected(p, 20, load=load, seed=4, temp=temperature)) for p in prompts]
+    want = [tokens_of(expected(p, 20, seed=4, temp=temperature)) for p in prompts]
     options = {"seed": 4, "temperature": temperature, "max_tokens": 20}
     flags = ("--max-stall", 60)  # so that a busy machine changes nothing
-    with running(*flags, load=load, cache=PromptCache(max_bytes=budget), mtp=mtp) as engine:
+    with running(*flags, cache=PromptCache(max_bytes=budget), mtp=mtp) as engine:
         asked = [Asked(engine, prompt, **options) for prompt in prompts]
         assert [answer.read().tokens for answer in asked] == want
     at = next(i for i, (lengths, _) in enumerate(steps) if max(lengths) == 512)
@@ -284,7 +298,7 @@ def test_answers_that_outgrow_the_memory_wait_in_turn(steps, monkeypatch, mtp, l
 
 def test_the_cache_makes_room_for_an_answer_that_grows(steps):
     cache = PromptCache(max_bytes=2**30)
-    with running(load=narrow, cache=cache) as engine:
+    with running(cache=cache) as engine:
         for token in (5, 6):
             ask(engine, [token] * 300, max_tokens=1)
         until(lambda: len(cache) == 4)  # at the end of each prompt and each answer
@@ -417,11 +431,11 @@ def test_a_client_that_closes_is_noticed_at_the_next_chunk(monkeypatch, company)
         until(lambda: engine._batch.prompt_cache_nbytes == 0)
 
 
-@MODELS
-def test_a_long_prompt_is_read_in_small_chunks_beside_a_stream(chunks, mtp, load):
+@pytest.mark.parametrize("mtp", ["off", 3])
+def test_a_long_prompt_is_read_in_small_chunks_beside_a_stream(chunks, mtp):
     prompts = [encode(text * 30) for text in TEXTS[:2]]
-    want = [tokens_of(expected(prompt, 12, load=load)) for prompt in prompts]
-    with running("--max-stall", 1e-9, load=load, mtp=mtp) as engine:
+    want = [tokens_of(expected(prompt, 12)) for prompt in prompts]
+    with running("--max-stall", 1e-9, mtp=mtp) as engine:
         first = TEXTS[0] * 10  # enough to tell the pace
         live = Asked(engine, first, max_tokens=8000, logit_bias=ENDLESS).read(2)
         chunks.clear()
@@ -429,4 +443,4 @@ def test_a_long_prompt_is_read_in_small_chunks_beside_a_stream(chunks, mtp, load
         assert [answer.read().tokens for answer in asked] == want
         assert max(n for _, n in chunks) == LEAST
         live.read(20).leave()
-    assert live.text.startswith(expected_text(first, 12, load=load))
+    assert live.text.startswith(expected_text(first, 12))

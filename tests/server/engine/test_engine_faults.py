@@ -4,7 +4,7 @@ import json
 import threading
 
 import pytest
-from helpers_generate import bundled, tokens_of
+from helpers_generate import bundled, narrow, tokens_of
 from helpers_server import TEXT, exchange, until
 from helpers_serving import (
     ENDLESS,
@@ -231,7 +231,7 @@ def test_health_and_requests_while_loading():
 
     def slow():
         go.wait(10)
-        return bundled()
+        return narrow()
 
     with running(load=slow) as engine:
         assert engine.health == "loading"

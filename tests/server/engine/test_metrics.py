@@ -170,7 +170,7 @@ def test_drafts_are_counted_by_their_source(options):
         (source,) = {token.source for token in tokens if token.source is not None}
         within = [False, *(token.from_draft for token in tokens)]
         rounds = [t for t, goes_on in zip(tokens, within, strict=False) if t.source and not goes_on]
-        with running(*flags, mtp=options["mtp"]) as engine, served(engine) as server:
+        with running(*flags, load=bundled, mtp=options["mtp"]) as engine, served(engine) as server:
             answer = ask(server, path=TEXT, prompt=prompt, max_tokens=n, temperature=0)[1]
             assert answer["usage"]["completion_tokens"] == len(tokens)
             counts = counted(server)

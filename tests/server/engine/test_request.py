@@ -6,7 +6,7 @@ import shutil
 from queue import Queue
 
 import pytest
-from helpers_generate import bundled
+from helpers_generate import bundled, narrow
 from helpers_server import Fake, ask, serving
 from helpers_serving import TOOLS, arguments, assistant, chat, running, served, user
 from mlx_lm.server import convert_chat
@@ -251,7 +251,7 @@ def listening():
 
 @pytest.mark.parametrize("place", ["the request", "chat_template_kwargs"])
 def test_a_message_is_continued_over_http(listening, place):
-    model, tokenizer = bundled()
+    model, tokenizer = narrow()
     begun = "The function "
     tokens = [*chat(QUESTION), *tokenizer.encode(begun, add_special_tokens=False)]
     want = "".join(r.text for r in stream_generate(model, tokenizer, tokens, 12, mtp="off"))
