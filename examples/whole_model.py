@@ -17,17 +17,16 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_qwen3next import generate_step, load_model
 from mlx_qwen3next.bench import shapes
 from mlx_qwen3next.cli import count, guarded
 from mlx_qwen3next.decoding.queueing import limit_cache
 from mlx_qwen3next.decoding.sequence import prefill
-from mlx_qwen3next.model import capacity
 from mlx_qwen3next.storage.replacing import PARTIAL
 
 GB = 1e9
+FEW = 8  # tokens before those that are decoded
 
 
 def write(folder: Path, layers: int) -> None:
@@ -47,23 +46,21 @@ def write(folder: Path, layers: int) -> None:
 
 def measured(model, what: str, run) -> None:
     """Runs something, and prints its time and what was read for it."""
-    before, start = model.streamed.counts(), time.perf_counter()
+    model.streamed.news()
+    start, working = time.perf_counter(), time.process_time()
     tokens = run()
-    seconds = time.perf_counter() - start
-    news = {name: n - before[name] for name, n in model.streamed.counts().items()}
-    hits = news["hits"] / (news["hits"] + news["misses"])
+    seconds, working = time.perf_counter() - start, time.process_time() - working
     print(
-        f"{what}: {seconds:.1f} s, {seconds / tokens:.3f} s a token; {hits:.1%} of the wanted "
-        f"experts in memory, {news['bytes'] / GB:.2f} GB read, {news['waited']:.1f} s waited for "
-        f"them ({news['bytes'] / GB / max(news['waited'], 1e-9):.2f} GB/s)",
+        f"{what}: {seconds:.1f} s, {seconds / tokens:.3f} s a token ({working / tokens:.3f} s of "
+        f"processors); {model.streamed.news()}",
         flush=True,
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Loads, reads a prompt, decodes, and prints the figures."""
-    start = time.perf_counter()
-    model = load_model(args.folder, context=1024, experts_in_memory=args.experts_in_memory)
+    start, context = time.perf_counter(), max(args.prompt, args.tokens + FEW)
+    model = load_model(args.folder, context=context, experts_in_memory=args.experts_in_memory)
     limit_cache()
     seconds, loading = time.perf_counter() - start, mx.get_peak_memory()
     mx.reset_peak_memory()
@@ -72,39 +69,32 @@ def run(args: argparse.Namespace) -> None:
     plan = model.streamed.plan
     print(f"loaded in {seconds:.1f} s: {plan}", flush=True)
     random = np.random.default_rng(0)
-    tokens = random.integers(0, model.args.vocab_size, args.prompt)
+    tokens = random.integers(0, model.args.vocab_size, max(args.prompt, FEW))
 
     def read() -> int:
-        prefill(model, model.make_cache(), mx.array(tokens))
+        prefill(model, model.make_cache(), mx.array(tokens[: args.prompt]))
         return args.prompt
 
     def decode() -> int:
         options = {"mtp": "off", "lookup": "off"}
-        for _ in generate_step(tokens[:8], model, max_tokens=args.tokens, **options):
+        for _ in generate_step(tokens[:FEW], model, max_tokens=args.tokens, **options):
             pass
         return args.tokens
 
     measured(model, f"prompt of {args.prompt} tokens", read)
-    measured(model, f"{args.tokens} tokens decoded", decode)
+    measured(model, f"{args.tokens} tokens decoded after {FEW}", decode)
     uniform = plan.layers * plan.wanted * plan.nbytes * (1 - plan.size / plan.experts)
     print(
         f"by the formula: {uniform / GB:.3f} GB a token where all experts are wanted alike, "
         f"{uniform / plan.rate:.2f} s to read; {plan.bytes_a_token / GB:.3f} GB of a trained model"
     )
-    held = sum(array.nbytes for array in leaves(model)) + plan.memory
-    cache = capacity.cache_bytes(model.args, 1024, mtp=False, itemsize=4)
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(
-        f"memory: planned {(held + cache) / GB:.2f} GB; most of MLX {loading / GB:.2f} GB while "
+        f"memory: planned {plan.total / GB:.2f} GB; most of MLX {loading / GB:.2f} GB while "
         f"loading, {mx.get_peak_memory() / GB:.2f} GB since; most of the process {peak / GB:.2f} GB"
         f"{swapped()}"
     )
-
-
-def leaves(model) -> list[mx.array]:
-    """The arrays of a model's parameters; those of the slots are none."""
-    return [array for _, array in tree_flatten(model.parameters())]
 
 
 def swapped() -> str:

@@ -7,8 +7,10 @@ near the model's own size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -25,7 +27,6 @@ from ..model.config import Config, read_json
 from ..model.parallel import divide
 from ..model.qwen3_next import Model
 from ..model.sharding import Mode
-from ..storage.safetensors import Tensor
 from . import files, foreign, match, streaming
 from .adapter import add_adapter, read_adapter
 from .drafters import Drafter, attach_drafter, find_drafter
@@ -215,32 +216,56 @@ def _load(
         _check_same(directory, head, group, dtype, config)
     part = divide(model, group, mode, layers)
     plan = streaming.plan(model, tensors, experts_in_memory, dtype, context, directory)
-    _check_memory(model, dtype, context, plan)
+    _check_memory(model, dtype, context, plan, pack)
 
     model.eval()
     own = {
         path: origins[part.whole_path(path)]
-        for path, _ in _parameters(model)
+        for path, _ in sorted(_parameters(model), key=_when_to_read)
         if not streaming.is_streamed(path, plan)
     }
+    mixtures: list[str] = []
+    if plan is not None:
+        mixtures = streamed.hold(model, plan.size, lambda p, a: match.dtype_in_memory(p, a, dtype))
     read = match.read(own, stored, dtype, part)
     # Only a large model takes long enough for the bar to appear.
     bar = tqdm(read, "loading", total=len(own), unit="tensor", leave=False, delay=2, disable=None)
-    for path, value in bar:
-        model.load_weights([(path, value)], strict=False)
+    for layer, values in groupby(bar, lambda read: _layer_of(read[0])):
+        for path, value in values:
+            model.load_weights([(path, value)], strict=False)
+            del value
+        if pack and layer is not None:
+            _pack_layer(model, *layer)
     if drafts.drafter is not None:
         attach_drafter(model, drafts.drafter, dtype)
+    if pack:
+        _for_inference(model)
     if plan is not None:
-        return _streamed(model, plan, tensors, dtype)
-    return _for_inference(model) if pack else model
-
-
-def _streamed(model: Model, plan: Plan, tensors: Mapping[str, Tensor], dtype: mx.Dtype) -> Model:
-    stored = streamed.hold(model, plan.size, lambda p, a: match.dtype_in_memory(p, a, dtype))
-    _for_inference(model)
-    experts = streamed.stream(model, plan.size, stored, tensors)
-    experts.plan = streaming.measured(plan, experts)
+        experts = streamed.stream(model, plan.size, mixtures, tensors)
+        experts.plan = streaming.measured(plan, experts)
     return model
+
+
+def _layer_of(path: str) -> tuple[bool, int] | None:
+    """Returns whether a parameter's layer is the MTP head's, and its number; None for others."""
+    found = re.match(r"(?:model|mtp)\.layers\.(\d+)\.", path)
+    return None if found is None else (layouts.is_mtp(path), int(found[1]))
+
+
+def _when_to_read(parameter: tuple[str, mx.array]) -> tuple[int, int]:
+    """Returns the place of a parameter in the order of reading, which is layer by layer.
+
+    Each layer is packed once it is there, with its parts beside it. The head's come first, which
+    may be the largest, and what is in no layer comes last.
+    """
+    layer = _layer_of(parameter[0])
+    return (2, 0) if layer is None else (int(not layer[0]), layer[1])
+
+
+def _pack_layer(model: Model, is_mtp: bool, number: int) -> None:
+    stack = cast(Any, model.mtp if is_mtp else model.model)
+    packing.pack_layer(stack, number)
+    packing.transpose(stack.layers[number])
 
 
 def _read_config(directory: Path, rope_scaling: Mapping[str, Any] | None) -> Config:
@@ -287,9 +312,12 @@ def _parameters(model: Model) -> list[tuple[str, mx.array]]:
     return leaves
 
 
-def _check_memory(model: Model, dtype: mx.Dtype, context: int, plan: Plan | None) -> None:
+def _check_memory(
+    model: Model, dtype: mx.Dtype, context: int, plan: Plan | None, pack: bool
+) -> None:
     sizes = match.bytes_in_memory(model, dtype).items()
     weights = sum(size for path, size in sizes if not streaming.is_streamed(path, plan))
+    weights += match.added_by_packing(model, dtype) if pack else 0
     weights += 0 if plan is None else plan.memory
     cache = capacity.cache_bytes(
         model.args, context, mtp=model.mtp is not None, itemsize=dtype.size

@@ -11,9 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..model import layouts
+from ..model import layouts, packing
 from ..model.config import Config
 from ..model.layouts import Layout, Origin, Shape
+from ..model.qwen3_next import Model
 from ..model.sharding import Shard, take
 from ..storage.safetensors import Tensor, read_part
 from . import files
@@ -60,6 +61,19 @@ def bytes_in_memory(module: nn.Module, dtype: mx.Dtype) -> dict[str, int]:
     """The bytes in memory of each parameter of a module of ``dtype``, by its path."""
     leaves: Any = tree_flatten(module.parameters())
     return {path: a.size * dtype_in_memory(path, a, dtype).size for path, a in leaves}
+
+
+def added_by_packing(model: Model, dtype: mx.Dtype) -> int:
+    """The bytes that a model of ``dtype`` takes more in memory once it is packed.
+
+    That is where matrices are stacked at the most bits of them; nothing is computed.
+    """
+    layers = [*model.layers, *(() if model.mtp is None else model.mtp.layers)]
+    return sum(
+        sum(bytes_in_memory(packing.packed_layer(layer), dtype).values())
+        - sum(bytes_in_memory(layer, dtype).values())
+        for layer in layers
+    )
 
 
 def check_tensor(

@@ -15,6 +15,7 @@ from ..group import Group
 from ..model import capacity, layouts, slots
 from ..model.capacity import GB
 from ..model.qwen3_next import Model, SparseMoE
+from ..model.reading import Reading
 from ..model.streamed import StreamedExperts
 from ..storage.reading import Piece
 from ..storage.safetensors import Tensor
@@ -43,6 +44,8 @@ class Plan:
         size: experts of a layer that are in memory. experts: of a layer. layers: that have experts.
         wanted: experts of a layer that a token wants.
         nbytes: of an expert on disk. memory: bytes of all that is held.
+        total: bytes that the model takes at most, with its cache of ``context`` tokens and what
+            reading a prompt takes, where one text is answered at a time.
         rate: bytes a second that the disk gives; 0 while that is not measured.
     """
 
@@ -52,6 +55,8 @@ class Plan:
     wanted: int
     nbytes: int
     memory: int
+    total: int
+    context: int
     rate: float = 0.0
 
     @property
@@ -72,7 +77,8 @@ class Plan:
     def __str__(self) -> str:
         return (
             f"experts on disk: {self.size} of {self.experts} a layer in memory "
-            f"({self.memory / GB:.3g} GB), about {self.bytes_a_token / GB:.2g} GB read a token; "
+            f"({self.memory / GB:.3g} GB; {self.total / GB:.3g} GB in all, for "
+            f"{self.context} tokens), about {self.bytes_a_token / GB:.2g} GB read a token; "
             f"the disk gives {self.rate / GB:.2g} GB/s, so about {self.tokens_a_second:.1f} "
             "tokens a second on a Mac, without drafts"
         )
@@ -128,7 +134,7 @@ def plan(
         return None
     sizes = match.bytes_in_memory(model, dtype)
     routed = sum(size for path, size in sizes.items() if _is_routed(path))
-    others = sum(sizes.values()) - routed
+    others = sum(sizes.values()) - routed + match.added_by_packing(model, dtype)
     mtp = model.mtp is not None
     others += capacity.cache_bytes(model.args, context, mtp=mtp, itemsize=dtype.size)
     spare = capacity.spare()
@@ -159,7 +165,11 @@ def plan(
         )
     stored = sum(t.nbytes for name, t in tensors.items() if _is_routed(name))
     nbytes = stored // experts // len(layers)
-    return Plan(size, experts, len(layers), wanted, nbytes, int(size * row + passing))
+    held = int(size * row + passing)
+    left = spare - others - held
+    chunk = Reading.beside(model.args, dtype.size, left).most_memory(context)
+    total = held + others + chunk
+    return Plan(size, experts, len(layers), wanted, nbytes, held, total, context)
 
 
 def measured(planned: Plan, experts: StreamedExperts) -> Plan:
@@ -174,8 +184,7 @@ def measured(planned: Plan, experts: StreamedExperts) -> Plan:
         layers = len(experts.slots)
         for number in np.random.default_rng(0).permutation(layers * planned.experts).tolist():
             stored = experts.slots[number % layers].stored
-            memory = {name: rows[0] for name, rows in stored.empty(1).items()}
-            yield from stored.pieces(number // layers, memory)
+            yield from stored.pieces(number // layers)
 
     return replace(planned, rate=experts.reader.rate(pieces()))
 

@@ -38,12 +38,13 @@ def attention(
     Returns:
         ``[B, nh, L, hd]``.
     """
-    if q.shape[2] >= FROM and not isinstance(k, mx.array):
+    many = q.shape[2] >= FROM
+    if many and not isinstance(k, mx.array):
         # Products with quantized matrices are for few rows.
         size, bits = cache.group_size, cache.bits
         k, v = (mx.dequantize(w, scales, biases, size, bits) for w, scales, biases in (k, v))
         cache = None
-    if mx.default_device() == mx.cpu and isinstance(mask, str) and q.shape[2] >= FROM:
+    if many and isinstance(mask, str) and mx.default_device() == mx.cpu:
         return _in_pieces(q, k, v, scale)
     return scaled_dot_product_attention(q, k, v, cache=cache, scale=scale, mask=mask)
 

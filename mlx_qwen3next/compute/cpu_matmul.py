@@ -15,21 +15,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial, reduce
+from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .cpu_streams import cores, in_turn
 
 UNIT = 64  # outputs in one of MLX's own groups, which run along them here
 BITS = (2, 4, 8)  # a byte holds a whole number of such codes
-PIECE = 1 << 22  # codes transposed at a time; measured
+PIECE = 1 << 19  # bytes of codes transposed at a time; measured
 SUMS = 1 << 20  # sums over groups that a core holds at a time; measured
 MANY = 1 << 19  # sums over groups from which on several cores compute them; measured
-_TOGETHER = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}  # the type of so many bytes
+PRODUCTS = 16 * 4 * SUMS  # bytes that products take beside their results; measured
+# The lower halves of 64 bits, by the width of a half.
+_LOWER = {n: np.uint64(sum((2**n - 1) << i for i in range(0, 64, 2 * n))) for n in (2, 4, 8, 16)}
 
 
 class TransposedWeights(NamedTuple):
@@ -182,37 +185,52 @@ def transpose(module: nn.Module) -> TransposedLinear:
     scales, biases = (
         mx.contiguous(stack(x).swapaxes(1, 2)) for x in (module.scales, module.biases)
     )
-    codes = _transpose_codes(weight, module.bits)
-    codes = codes.reshape(len(codes), -1, module.group_size, codes.shape[-1])
+    E, N, words = weight.shape
+    outputs = -(-N // UNIT) * UNIT
+    codes = mx.zeros((E, words * 32 // module.bits, outputs * module.bits // 32), mx.uint32)
+    mx.eval(weight, codes)
+    for matrix, into in zip(memory(weight), memory(codes), strict=True):
+        whole = np.pad(matrix, [(0, outputs - N), (0, 0)]) if outputs > N else matrix
+        transpose_codes(whole, module.bits, into)
+    codes = codes.reshape(E, -1, module.group_size, codes.shape[-1])
     return TransposedLinear(TransposedWeights(codes, scales, biases, module.bits))
 
 
-def _transpose_codes(weight: mx.array, bits: int) -> mx.array:
-    """Returns codes ``[E, outputs, words]`` as ``[E, inputs, words]``, padded to whole units."""
-    E, N, words = weight.shape
-    K, outputs, a_byte = words * 32 // bits, -(-N // UNIT) * UNIT, 8 // bits
-    if outputs > N:
-        weight = mx.pad(weight, [(0, 0), (0, outputs - N), (0, 0)])
-    step = max(1, PIECE // (outputs * K))
-    pieces = []
-    for start in range(0, E, step):
-        # A byte has the codes of a few inputs. Once transposed, those of as many outputs are
-        # beside each other: code i of each goes to row i.
-        swapped = mx.contiguous(weight[start : start + step].view(mx.uint8).swapaxes(1, 2))
-        together = swapped.view(_TOGETHER[a_byte])
-        rows = [
-            reduce(mx.bitwise_or, (_code(together, i, j, bits) for j in range(a_byte)))
-            for i in range(a_byte)
-        ]
-        rows = [row.astype(mx.uint8) for row in rows]
-        pieces.append(mx.stack(rows, axis=2).reshape(-1, K, outputs // a_byte).view(mx.uint32))
-        mx.eval(pieces)
-    return mx.concatenate(pieces)
+def memory(array: mx.array) -> np.ndarray:
+    """Returns an array's memory as numpy sees it, to be written, too; 16-bit floats as uint16."""
+    is_half = array.dtype in (mx.bfloat16, mx.float16)
+    return np.array(array.view(mx.uint16) if is_half else array, copy=False)
 
 
-def _code(together: mx.array, i: int, j: int, bits: int) -> mx.array:
-    """Returns code i of byte j, moved to its place in a byte."""
-    return (together >> 8 * j + bits * i & 2**bits - 1) << bits * j
+def transpose_codes(codes: np.ndarray, bits: int, into: np.ndarray) -> None:
+    """Transposes a matrix of codes, some of its rows at a time, which stay in the caches meanwhile.
+
+    Squares of codes, a word wide, are transposed by halves (Warren, Hacker's Delight, 7-3): of
+    every two rows the codes off the diagonal change places, then of every two pairs of rows the
+    pairs of codes, and so on. A square's words then go to the same place of as many rows.
+
+    Args:
+        codes: ``[outputs, words]`` uint32; the outputs fill whole words.
+        bits: of a code, one of BITS.
+        into: ``[inputs, words]`` uint32, which takes the result.
+    """
+    outputs, words = codes.shape
+    side = 32 // bits
+    squares = into.reshape(words, side, outputs // side)
+    step = max(PIECE // (4 * words * side), 1) * side
+    for start in range(0, outputs, step):
+        piece = codes[start : start + step].copy()
+        pairs = piece.view(np.uint64)
+        for width in (n for n in _LOWER if n >= bits):
+            rows = width // bits
+            first, second = np.moveaxis(pairs.reshape(-1, 2, rows, words // 2), 1, 0)
+            shift = np.uint64(width)
+            moved = (first >> shift ^ second) & _LOWER[width]
+            second ^= moved
+            moved <<= shift
+            first ^= moved
+        place = slice(start // side, (start + len(piece)) // side)
+        squares[:, :, place] = piece.reshape(-1, side, words).transpose(2, 1, 0)
 
 
 def pays(bits: int | None) -> bool:

@@ -23,6 +23,7 @@ from ..model.cache import Cache
 from ..model.quantized_kv import KVQuantization
 from ..model.qwen3_next import Model
 from ..model.reading import MOST
+from ..model.streamed import Reads
 from ..prompt_cache.store import PromptCache
 from .constraint import Constraint
 from .detokenize import TextDecoder
@@ -51,8 +52,7 @@ class GenerationResponse(MLXGenerationResponse):
     drafted: dict[str, int] = field(default_factory=dict)  # by source, as in SOURCES
     accepted: dict[str, int] = field(default_factory=dict)  # those that were right
     cached_tokens: int = 0  # of the prompt, found in a PromptCache
-    # Where experts are read from disk: hits, misses, bytes read, seconds waited for them.
-    experts: dict[str, float] = field(default_factory=dict)
+    experts: Reads | None = None  # where some are read from disk
 
 
 def generate_step(
@@ -259,7 +259,7 @@ def _stream(
     text = TextDecoder(tokenizer)
     prompt_seconds, start = 0.0, time.perf_counter()
     drafts, streamed = Acceptance(), model.streamed
-    begun = {} if streamed is None else streamed.counts()
+    begun = None if streamed is None else streamed.counts()
     with wired_limit(model), closing(steps):
         for count, step in enumerate(steps, start=1):
             drafts.add(step)
@@ -288,9 +288,7 @@ def _stream(
                 drafted=dict(drafts.drafted),
                 accepted=dict(drafts.accepted),
                 cached_tokens=progress.known or 0,
-                experts={name: n - begun[name] for name, n in streamed.counts().items()}
-                if streamed is not None
-                else {},
+                experts=None if begun is None else streamed.counts().since(begun),
             )
             if finish_reason:
                 return
@@ -346,11 +344,6 @@ def statistics(last: GenerationResponse | None) -> str:
             f"Speculation: {last.rounds} rounds, {last.mean_accept_length:.2f} tokens a round; "
             f"drafts accepted: {shares}"
         )
-    if experts := last.experts:
-        wanted = experts["hits"] + experts["misses"]
-        lines.append(
-            f"Experts: {experts['hits'] / max(wanted, 1):.1%} of {wanted} wanted were in memory; "
-            f"{experts['bytes'] / 1e9:.3f} GB read, waited {experts['waited']:.3f} s for "
-            f"({experts['bytes'] / 1e9 / max(experts['waited'], 1e-9):.2f} GB/s)"
-        )
+    if last.experts is not None:
+        lines.append(f"Experts: {last.experts}")
     return "\n".join(lines)

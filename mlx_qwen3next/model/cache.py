@@ -22,6 +22,7 @@ than one of them: see :class:`AttentionCache`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -67,25 +68,30 @@ class GatedDeltaCache(ArraysCache):
         """Whether the forward belongs to a round, so that a tape is wanted, not a new state."""
         return self._open
 
-    def store(self, after: LayerState, tokens: int) -> None:
-        """Takes over the state after ``tokens`` more tokens, or a round's record of them."""
-        if after.tape is None:
-            self._replayed({"cache": [after.rows, after.state], "_pending": None}, tokens)
+    def store(self, after: Sequence[Any], tokens: int) -> None:
+        """Takes over the state after ``tokens`` more tokens, or a round's record of them.
+
+        Args:
+            after: a :class:`LayerState`, or a tuple of what it has.
+        """
+        rows, state, tape, _ = after
+        if tape is None:
+            self._replayed({"cache": [rows, state], "_pending": None}, tokens)
             return
-        changes: dict[str, Any] = {"_recorded": after, "_pending": None}
+        changes: dict[str, Any] = {"_recorded": LayerState(*after), "_pending": None}
         if self._pending is not None or self.cache[0] is not None:
-            changes["cache"] = [after.kept_rows, after.state]  # before the round
+            changes["cache"] = [rows, state]  # commit() cuts the rows if nothing is kept
         self._replayed(changes)
 
     def _replayed(self, changes: dict[str, Any], more: int = 0) -> None:
         """Takes over the changes of a forward that replayed a pending round and ``more`` tokens."""
-        more += 0 if self._pending is None else self._pending.keep
+        if self.left_padding is not None or self.lengths is not None:
+            more += 0 if self._pending is None else self._pending.keep
+            changes |= self._padding_after(more)
         # At once, so that no interrupt comes between; in new arrays, which an Undo may share.
-        vars(self).update(changes, **self._padding_after(more))
+        vars(self).update(changes)
 
     def _padding_after(self, tokens: int) -> dict[str, mx.array]:
-        if self.left_padding is None and self.lengths is None:
-            return {}
         padding = {"left_padding": self.left_padding, "lengths": self.lengths}
         return {name: of - tokens for name, of in padding.items() if of is not None}
 
@@ -100,10 +106,13 @@ class GatedDeltaCache(ArraysCache):
         """Closes the round; its first ``keep`` tokens become part of the sequence."""
         if not self._open:
             raise RuntimeError("no round is open: call begin() first")
-        pending = self._pending
-        if self._recorded is not None and keep > 0:
-            pending = self._recorded._replace(keep=keep)
-        vars(self).update(_recorded=None, _pending=pending, _open=False)
+        changes: dict[str, Any] = {"_recorded": None, "_open": False}
+        recorded = self._recorded
+        if recorded is not None and keep > 0:
+            changes["_pending"] = LayerState(*recorded[:3], keep)
+        elif recorded is not None and self.cache[0] is not None:
+            changes["cache"] = [recorded.kept_rows, recorded.state]
+        vars(self).update(changes)
 
     def settle(self) -> None:
         """Replays a committed tape now, so that rows and state are those of the sequence."""
@@ -134,7 +143,9 @@ class GatedDeltaCache(ArraysCache):
         vars(self).update(_open=False, _recorded=None, _pending=None)
 
     def make_mask(self, N: int) -> mx.array | None:
-        self.layer_state()  # settles a pending round if there is padding
+        if self.left_padding is None and self.lengths is None:
+            return None
+        self.layer_state()  # settles a pending round
         return super().make_mask(N)
 
     def prepare(self, lengths: Any = None, **options: Any) -> None:
@@ -171,9 +182,9 @@ class GatedDeltaCache(ArraysCache):
     @property
     def nbytes(self) -> int:
         held = self._recorded or self._pending
-        return super().nbytes + (
-            sum(x.nbytes for x in (held.rows, *(held.tape or ()))) if held else 0
-        )
+        if held is None:
+            return super().nbytes
+        return sum(x.nbytes for x in (held.rows, held.state, *(held.tape or ())))
 
 
 def slots(tokens: int) -> int:
@@ -208,9 +219,19 @@ class _Growing:
     values: Any
     reserved = 0  # tokens for which there will be room at once; on the class, see MTPCache
 
-    def _make_room(self, held: int, keys: mx.array, values: mx.array) -> None:
-        """Makes room for keys and values of more tokens, after ``held`` of them."""
-        need = held + keys.shape[2]
+    def _write(
+        self, held: int, end: int, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Writes keys and values of the tokens from ``held`` to ``end``, and returns all so far."""
+        if self.values is None or end > self.values.shape[2]:  # these grow after the keys
+            self._make_room(held, end, keys, values)
+        # MLX takes up to twice as long for a slice with an Ellipsis.
+        self.keys[:, :, held:end] = keys
+        self.values[:, :, held:end] = values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _make_room(self, held: int, need: int, keys: mx.array, values: mx.array) -> None:
+        """Makes room for so many tokens in all, of which ``held`` are there."""
         for name, new in (("keys", keys), ("values", values)):
             old = getattr(self, name)
             if old is not None and need <= old.shape[2]:
@@ -226,8 +247,10 @@ class AttentionCache(_Growing, KVCache):
     """One attention layer's keys and values, each ``[1, nkv, S, hd]``."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self._make_room(self.offset, keys, values)
-        return super().update_and_fetch(keys, values)
+        end = self.offset + keys.shape[2]
+        fetched = self._write(self.offset, end, keys, values)
+        self.offset = end
+        return fetched
 
     @classmethod
     def merge(cls, caches: list[AttentionCache]) -> BatchAttentionCache:
@@ -241,8 +264,11 @@ class BatchAttentionCache(_Growing, BatchKVCache):
     """
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self._make_room(self._idx, keys, values)
-        return super().update_and_fetch(keys, values)
+        tokens = keys.shape[2]
+        end = self._idx + tokens
+        fetched = self._write(self._idx, end, keys, values)
+        self._idx, self.offset = end, self.offset + tokens
+        return fetched
 
     @classmethod
     def merge(cls, caches: list[AttentionCache]) -> BatchAttentionCache:

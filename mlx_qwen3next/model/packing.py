@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
 from ..compute.cpu_matmul import transposed
@@ -55,10 +56,8 @@ def pack(model: Model) -> Model:
     """
     stacks = [model.model] if model.mtp is None else [model.model, model.mtp]
     for stack in stacks:
-        for i, layer in enumerate(stack.layers):
-            stack.layers[i] = _pack_layer(layer)
-            mx.eval(stack.layers[i].parameters())
-            mx.clear_cache()  # the parts' buffers
+        for i in range(len(stack.layers)):
+            pack_layer(stack, i)
         for name, module in stack.children().items():
             if isinstance(module, RMSNorm):
                 stack[name] = recast(module, PackedRMSNorm)
@@ -69,8 +68,22 @@ def pack(model: Model) -> Model:
     return model
 
 
-def transpose(model: Model) -> None:
-    """Transposes the matrices of a packed model where a CPU multiplies them faster that way."""
+def pack_layer(stack: Any, i: int) -> None:
+    """Packs a layer of a trunk or an MTP head for inference, in place."""
+    packed = packed_layer(stack.layers[i])
+    leaves: Any = tree_flatten(packed.parameters())
+    for _, array in leaves:
+        mx.eval(array)  # one at a time, since each has parts of its own
+        mx.clear_cache()
+    stack.layers[i] = packed
+
+
+def transpose(model: nn.Module) -> None:
+    """Transposes matrices where a CPU multiplies them faster that way, in place.
+
+    Args:
+        model: a packed one, or a layer of one.
+    """
     # Other layers, such as an adapter's, may look into their parts. No reference to a part is kept,
     # so that its memory is free once it is transposed.
     kinds = GatedDeltaNet, GatedAttention, SparseMoE, MLP, Model, MTPHead
@@ -91,7 +104,8 @@ def _pack_trunk(trunk: Trunk) -> Trunk:
     return recast(trunk, kind, stretches=stretches(trunk.layers))  # type: ignore[arg-type]
 
 
-def _pack_layer(layer: DecoderLayer) -> DecoderLayer:
+def packed_layer(layer: DecoderLayer) -> DecoderLayer:
+    """Returns a layer packed for inference, not evaluated; ``layer`` stays as it is."""
     is_parallel = isinstance(layer, ParallelDecoderLayer)
     packed = recast(layer, PackedParallelDecoderLayer if is_parallel else PackedDecoderLayer)
     packed.input_layernorm = recast(layer.input_layernorm, PackedRMSNorm)

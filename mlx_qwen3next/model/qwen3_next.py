@@ -238,11 +238,12 @@ class Trunk(nn.Module):
 
         Each is the first such layer's; ``caches`` has an entry or None for each layer.
         """
-        pairs = list(zip(self.layers, caches, strict=True))
-        linear = (c for layer, c in pairs if layer.is_linear and c is not None)
-        linear_mask = next((c.make_mask(x.shape[1]) for c in linear), None)
-        full = (c for layer, c in pairs if not layer.is_linear)
-        return linear_mask, next((create_attention_mask(x, c) for c in full), None)
+        are_linear = [layer.is_linear for layer in self.layers]
+        linear, full = (
+            caches[are_linear.index(kind)] if kind in are_linear else None for kind in (True, False)
+        )
+        linear_mask = None if linear is None else linear.make_mask(x.shape[1])
+        return linear_mask, create_attention_mask(x, full)
 
 
 class Model(nn.Module):

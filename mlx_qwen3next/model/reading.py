@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..compute.cpu_attention import BLOCK, PIECE
+from ..compute.cpu_matmul import PRODUCTS
 from . import capacity
 from .config import Config
 
@@ -42,7 +43,12 @@ class Reading:
     @classmethod
     def here(cls, config: Config, itemsize: int, quantized: bool = False) -> Reading:
         """Gives a chunk a quarter of what the model leaves now, within 0.27 and 4.3 GB."""
-        room = max(LEAST_ROOM, min(MOST_ROOM, capacity.spare() // 4))
+        return cls.beside(config, itemsize, capacity.spare(), quantized)
+
+    @classmethod
+    def beside(cls, config: Config, itemsize: int, left: int, quantized: bool = False) -> Reading:
+        """Gives a chunk what :meth:`here` does where the model leaves so many bytes."""
+        room = max(LEAST_ROOM, min(MOST_ROOM, left // 4))
         return cls(config, itemsize, room, mx.default_device() == mx.cpu, quantized)
 
     def multiply_adds(self, tokens: int, held: int) -> int:
@@ -91,6 +97,16 @@ class Reading:
         experts = rows * (3 * c.hidden_size + 4 * c.moe_intermediate_size)
         mlp = tokens * max(experts * (c.num_experts > 0), 3 * c.intermediate_size)
         return self.itemsize * (max(mixers[kind] for kind in c.layer_types) + 2 * mlp // 3)
+
+    def most_memory(self, context: int) -> int:
+        """Returns the bytes that chunks of a text take at most beside weights and cache.
+
+        Args:
+            context: its tokens.
+        """
+        tokens = min(context, MOST)
+        scratch = min(self.scratch(tokens, context - tokens), self.room)
+        return int(scratch) + (PRODUCTS if self.in_pieces else 0)
 
     def most(self, work: float, held: int, full: int = MOST, prompts: int = 1) -> int:
         """Returns the most tokens of each prompt that a chunk may have; 0 if not even one.

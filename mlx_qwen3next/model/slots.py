@@ -12,16 +12,18 @@ between the two that orders it but the rules here:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..compute.cpu_matmul import TransposedLinear, transpose
+from ..compute.cpu_matmul import TransposedLinear, memory, transpose_codes
 from ..compute.experts import Stored, products
 from ..metal_kernels import Experts
 from ..storage.reading import Piece, Reader, Reading
-from ..storage.safetensors import DTYPES, Tensor, from_bytes
+from ..storage.safetensors import DTYPES, Tensor, converted
 from .packed import stored as weights_of
 from .parallel import parameters, recast
 
@@ -41,63 +43,72 @@ def passing_at_a_time(experts: int) -> int:
     return max(int(experts * PASSING), 1)
 
 
+class _Form(NamedTuple):
+    """The form of a part of a layer's weights in memory."""
+
+    is_transposed: bool
+    dtype: mx.Dtype
+    bits: int
+
+
 class StoredExperts:
     """The experts of a layer on disk.
 
     Args:
         tensors: by their names in ``switch_mlp``, such as ``gate_proj.weight``; each ``[E, …]``.
-        stored: the modules of gate (or up) and down as they are stored; values do not matter.
-        held: those of gate and up, and of down, as they are in memory.
+        held: the modules of gate and up, and of down, as they are in memory.
         reader: has the files open.
+
+    Attributes:
+        as_is: the tensors whose bytes on disk are those of a slot.
     """
 
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        stored: Sequence[nn.Module],
-        held: Sequence[nn.Module],
-        reader: Reader,
-    ):
+    def __init__(self, tensors: Mapping[str, Tensor], held: Sequence[nn.Module], reader: Reader):
         self.tensors, self.reader = tensors, reader
-        self.count, self.width, _ = tensors["gate_proj.weight"].shape
-        self._stored, self._held = stored, held
-        # Whether the bytes on disk are those of a slot.
-        self.as_is = not any(isinstance(module, TransposedLinear) for module in held) and all(
-            DTYPES[tensors[f"{name}.{part}"].dtype] == array.dtype
-            for module, names in zip(held, NAMES, strict=True)
-            for part, array in parameters(module).items()
-            for name in names
+        self.count = tensors["gate_proj.weight"].shape[0]
+        modules = {name: module for module, of in zip(held, NAMES, strict=True) for name in of}
+        self._forms = {
+            name: _Form(
+                isinstance(modules[projection], TransposedLinear),
+                modules[projection][part].dtype,
+                getattr(modules[projection], "bits", 16),
+            )
+            for name in tensors
+            for projection, part in [name.split(".")]
+        }
+        self.as_is = frozenset(
+            name
+            for name, form in self._forms.items()
+            if not form.is_transposed and DTYPES[tensors[name].dtype] == form.dtype
         )
 
-    def pieces(self, expert: int, into: Mapping[str, np.ndarray]) -> list[Piece]:
-        """Returns the pieces of an expert; ``into`` has the memory that takes them, by name."""
-        return [
-            Piece(t.file, t.start + expert * (t.nbytes // self.count), into[name])
-            for name, t in self.tensors.items()
-        ]
+    def pieces(self, expert: int, slot: Mapping[str, np.ndarray] | None = None) -> list[Piece]:
+        """Returns the pieces of an expert.
 
-    def empty(self, experts: int) -> dict[str, np.ndarray]:
-        """Returns memory for the bytes of so many experts as on disk, by name: ``[experts, …]``."""
-        return {
-            name: np.empty((experts, t.nbytes // self.count), np.uint8)
-            for name, t in self.tensors.items()
-        }
+        Args:
+            slot: the memory that takes them, by the tensors' names; None only reads them.
+        """
+        pieces = []
+        for name, tensor in self.tensors.items():
+            nbytes = tensor.nbytes // self.count
+            start = tensor.start + expert * nbytes
+            if slot is not None and name in self.as_is:
+                pieces.append(Piece(tensor.file, start, slot[name]))
+                continue
+            raw = np.empty(nbytes, np.uint8)
+            then = None if slot is None else partial(self._put, name, raw, slot[name])
+            pieces.append(Piece(tensor.file, start, raw, then))
+        return pieces
 
-    def in_memory(self, raw: Mapping[str, np.ndarray]) -> list[dict[str, mx.array]]:
-        """Returns experts' bytes in the form of the slots: of gate and up, and of down."""
-        made = []
-        for like, held, names in zip(self._stored, self._held, NAMES, strict=True):
-            module = recast(like, type(like))
-            for part in parameters(like):
-                parts = [self._array(f"{name}.{part}", raw) for name in names]
-                module[part] = mx.concatenate(parts, axis=1).astype(held[part].dtype)
-            is_transposed = isinstance(held, TransposedLinear)
-            made.append(parameters(transpose(module) if is_transposed else module))
-        return made
-
-    def _array(self, name: str, raw: Mapping[str, np.ndarray]) -> mx.array:
-        tensor, data = self.tensors[name], raw[name]
-        return from_bytes(data.reshape(-1), tensor.dtype, (len(data), *tensor.shape[1:]))
+    def _put(self, name: str, raw: np.ndarray, into: np.ndarray) -> None:
+        """Puts a tensor of an expert, whose bytes are there, into a slot's memory."""
+        form, tensor = self._forms[name], self.tensors[name]
+        shape = tensor.shape[1:]
+        if form.dtype == mx.uint32:
+            transpose_codes(raw.view(np.uint32).reshape(shape), form.bits, into)
+        else:
+            floats = converted(raw, tensor.dtype, form.dtype).reshape(shape)
+            into[...] = floats.T if form.is_transposed else floats
 
 
 class Slots:
@@ -122,13 +133,9 @@ class Slots:
         self.owner = np.full(size, -1, np.int64)  # the expert of each slot
         self.gate_up, self.down = weights_of(gate_up), weights_of(down)
         mx.eval(gate_up.parameters(), down.parameters())
-        self._views = [
-            {name: _view(array) for name, array in parameters(module).items()}
-            for module in (gate_up, down)
-        ]
+        self._views = _projections([gate_up, down])
         self._readers: list[mx.array] = []  # results that read slots, perhaps still to be computed
         self._coming: tuple[StoredExperts, np.ndarray, np.ndarray, Reading] | None = None
-        self._raw: dict[str, np.ndarray] = {}
 
     @classmethod
     def like(cls, other: Slots, size: int) -> Slots:
@@ -181,11 +188,8 @@ class Slots:
         self.table[before[before >= 0]] = -1
         self.owner[slots] = -1
         pieces: list[Piece] = []
-        if not stored.as_is:
-            self._raw = stored.empty(len(experts))
-        for i, (expert, slot) in enumerate(zip(experts.tolist(), slots.tolist(), strict=True)):
-            raw = {name: memory[i] for name, memory in self._raw.items()}
-            pieces += stored.pieces(expert, raw or self._memory(slot, stored.width))
+        for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
+            pieces += stored.pieces(expert, {name: of[slot] for name, of in self._views.items()})
         reading = stored.reader.reading(pieces)
         self._coming = stored, experts, slots, reading
         reading.start()
@@ -197,24 +201,10 @@ class Slots:
             OSError: something could not be read; then none of it is there.
         """
         assert self._coming is not None
-        stored, experts, slots, reading = self._coming
+        _, experts, slots, reading = self._coming
         reading.wait()
-        if not stored.as_is:
-            made, self._raw = stored.in_memory(self._raw), {}
-            for arrays, views in zip(made, self._views, strict=True):
-                for part, view in views.items():
-                    view[slots] = _view(arrays[part])
         self._coming = None
         self.owner[slots], self.table[experts] = experts, slots
-
-    def _memory(self, slot: int, width: int) -> dict[str, np.ndarray]:
-        """The memory of a slot, by the names of the tensors that it takes."""
-        gate_up, down = self._views
-        return {
-            **{f"gate_proj.{part}": view[slot, :width] for part, view in gate_up.items()},
-            **{f"up_proj.{part}": view[slot, width:] for part, view in gate_up.items()},
-            **{f"down_proj.{part}": view[slot] for part, view in down.items()},
-        }
 
 
 class LayerSlots(Slots):
@@ -416,7 +406,20 @@ class LayerSlots(Slots):
             slots.settle()
 
 
-def _view(array: mx.array) -> np.ndarray:
-    """Returns an array's memory as numpy sees it, which has no bfloat16."""
-    is_half = array.dtype in (mx.bfloat16, mx.float16)
-    return np.array(array.view(mx.uint16) if is_half else array, copy=False)
+def _projections(modules: Sequence[nn.Module]) -> dict[str, np.ndarray]:
+    """Returns the memory of stacks, by the names of the tensors whose experts it takes.
+
+    Each is ``[S, outputs, …]``, or ``[S, inputs, outputs]`` where weights are transposed; gate and
+    up have a half of the outputs each.
+    """
+    found: dict[str, np.ndarray] = {}
+    for module, names in zip(modules, NAMES, strict=True):
+        for part, array in parameters(module).items():
+            view, axis = memory(array), 1
+            if isinstance(module, TransposedLinear):
+                view, axis = view.reshape(len(array), -1, array.shape[-1]), 2
+                if array.dtype == mx.uint32:  # outputs of codes are padded
+                    view = view[..., : module.scales.shape[-1] * module.bits // 32]
+            for name, half in zip(names, np.split(view, len(names), axis), strict=True):
+                found[f"{name}.{part}"] = half
+    return found

@@ -8,9 +8,9 @@ experts in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -21,6 +21,7 @@ from ..metal_kernels import Experts
 from ..storage.reading import Reader
 from ..storage.safetensors import Tensor
 from .cache import GatedDeltaCache
+from .capacity import GB
 from .packed import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedSparseMoE
 from .parallel import parameters, recast
 from .qwen3_next import Model, SparseMoE, Trunk
@@ -102,6 +103,41 @@ class StreamedDecoderLayer(PackedDecoderLayer):
         return y, *self.mlp.before_experts(y, x)
 
 
+class Reads(NamedTuple):
+    """How wanted experts were found.
+
+    Attributes:
+        hits, misses: how many were in memory, and were not.
+        bytes: that were read. waited: seconds that somebody waited for them.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    bytes: int = 0
+    waited: float = 0.0
+
+    def since(self, before: Reads) -> Reads:
+        """Returns what has come since an earlier count."""
+        return Reads._make(now - then for now, then in zip(self, before, strict=True))
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of wanted experts that were in memory; 0 if none was wanted."""
+        return self.hits / max(self.hits + self.misses, 1)
+
+    @property
+    def rate(self) -> float:
+        """Bytes read in a second of waiting."""
+        return self.bytes / max(self.waited, 1e-9)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.hit_rate:.1%} of {self.hits + self.misses} wanted were in memory; "
+            f"{self.bytes / GB:.3f} GB read, waited {self.waited:.3f} s for "
+            f"({self.rate / GB:.2f} GB/s)"
+        )
+
+
 class StreamedExperts:
     """All of a model that is about experts on disk.
 
@@ -115,7 +151,7 @@ class StreamedExperts:
         self.reader = reader
         self.slots: list[LayerSlots] = []
         self.plan: Any = None
-        self._told: dict[str, float] = {}
+        self._told = Reads()
 
     @contextmanager
     def rehearsal(self, model: Model) -> Iterator[Model]:
@@ -139,73 +175,67 @@ class StreamedExperts:
             for slots in all_slots:
                 slots.is_rehearsal = False
 
-    def news(self) -> dict[str, float]:
-        """Returns what has happened since the last call; see :meth:`counts`."""
+    def news(self) -> Reads:
+        """Returns what has happened since the last call."""
         before, self._told = self._told, self.counts()
-        return {name: count - before.get(name, 0) for name, count in self._told.items()}
+        return self._told.since(before)
 
     def settle(self) -> None:
         """Waits for all that reads slots; to be called in a thread before it ends."""
         for slots in self.slots:
             slots.settle()
 
-    def counts(self) -> dict[str, float]:
-        """Returns what has happened so far: hits, misses, bytes read, seconds waited for them."""
-        return {
-            "hits": sum(slots.hits for slots in self.slots),
-            "misses": sum(slots.misses for slots in self.slots),
-            "bytes": self.reader.bytes,
-            "waited": self.reader.waited,
-        }
+    def counts(self) -> Reads:
+        """Returns what has happened so far."""
+        hits, misses = (sum(getattr(of, name) for of in self.slots) for name in ("hits", "misses"))
+        return Reads(hits, misses, self.reader.bytes, self.reader.waited)
 
 
-def hold(model: Model, size: int, dtype: Callable[[str, mx.array], mx.Dtype]) -> dict[str, Any]:
+def hold(model: Model, size: int, dtype: Callable[[str, mx.array], mx.Dtype]) -> list[str]:
     """Leaves a model, in place, stacks of ``size`` experts, all zeros, which packing then takes.
 
     Args:
         model: not packed. dtype: gives the dtype in memory of a path's parameter.
 
     Returns:
-        The modules of gate and down as they were, by the path of the mixture.
+        The paths of the mixtures.
     """
-    stored = {}
+    paths = []
     for i, layer in enumerate(model.layers):
         if not isinstance(layer.mlp, SparseMoE):
             continue
         path = f"model.layers.{i}.mlp"
         experts = layer.mlp.switch_mlp
-        stored[path] = tuple(
-            recast(module, type(module)) for module in (experts.gate_proj, experts.down_proj)
-        )
+        paths.append(path)
         for name, module in experts.children().items():
             for part, array in parameters(module).items() if "weight" in module else ():
                 kind = dtype(f"{path}.switch_mlp.{name}.{part}", array)
                 module[part] = mx.zeros((size, *array.shape[1:]), kind)
-    return stored
+    return paths
 
 
 def stream(
-    model: Model, size: int, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: Model, size: int, paths: Collection[str], tensors: Mapping[str, Tensor]
 ) -> StreamedExperts:
     """Makes slots of a packed model's stacks, in place.
 
     Args:
-        model: packed after :func:`hold`. size, stored: its argument and its result.
+        model: packed after :func:`hold`. size, paths: its argument and its result.
         tensors: the checkpoint's, by name.
 
     Raises:
         OSError: a file cannot be opened.
     """
-    own = {path: _of(path, tensors) for path in stored}
+    own = {path: _of(path, tensors) for path in paths}
     reader = Reader({tensor.file for of in own.values() for tensor in of.values()})
     experts = StreamedExperts(reader)
     passing: dict[tuple[object, ...], tuple[Slots, Slots]] = {}
     for i, layer in enumerate(model.layers):
         path = f"model.layers.{i}.mlp"
-        if path not in stored:
+        if path not in paths:
             continue
         stacks = layer.mlp.gate_up_proj, layer.mlp.down_proj
-        on_disk = StoredExperts(own[path], stored[path], stacks, reader)
+        on_disk = StoredExperts(own[path], stacks, reader)
         slots = LayerSlots(*stacks, layer.mlp.num_experts, size, on_disk, passing)
         experts.slots.append(slots)
         mixture = recast(layer.mlp, StreamedSparseMoE, slots=slots)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
-from operator import getitem, is_
+from operator import is_
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -34,8 +34,9 @@ def is_step(x: mx.array) -> bool:
 def traced(*without: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Traces a method ``method(module, numbers, *arguments)``, called with facts before them.
 
-    ``without`` are the paths of parts whose parameters the method never reads. The others are
-    arguments of the trace, which makes each of them cost the host time at each call.
+    ``without`` are the paths of parts whose parameters the method never reads. The others, which
+    are a module's own and in no list, are arguments of the trace: each costs the host time at each
+    call.
 
     The method is a pure function of its module's parameters and its arguments, which are arrays,
     constants, and tuples and lists of such, as its results are. Each value of a constant makes a
@@ -89,7 +90,7 @@ class _Traced:
         *arguments: Any,
     ) -> Any:
         self._module, self._structure = module, structure
-        parameters: Any = list(map(getitem, *structure.places))
+        parameters: Any = list(map(dict.get, *structure.places))
         arrays = [_array(n) if isinstance(n, int) else n for n in numbers]
         try:
             return self._function(parameters, arrays, *arguments)
@@ -99,7 +100,7 @@ class _Traced:
     def _run(self, parameters: list[mx.array], *arguments: Any) -> Any:
         """Runs the method on a module that has other parameters for a while."""
         owners, names = self._structure.places
-        own: Any = list(map(getitem, owners, names))
+        own: Any = list(map(dict.get, owners, names))
         try:
             _put(owners, names, parameters)
             return self._method(self._module, *arguments)

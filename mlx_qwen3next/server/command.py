@@ -39,7 +39,7 @@ from ..model.qwen3_next import Model
 from ..prompt_cache.store import PromptCache
 from .engine import mlx_lm_interface
 from .engine.engine import Engine
-from .flags import DECODE_CONCURRENCY, UNSUPPORTED, parser
+from .flags import UNSUPPORTED, parser
 from .http.access import Settings
 from .http.connections import MAX_CONNECTIONS, Server
 from .http.exchange import RequestLog
@@ -215,8 +215,6 @@ def _load(
     limit_cache()
     if model.streamed is not None:
         logging.info(model.streamed.plan)
-        if args.decode_concurrency == DECODE_CONCURRENCY:  # not asked for
-            args.decode_concurrency = 1
     if args.use_default_chat_template and tokenizer.chat_template is None:
         tokenizer.chat_template = tokenizer.default_chat_template
     prepare(

@@ -22,11 +22,10 @@ from ..cli import (
     positive_seconds,
     seconds,
 )
+from .engine import DECODE_CONCURRENCY
 from .http.access import Settings
 from .requests.checks import MAX_INTEGER
 from .requests.fields import ALIASES
-
-DECODE_CONCURRENCY = 32  # mlx_lm.server's default
 
 # Flags of mlx_lm.server that would have no effect here, with the reasons.
 UNSUPPORTED = {
@@ -98,9 +97,8 @@ def parser() -> argparse.ArgumentParser:
     fairness.add_argument(
         "--decode-concurrency",
         type=int,
-        default=DECODE_CONCURRENCY,
         metavar="N",
-        help="Requests that are answered together (default: %(default)s, "
+        help=f"Requests that are answered together (default: {DECODE_CONCURRENCY}, "
         "but 1 where experts are read from disk: several requests want more of them).",
     )
     fairness.add_argument(

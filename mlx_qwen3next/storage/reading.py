@@ -32,6 +32,7 @@ class Piece(NamedTuple):
     file: Path
     start: int  # in bytes
     into: np.ndarray  # writeable and contiguous; its size is that of the piece
+    then: Callable[[], None] | None = None  # what the thread does with them; with NumPy alone
 
 
 class Reader:
@@ -111,7 +112,7 @@ class Reader:
 
     def read(self, run: Sequence[Piece]) -> int:
         """Reads neighbours, all of them or none that counts, and returns their bytes."""
-        file, start, _ = run[0]
+        file, start, *_ = run[0]
         left = [piece.into.data.cast("B") for piece in run]
         total = sum(map(len, left))
         done = 0
@@ -190,6 +191,9 @@ class Reading:
         error: Exception | None = None
         try:
             count = self._reader.read(run)
+            for piece in run:
+                if piece.then is not None:
+                    piece.then()
         except Exception as failure:  # for the thread that waits
             error = failure
         with self._changed:

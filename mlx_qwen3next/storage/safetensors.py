@@ -192,6 +192,28 @@ def from_bytes(raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
     return mx.array(raw).view(DTYPES[dtype]).reshape(shape)
 
 
+def converted(raw: np.ndarray, stored: str, dtype: mx.Dtype) -> np.ndarray:
+    """Returns floats in another dtype, rounded as MLX rounds them, without MLX.
+
+    Args:
+        raw: their bytes. stored: safetensors' name of their dtype, BF16, F16 or F32.
+        dtype: float32; or bfloat16 or float16, which come as uint16.
+    """
+    if DTYPES[stored] == dtype:
+        return raw.view(np.float32 if dtype == mx.float32 else np.uint16)
+    if stored == "BF16":
+        wide = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        wide = raw.view({"F16": np.float16, "F32": np.float32}[stored]).astype(np.float32)
+    if dtype == mx.float32:
+        return wide
+    if dtype == mx.float16:
+        with np.errstate(over="ignore"):
+            return wide.astype(np.float16).view(np.uint16)
+    bits = wide.view(np.uint32)
+    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+
+
 def lay_out(
     file: Path,
     contents: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]],

@@ -1,5 +1,7 @@
 """Loading with experts on disk: how many are held, and what is refused."""
 
+import gc
+
 import checkpoints
 import mlx.core as mx
 import pytest
@@ -7,11 +9,14 @@ from checkpoints import GOLDENS
 from helpers_generate import BUNDLED
 from helpers_streamed import gigabytes, streamed
 
-from mlx_qwen3next import load, load_model
+from mlx_qwen3next import generate_step, load, load_model
+from mlx_qwen3next.bench import shapes
 from mlx_qwen3next.checkpoint import streaming
 from mlx_qwen3next.checkpoint.streaming import Plan, check_options
+from mlx_qwen3next.compute import cpu_matmul
 from mlx_qwen3next.group import Group
 from mlx_qwen3next.model import capacity
+from mlx_qwen3next.model.reading import Reading
 
 REFUSED = {
     "few": (BUNDLED, {"experts_in_memory": 1e-4}, r"a token wants 4 of 16 .* which take 0\.0011"),
@@ -71,6 +76,46 @@ def test_auto_holds_all_or_as_many_as_fit(monkeypatch):
         load_model(experts_in_memory="auto")
 
 
+def test_memory_stays_within_the_plan(tmp_path, monkeypatch):
+    """Loading holds one layer's parts twice at a time, not all of them: that takes 56 MB of 47."""
+    monkeypatch.setattr(cpu_matmul, "_measure", lambda bits: 2.0)
+    shapes.write(tmp_path, "small", 8)
+    gc.collect()  # other tests' models
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    model = load_model(tmp_path, context=64, experts_in_memory=0.02)
+    loaded, total = mx.get_peak_memory() - before, model.streamed.plan.total
+    assert 0.85 * (total - cpu_matmul.PRODUCTS) < loaded < total - cpu_matmul.PRODUCTS
+    mx.reset_peak_memory()
+    assert len(list(generate_step(range(60), model, max_tokens=4))) == 4
+    assert mx.get_peak_memory() - before < total
+
+
+def mixed(path, module):
+    """Other bits for a part of each stack of matrices that have one input."""
+    wide = "in_proj_ba", "v_proj", "shared_expert.up_proj", "shared_expert_gate"
+    return {"group_size": 32, "bits": 6 if path.endswith(wide) else 4}
+
+
+def test_the_sizes_count_what_packing_widens(tmp_path, monkeypatch):
+    checkpoints.convert(tmp_path, group_size=32, bits=4, quant_predicate=mixed)
+    counted = []
+    monkeypatch.setattr(capacity, "check", lambda weights, *_: counted.append(weights))
+    model = load_model(tmp_path, dtype=mx.bfloat16)
+    held = sum(array.nbytes for array in checkpoints.parameters(model).values())
+    assert counted == [held]
+    load_model(tmp_path, dtype=mx.bfloat16, pack=False)
+    assert counted[1] < 0.98 * held
+    monkeypatch.setattr(Reading, "most_memory", lambda *_: 0)
+    gb = gigabytes(tmp_path, 4, mx.bfloat16)
+    model = load_model(tmp_path, dtype=mx.bfloat16, context=256, experts_in_memory=gb)
+    held = sum(array.nbytes for array in checkpoints.parameters(model).values())
+    held += model.streamed.plan.memory
+    assert counted[2] == held
+    cache = capacity.cache_bytes(model.args, 256, mtp=False, itemsize=2)
+    assert model.streamed.plan.total == held + cache
+
+
 def test_memory_for_experts_is_accounted(monkeypatch):
     monkeypatch.setattr(capacity, "_capacity", lambda: (1e6, 1e6))
     with pytest.raises(ValueError, match=r"the model needs 0\.0 GB"):
@@ -79,7 +124,7 @@ def test_memory_for_experts_is_accounted(monkeypatch):
 
 def test_the_expected_speed_is_that_of_the_formula():
     """The 80B model at 4 bits, 244 of 512 experts a layer, 5 GB/s: 1 / (38.4 ms + 29 ms)."""
-    plan = Plan(244, 512, 48, 10, 1769472, 0, 5e9)
+    plan = Plan(244, 512, 48, 10, 1769472, 0, 0, 0, 5e9)
     assert plan.bytes_a_token == pytest.approx(0.849e9 * (1 - 0.815), rel=0.01)
     assert plan.tokens_a_second == pytest.approx(1 / (0.0384 + 0.849 * 0.185 / 5), rel=0.01)
 
@@ -88,4 +133,5 @@ def test_a_model_in_half_precision_is_read_as_stored(tmp_path):
     checkpoints.convert(tmp_path, group_size=32, bits=3)
     gb = gigabytes(tmp_path, 4, mx.bfloat16)
     model = load_model(tmp_path, dtype=mx.bfloat16, experts_in_memory=gb)
-    assert model.streamed.slots[0].stored.as_is
+    stored = model.streamed.slots[0].stored
+    assert stored.as_is == set(stored.tensors)

@@ -49,11 +49,11 @@ def test_each_weight_is_where_it_was(bits, group_size):
     assert mx.allclose(transpose(layer)(mx.eye(256)), weights.T, rtol=3e-7, atol=3e-7).item()
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 5])
+@pytest.mark.parametrize("rows", [32, 64, 2**19])
 @pytest.mark.parametrize(("bits", "group_size"), STORED)
-def test_stack(bits, group_size, pieces, monkeypatch):
-    """One row for several matrices, and a row for each, transposed in pieces."""
-    monkeypatch.setattr(cpu_matmul, "PIECE", -(-5 // pieces) * 64 * 256)
+def test_stack(bits, group_size, rows, monkeypatch):
+    """One row for several matrices, and a row for each, transposed some rows at a time."""
+    monkeypatch.setattr(cpu_matmul, "PIECE", rows * 256 * (bits or 32) // 8)
     layer = stack(bits, group_size, 40)
     weights = transpose(layer).weights
     shared, own = mx.random.normal((3, 1, 1, 256)), mx.random.normal((3, 2, 1, 256))
@@ -122,6 +122,22 @@ def test_memory_of_many_rows():
     y = layer(x)
     mx.eval(y)
     assert mx.get_peak_memory() - before < 16 * y.nbytes
+
+
+def test_memory_of_pieces(monkeypatch):
+    """They are computed one after the other (4 to 8 MB): side by side some twenty take 18."""
+    monkeypatch.setattr(cpu_matmul, "SUMS", 1 << 16)
+    weights, x = (
+        transpose(stack(4, 64, 512, inputs=512)).weights,
+        mx.random.normal((640, 1, 1, 512)),
+    )
+    indices = mx.arange(640, dtype=mx.uint32)[:, None] // 128
+    mx.eval(weights.weight, weights.scales, weights.biases, x, indices)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(gather(x, weights, indices))
+    assert mx.get_peak_memory() - before < 12e6
 
 
 def with_bias():

@@ -324,9 +324,8 @@ def test_nbytes_counts_states_and_a_pending_tape():
     with Round(cache, 4) as round:
         model()(tokens()[:, 20:24], cache)
         round.commit(2)
-    assert entry.nbytes == settled + sum(
-        x.nbytes for x in (entry._pending.rows, *entry._pending.tape)
-    )
+    rows, state, tape, _ = entry._pending
+    assert entry.nbytes == sum(x.nbytes for x in (rows, state, *tape))
     settle(cache)
     assert entry.nbytes == settled
 

@@ -178,7 +178,7 @@ def test_interrupted_it_is_not_packed(monkeypatch):
     def interrupt(layer):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packing, "_pack_layer", interrupt)
+    monkeypatch.setattr(packing, "packed_layer", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pack(model)
     model.train()

@@ -138,3 +138,22 @@ def test_what_has_not_begun_at_the_end_is_not_read(file):
     reads.start()
     reader._pool.shutdown()
     assert not any(piece.into.any() for piece in some)
+
+
+def test_what_is_done_with_bytes_is_done_when_the_wait_ends(file):
+    reader, done = Reader([file]), []
+    some = [
+        piece._replace(then=lambda i=i, piece=piece: done.append((i, bytes(piece.into))))
+        for i, piece in enumerate(pieces(file, *PLACES))
+    ]
+    read(reader, some)
+    assert sorted(done) == [*enumerate(expected(file))]
+
+
+def test_a_failure_with_bytes_is_raised(file):
+    def failing():
+        raise ValueError("no luck")
+
+    (piece,) = pieces(file, (0, 100))
+    with pytest.raises(ValueError, match="no luck"):
+        read(Reader([file]), [piece._replace(then=failing)])

@@ -69,14 +69,14 @@ def _measured(
     count = sum(1 for _ in steps)
     seconds, news = time.perf_counter() - start, model.streamed.news()
     plan: Plan = model.streamed.plan
-    computing = (seconds - news["waited"]) / count
+    computing = (seconds - news.waited) / count
     return {
         "memory": plan.memory / GB,
         "held": plan.size,
         "of": plan.experts,
-        "hits": news["hits"] / max(news["hits"] + news["misses"], 1),
+        "hits": news.hit_rate,
         "expected_hits": plan.hit_rate,
-        "read": news["bytes"] / count / GB,
+        "read": news.bytes / count / GB,
         "disk": plan.rate / GB,
         "speed": count / seconds,
         "expected": 1 / (computing + plan.bytes_a_token / plan.rate),

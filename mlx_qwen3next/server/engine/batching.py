@@ -27,8 +27,17 @@ from ...decoding.pace import PromptPace
 from ...model.cache import Cache, tokens_held
 from ...model.quantized_kv import NOT_QUANTIZED, KVQuantization, in_rows, out_of_rows
 from ...model.qwen3_next import Model
+from . import DECODE_CONCURRENCY
 from .batched_drafters import DrafterRow, Drafters, InformingModel, without_drafters
 from .lone_sequence import Entry, Generated, LoneSequence, Responses
+
+
+def most_together(asked: int | None, model: Model) -> int:
+    """Returns how many sequences to decode together; ``asked`` is what the user says, if anything.
+
+    By default there is one where experts are read from disk, since several want more of them.
+    """
+    return asked or (DECODE_CONCURRENCY if model.streamed is None else 1)
 
 
 class SpeculativeBatchGenerator(BatchGenerator):

@@ -42,7 +42,7 @@ from ...prompt_cache.store import PromptCache
 from ..answers.tokens import Context, SampledToken
 from ..requests.fields import Options
 from ..requests.prompt import Prompt, tokenized_prompt
-from .batching import SpeculativeBatchGenerator
+from .batching import SpeculativeBatchGenerator, most_together
 from .lone_sequence import Generated, Prompted
 from .memory import Memory
 from .metrics import Metrics
@@ -223,17 +223,17 @@ class Engine:
 
     def _make_batch(self, depth: Depth) -> None:
         args = self.args
+        self._max_running = most_together(args.decode_concurrency, self._model)
         self._batch = SpeculativeBatchGenerator(
             self._model,
             depth,
             self._kv,
             self._pace,
-            completion_batch_size=args.decode_concurrency,
+            completion_batch_size=self._max_running,
             prefill_batch_size=args.prompt_concurrency,
             prefill_step_size=args.prefill_step_size or MOST,
             stream=self._stream,
         )
-        self._max_running = args.decode_concurrency
 
     # --- requests that come and go -------------------------------------------------------------
     def _update_requests(self) -> bool:

@@ -76,7 +76,7 @@ class Metrics:
 
     def add_experts(self, streamed: StreamedExperts | None) -> None:
         """Adds what is new to the counters of experts read from disk, if there are such."""
-        for name, count in (streamed.news() if streamed else {}).items():
+        for name, count in (streamed.news()._asdict() if streamed else {}).items():
             self.add(f"experts_{name}", count)
 
     def observe(self, name: str, value: float) -> None:

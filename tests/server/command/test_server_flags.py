@@ -28,16 +28,17 @@ def stock_flags(monkeypatch):
 
 
 def test_every_flag_of_mlx_lm_s_server_is_there_with_its_default(stock_flags):
-    """Four defaults differ: mlx-lm's server is open to all web pages, limits its cached texts and
-    its answers, and reads chunks of one size. Those of sampling hold where the checkpoint
-    recommends none. Values that it takes are taken here, too."""
+    """Five defaults differ: mlx-lm's server is open to all web pages, limits its cached texts and
+    its answers, reads chunks of one size, and has no experts on disk. Those of sampling hold where
+    the checkpoint recommends none. Values that it takes are taken here, too."""
     ours = {flag: a for a in flags.parser()._actions for flag in a.option_strings}
     assert len(stock_flags) > 25
     assert stock_flags.keys() <= ours.keys()
     differ = {flag for flag, a in stock_flags.items() if ours[flag].default != a.default}
     sampling = {"--temp": "temp", "--top-p": "top_p", "--top-k": "top_k", "--min-p": "min_p"}
     ours_alone = {"--allowed-origins", "--prompt-cache-size", "--max-tokens", "--prefill-step-size"}
-    assert differ == ours_alone | {*sampling}
+    assert differ == ours_alone | {"--decode-concurrency"} | {*sampling}
+    assert stock_flags["--decode-concurrency"].default == flags.DECODE_CONCURRENCY
     for flag, option in sampling.items():
         assert (ours[flag].default, getattr(Sampling, option)) == (None, stock_flags[flag].default)
     assert ours["--allowed-origins"].default == []

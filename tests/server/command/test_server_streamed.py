@@ -8,8 +8,7 @@ from helpers_generate import bundled
 from helpers_serving import TEXTS, Asked, ask, expected_text, running
 from helpers_streamed import streamed
 
-from mlx_qwen3next.server import command
-from mlx_qwen3next.server.flags import parser
+from mlx_qwen3next.server.engine.batching import most_together
 from mlx_qwen3next.storage.reading import Reader
 
 
@@ -45,10 +44,9 @@ def test_a_fault_ends_the_request_and_the_next_one_is_answered(load, monkeypatch
         assert ask(engine, TEXTS[1], max_tokens=8).text == expected_text(TEXTS[1], 8, load=bundled)
 
 
-@pytest.mark.parametrize(("flags", "together"), [((), 1), (("--decode-concurrency", "4"), 4)])
-def test_one_request_is_answered_at_a_time_by_default(flags, together, load, monkeypatch):
-    args = parser().parse_args(flags)
-    monkeypatch.setattr(command, "load", lambda *_, **__: load())
-    monkeypatch.setattr(command, "prepare", lambda *_, **__: None)
-    command._load(args, bundled()[0].group, {})
-    assert args.decode_concurrency == together
+@pytest.mark.parametrize(("asked", "together"), [(None, 1), (32, 32)])
+def test_one_request_is_answered_at_a_time_unless_more_are_asked_for(asked, together, load):
+    assert most_together(asked, bundled()[0]) == 32
+    with running(*([] if asked is None else ["--decode-concurrency", asked]), load=load) as engine:
+        ask(engine, TEXTS[0], max_tokens=1)
+        assert engine._max_running == together
