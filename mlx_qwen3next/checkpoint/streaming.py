@@ -168,7 +168,9 @@ def plan(
     held = int(size * row + passing)
     left = spare - others - held
     chunk = Reading.beside(model.args, dtype.size, left).most_memory(context)
-    total = held + others + chunk
+    # Decoding has three sets of states: the newest, those before it and those for an undo.
+    states = capacity.cache_bytes(model.args, 0, mtp=False, itemsize=dtype.size)
+    total = held + others + chunk + 2 * states
     return Plan(size, experts, len(layers), wanted, nbytes, held, total, context)
 
 

@@ -30,7 +30,7 @@ BITS = (2, 4, 8)  # a byte holds a whole number of such codes
 PIECE = 1 << 19  # bytes of codes transposed at a time; measured
 SUMS = 1 << 20  # sums over groups that a core holds at a time; measured
 MANY = 1 << 19  # sums over groups from which on several cores compute them; measured
-PRODUCTS = 16 * 4 * SUMS  # bytes that products take beside their results; measured
+PRODUCTS = 8 * 4 * SUMS  # bytes that a core takes for products beside their results; measured
 # The lower halves of 64 bits, by the width of a half.
 _LOWER = {n: np.uint64(sum((2**n - 1) << i for i in range(0, 64, 2 * n))) for n in (2, 4, 8, 16)}
 

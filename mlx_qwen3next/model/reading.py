@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..compute.cpu_attention import BLOCK, PIECE
 from ..compute.cpu_matmul import PRODUCTS
+from ..compute.cpu_streams import cores
 from . import capacity
 from .config import Config
 
@@ -106,7 +107,7 @@ class Reading:
         """
         tokens = min(context, MOST)
         scratch = min(self.scratch(tokens, context - tokens), self.room)
-        return int(scratch) + (PRODUCTS if self.in_pieces else 0)
+        return int(scratch) + (PRODUCTS * cores() if self.in_pieces else 0)
 
     def most(self, work: float, held: int, full: int = MOST, prompts: int = 1) -> int:
         """Returns the most tokens of each prompt that a chunk may have; 0 if not even one.
