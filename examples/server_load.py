@@ -15,6 +15,7 @@ memory from /proc).
 import argparse
 import collections
 import inspect
+import json
 import random
 import signal
 import statistics
@@ -30,6 +31,8 @@ from served import OURS, Answer, Served, float32_copy
 LEAVE = 0.2  # the share of requests whose client disconnects in the middle
 LEFT = "left"
 CHARACTERS = 3  # of a token, about
+KEPT = "200MB"  # of the prompt cache
+KEPT_OF_LONG = "40MB"  # full after the first long prompts, so that memory must stay flat from there
 
 # A server in which some forwards and some writes of the prompt cache fail.
 FAULTY = """
@@ -138,6 +141,12 @@ class Load:
         return "right"
 
 
+def reads_longer(model: Path, tokens: int) -> None:
+    """Lets a model read texts of so many tokens, whether or not it learned to understand them."""
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": tokens}))
+
+
 def damage(directory: Path, rng: random.Random) -> None:
     """Damages one file of the prompt cache."""
     files = sorted(directory.rglob("*.safetensors"))
@@ -165,16 +174,21 @@ def main() -> int:
     args = parser.parse_args()
     long = args.longest is not None
     requests = long_pool(args.requests, args.longest) if long else pool(args.requests)
+    kept_bytes = KEPT_OF_LONG if long else KEPT
     with tempfile.TemporaryDirectory() as scratch:
         kept, model = Path(scratch) / "kept", Path(scratch) / "model"
         model.mkdir()
         float32_copy(model)
+        if long:
+            reads_longer(model, 2 * args.longest)
         with Served(OURS, "--model", model, "--prompt-cache-bytes", 1, "--mtp", "off") as alone:
             right = [alone.ask(**request) for request in requests]
-        print(f"{len(right)} requests alone:", collections.Counter(a.finish_reason for a in right))
+        ends = collections.Counter(a.finish_reason for a in right)
+        longest = max(answer.usage.get("prompt_tokens", 0) for answer in right)
+        print(f"{len(right)} requests alone: {dict(ends)}, {longest} tokens at most", flush=True)
         command = [sys.executable, "-c", FAULTY] if args.faults else OURS
         options = ["--model", model, "--mtp", args.mtp, "--prompt-cache-dir", kept]
-        options += ["--prompt-cache-bytes", "200MB"]
+        options += ["--prompt-cache-bytes", kept_bytes]
         with Served(command, *options, log=args.log) as served:
             load = Load(served, requests, right)
             load.leaves_prompts = long
@@ -209,11 +223,9 @@ def main() -> int:
             f"threads of clients that never ended: {stuck}; healthy at the end: {healthy}; ", end=""
         )
         print(f"one more answer right: {last.text == right[-1].text}; exit status {status}")
-        half = len(memory) // 2
-        print(
-            f"memory: {statistics.median(memory[:half]):.0f} MB in the first half (median), "
-            f"{statistics.median(memory[half:]):.0f} MB in the second, at most {max(memory):.0f} MB"
-        )
+        parts = [memory[i * len(memory) // 4 : (i + 1) * len(memory) // 4] for i in range(4)]
+        quarters = ", ".join(f"{statistics.median(part):.0f}" for part in parts if part)
+        print(f"memory in MB: {quarters} by quarters (medians), at most {max(memory):.0f}")
         for i, expected, got in load.wrong[:5]:
             print(f"request {i}: expected {expected!r}, got {got!r}")
     return bool(load.wrong or stuck or not healthy)

@@ -8,13 +8,14 @@ masked besides. Here a piece of the queries meets the keys that it can see a blo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from functools import cache
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
+
+from .cpu_streams import in_turn
 
 # Queries in a piece, keys in a block, and the number of queries from which transposing the keys
 # pays (NOTES.md, "Causal attention on a CPU").
@@ -54,20 +55,20 @@ def _in_pieces(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     nkv, S = k.shape[1:3]
     k = mx.contiguous(k.swapaxes(-1, -2))  # [B, nkv, hd, S]
     queries = _of_heads((q * scale).reshape(B, nkv, nh // nkv, L, hd))
-    keys, values = _of_heads(k), _of_heads(v)
-    streams = _streams() if B * nh * L * S >= MANY else _streams()[:1]
-    last: list[Sequence[mx.array]] = [()] * len(streams)  # result of each core
-    pieces, turn = [], 0
-    for start in range(0, L, PIECE):
-        heads = []
-        for some, k, v in zip(queries, keys, values, strict=True):
-            some = some[:, start : start + PIECE]
-            with mx.stream(streams[turn]):
-                heads.append(_piece(some, k, v, S - L + start, last[turn]))
-            last[turn] = heads[-1:]
-            turn = (turn + 1) % len(streams)
-        pieces.append(mx.stack(heads).reshape(B, nh, -1, hd))
-    return mx.concatenate(pieces, axis=2)
+    heads = list(zip(queries, _of_heads(k), _of_heads(v), strict=True))
+    pieces = [
+        partial(_piece, q[:, start : start + PIECE], k, v, S - L + start)
+        for start in range(0, L, PIECE)
+        for q, k, v in heads
+    ]
+    results = in_turn(pieces, several=B * nh * L * S >= MANY)
+    return mx.concatenate(
+        [
+            mx.stack(results[i : i + len(heads)]).reshape(B, nh, -1, hd)
+            for i in range(0, len(results), len(heads))
+        ],
+        axis=2,
+    )
 
 
 def _piece(
@@ -111,9 +112,3 @@ def _of_heads(x: mx.array) -> list[mx.array]:
         for row in mx.split(x, x.shape[0])
         for head in mx.split(row, x.shape[1], 1)
     ]
-
-
-@cache
-def _streams() -> list[Any]:
-    """The streams to compute on, one a core; each has a thread of its own."""
-    return [mx.new_thread_local_stream(mx.cpu) for _ in range(os.cpu_count() or 1)]

@@ -14,8 +14,8 @@ The inner sums are quantized products of scale 1 and bias 0, one a group.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -23,10 +23,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from .cpu_streams import cores, in_turn
+
 UNIT = 64  # outputs in one of MLX's own groups, which run along them here
 BITS = (2, 4, 8)  # a byte holds a whole number of such codes
 PIECE = 1 << 19  # bytes of codes transposed at a time; measured
-SUMS = 1 << 20  # sums over groups that are held at a time; measured
+SUMS = 1 << 20  # sums over groups that a core holds at a time; measured
+MANY = 1 << 19  # sums over groups from which on several cores compute them; measured
 PRODUCTS = 16 * 4 * SUMS  # bytes that products take beside their results; measured
 # The lower halves of 64 bits, by the width of a half.
 _LOWER = {n: np.uint64(sum((2**n - 1) << i for i in range(0, 64, 2 * n))) for n in (2, 4, 8, 16)}
@@ -95,16 +98,18 @@ def _in_pieces(product: Callable[..., mx.array], rows: list[mx.array], sums: int
     Args:
         sums: the number of sums that a row takes.
     """
-    step = max(1, SUMS // sums)
-    starts = range(0, len(rows[0]), step)
-    if len(starts) <= 1:
+    total = len(rows[0]) * sums
+    if total < MANY or len(rows[0]) == 1:
         return product(*rows)
-    pieces: list[mx.array] = []
-    for i in starts:
-        some = [x[i : i + step] for x in rows]
-        # One after the other: MLX would have the intermediates of some twenty at a time.
-        pieces.append(product(*(mx.depends(some, pieces[-1:]) if pieces else some)))
-    return mx.concatenate(pieces)
+    turns = -(-total // (SUMS * cores()))
+    step = -(-len(rows[0]) // (turns * cores()))
+    starts = range(0, len(rows[0]), step)
+
+    def piece(start: int, after: Sequence[mx.array]) -> mx.array:
+        some = [x[start : start + step] for x in rows]
+        return product(*mx.depends(some, list(after)))
+
+    return mx.concatenate(in_turn(partial(piece, start) for start in starts))
 
 
 @mx.compile

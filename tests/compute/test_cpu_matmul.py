@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_qwen3next import load_model
-from mlx_qwen3next.compute import cpu_matmul
+from mlx_qwen3next.compute import cpu_matmul, cpu_streams
 from mlx_qwen3next.compute.cpu_matmul import TransposedLinear, gather, transpose, transposed
 
 STORED = [(None, 64), (2, 64), (4, 32), (4, 64), (4, 128), (8, 64)]
@@ -67,6 +67,8 @@ def test_stack(bits, group_size, rows, monkeypatch):
 @pytest.mark.parametrize("sums", [1, 40 * 4 * 2, 40 * 4 * 5])
 def test_in_pieces(sums, monkeypatch):
     """A row at a time, two or five; the last piece may be smaller."""
+    monkeypatch.setattr(cpu_matmul, "MANY", 0)
+    monkeypatch.setattr(cpu_streams, "_streams", lambda: (mx.default_stream(mx.cpu),))
     weights, x = transpose(linear(4, 64, 40)), mx.random.normal((7, 256))
     experts, each = transpose(stack(4, 64, 40)).weights, mx.random.normal((7, 1, 1, 256))
     indices = mx.random.randint(0, 5, (7, 2)).astype(mx.uint32)
@@ -75,6 +77,39 @@ def test_in_pieces(sums, monkeypatch):
     for piecewise, at_once in zip((weights(x), gather(each, experts, indices)), whole, strict=True):
         assert piecewise.shape == at_once.shape
         assert relative_error(piecewise, at_once) < TOLERANCE
+
+
+@pytest.mark.parametrize("cores", [2, 3])
+@pytest.mark.parametrize("rows", [2, 7, 64])
+def test_the_same_bits_on_several_cores(cores, rows, monkeypatch):
+    """Pieces of rows change no bit, and each core has some of them."""
+    weights, x = transpose(linear(4, 64, 200)), mx.random.normal((rows, 256))
+    experts, each = transpose(stack(4, 64, 40)).weights, mx.random.normal((rows, 1, 1, 256))
+    indices = mx.random.randint(0, 5, (rows, 2)).astype(mx.uint32)
+    whole = weights(x), gather(each, experts, indices)
+    streams = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(cores))
+    used = []
+    monkeypatch.setattr(cpu_matmul, "MANY", 0)
+    monkeypatch.setattr(cpu_streams, "_streams", lambda: streams)
+    group_sums = cpu_matmul._group_sums
+
+    def noting(*arguments):
+        used.append(mx.default_stream(mx.cpu))
+        return group_sums(*arguments)
+
+    monkeypatch.setattr(cpu_matmul, "_group_sums", noting)
+    for piecewise, at_once in zip((weights(x), gather(each, experts, indices)), whole, strict=True):
+        assert mx.array_equal(piecewise, at_once).item()
+    assert len(set(map(str, used))) == min(cores, rows)
+
+
+def test_few_rows_stay_on_one_core(monkeypatch):
+    """Steps of decoding would wait longer for another core than it saves."""
+    layer = transpose(linear(4, 64, 512, inputs=1024))
+    monkeypatch.setattr(cpu_matmul, "in_turn", lambda pieces: list(pieces)[:0])
+    assert layer(mx.zeros((16, 1024))).shape == (16, 512)
+    with pytest.raises(ValueError, match="concatenate"):  # of no pieces
+        layer(mx.zeros((64, 1024)))
 
 
 def test_memory_of_many_rows():

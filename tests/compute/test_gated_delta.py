@@ -82,13 +82,22 @@ def test_chunked_form_is_stable_when_keys_repeat():
     assert_close("state", result[1], after, 2e-5)
 
 
-def test_chunked_form_does_not_overflow_under_strong_decay():
+@pytest.mark.parametrize("stronger", [3, 10, 40])
+def test_chunked_form_under_strong_decay(stronger):
     q, k, v, g, beta, state = segment((1, 2, 6, 32, 16), 65)
-    inputs = (q, k, v, g - 40, beta, state)  # exp(-g) summed over a chunk would be infinite
+    inputs = (q, k, v, g - stronger, beta, state)  # exp(-g) of a chunk would be infinite
     o, after = reference.gated_delta_rule(*inputs)
     result = gated_delta_chunked(*inputs)
     assert_close("o", result[0], o)
     assert_close("state", result[1], after)
+
+
+def test_inverse_without_faint_numbers():
+    """Its products of faint decays would be too small for a CPU to be fast."""
+    A = mx.eye(16, k=-1) * 2.0**-40
+    sizes = mx.abs(gated_delta._unit_lower_inverse(A))
+    assert mx.allclose(sizes, mx.eye(16) + A).item()
+    assert mx.where(sizes == 0, 1, sizes).min().item() >= gated_delta.FAINT
 
 
 @pytest.mark.parametrize("argument", range(6), ids=["q", "k", "v", "g", "beta", "state"])
