@@ -244,6 +244,10 @@ no decay | delta_step | numbers | o is wrong
 S[j].decay(at.gamma); =>
 no Dk^-0.5 | delta_step | numbers | o is wrong
 scale *= metal::precise::rsqrt(static_cast<float>(Dk)); =>
+A_log for dt_bias | delta_step | numbers | o is wrong
++ vectors[Hv + head]; => + vectors[head];
+dt_bias for the norm's weight | delta_step | numbers | o is wrong
+vectors[2 * Hv + d] => vectors[Hv + d]
 l2norm with the norm's eps | delta_step | numbers | o is wrong
 simd_sum(squares) + 1e-6f => simd_sum(squares) + as_type<float>(EPS)
 norm with the l2norm's eps | delta_step | numbers | o is wrong
