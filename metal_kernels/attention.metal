@@ -3,14 +3,14 @@
 // One simdgroup a head and token of the packed projection [q | k | v | gate]: RMSNorm over the
 // head and RoPE on its first Rd elements (half-split) for q and k, a copy for v.
 //
-// x: [B, L, P]; q_weight, k_weight: [D] float32; eps: [1]; inverse_frequencies: [Rd / 2] float32;
-// attention_factor: [1], of sine and cosine; offsets: [B], the position of each sequence's first
-// token; q: [B, Nq, L, D], k and v: [B, Nkv, L, D]. shared: [D]. head counts q's heads, then k's,
+// x: [B, L, P]; q_weight, k_weight: [D] float32; inverse_frequencies: [Rd / 2] float32;
+// attention_factor: of sine and cosine; offsets: [B], the position of each sequence's first token;
+// q: [B, Nq, L, D], k and v: [B, Nkv, L, D]. shared: [D]. head counts q's heads, then k's,
 // then v's.
-template <typename T, int Nq, int Nkv, int D, int Rd, typename E, typename F, typename O>
+template <typename T, int Nq, int Nkv, int D, int Rd, typename F, typename O>
 inline void attention_heads(
-    const device T* x, const device float* q_weight, const device float* k_weight, E eps,
-    F inverse_frequencies, E attention_factor, O offsets, device T* q, device T* k, device T* v,
+    const device T* x, const device float* q_weight, const device float* k_weight, float eps,
+    F inverse_frequencies, float attention_factor, O offsets, device T* q, device T* k, device T* v,
     threadgroup float* shared, uint L, uint head, uint token, uint batch, uint lane) {
   constexpr uint P = (2 * Nq + 2 * Nkv) * D;
   const device T* from = x + (batch * L + token) * P + head * D;
@@ -28,7 +28,7 @@ inline void attention_heads(
     const float value = load(from, d);
     squares += value * value;
   }
-  const float scale = metal::precise::rsqrt(simd_sum(squares) / D + load(eps, 0));
+  const float scale = metal::precise::rsqrt(simd_sum(squares) / D + eps);
   for (uint d = lane; d < D; d += 32) {
     shared[d] = load(from, d) * scale * (is_query ? q_weight[d] : k_weight[d]);
   }
@@ -39,8 +39,8 @@ inline void attention_heads(
   const float position = static_cast<float>(offsets[batch] + static_cast<int>(token));
   for (uint d = lane; d < Rd / 2; d += 32) {
     const float angle = position * load(inverse_frequencies, d);
-    const float c = metal::precise::cos(angle) * load(attention_factor, 0);
-    const float s = metal::precise::sin(angle) * load(attention_factor, 0);
+    const float c = metal::precise::cos(angle) * attention_factor;
+    const float s = metal::precise::sin(angle) * attention_factor;
     const float first = shared[d];
     const float second = shared[d + Rd / 2];
     to[d] = static_cast<T>(first * c - second * s);

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .kernel import LANES, Kernel, constant
+from .kernel import LANES, Kernel, float_bits
 
 ATTENTION_HEADS = Kernel(
     "attention_heads",
     "attention",
-    inputs=(
-        *("x", "q_weight", "k_weight", "eps", "inverse_frequencies"),
-        *("attention_factor", "offsets"),
-    ),
+    inputs=("x", "q_weight", "k_weight", "inverse_frequencies", "offsets"),
     outputs=("q", "k", "v"),
     body="""
     threadgroup float shared[D];
     attention_heads<T, NQ, NKV, D, RD>(
-        x, q_weight, k_weight, eps, inverse_frequencies, attention_factor, offsets, q, k, v, shared,
+        x, q_weight, k_weight, as_type<float>(EPS), inverse_frequencies,
+        as_type<float>(ATTENTION_FACTOR), offsets, q, k, v, shared,
         x_shape[1], threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
         threadgroup_position_in_grid.z, thread_index_in_simdgroup);
     """,
@@ -62,13 +60,11 @@ def attention_heads(
     B, L, _ = x.shape
     hd = q_weight.shape[0]
     q, k, v = ATTENTION_HEADS.launch(
-        inputs=[
-            *(x, q_weight, k_weight, constant(eps, mx.float32)),
-            *(inverse_frequencies, constant(attention_factor, mx.float32), offsets),
-        ],
+        inputs=[x, q_weight, k_weight, inverse_frequencies, offsets],
         template=[
             *(("T", x.dtype), ("NQ", heads), ("NKV", kv_heads), ("D", hd)),
-            ("RD", 2 * inverse_frequencies.size),
+            *(("RD", 2 * inverse_frequencies.size), ("EPS", float_bits(eps))),
+            ("ATTENTION_FACTOR", float_bits(attention_factor)),
         ],
         grid=(LANES * (heads + 2 * kv_heads), L, B),
         threadgroup=(LANES, 1, 1),

@@ -8,35 +8,50 @@ import mlx.core as mx
 
 from .kernel import LANES, Kernel, constant
 
-STORED = ("weight", "scales", "biases", "shared_weight", "shared_scales", "shared_biases")
-WEIGHTS = """
+_STORED = ("weight", "scales", "biases")
+_SHARED = ("shared_weight", "shared_scales", "shared_biases")
+_WEIGHTS = """
     const Weights<T, BITS, G> weights = {(const device uint*)weight, scales, biases};
-    const Weights<T, SHARED_BITS, SHARED_G> shared = {
-        (const device uint*)shared_weight, shared_scales, shared_biases};
     const uint N = routing_shape[0] / 4;
     const Routing pairs = {
         routing, routing + N, (const device float*)(routing + 2 * N), routing + 3 * N, N};
 """
-EXPERT_GATE_UP = Kernel(
+_SHARED_STACKED = """
+    const Weights<T, BITS, G> shared = weights;
+"""
+_SHARED_APART = """
+    const Weights<T, SHARED_BITS, SHARED_G> shared = {
+        (const device uint*)shared_weight, shared_scales, shared_biases};
+"""
+
+
+def _products(name: str, inputs: tuple[str, ...], call: str) -> tuple[Kernel, Kernel]:
+    """Returns the kernels of a product: all experts in one stack, and the shared one apart."""
+    stacked = Kernel(
+        *(name, "experts", ("x", *_STORED, *inputs), ("y",)),
+        body=_WEIGHTS + _SHARED_STACKED + call,
+    )
+    apart = Kernel(
+        *(f"{name}_shared", "experts", ("x", *_STORED, *_SHARED, *inputs), ("y",)),
+        body=_WEIGHTS + _SHARED_APART + call,
+    )
+    return stacked, apart
+
+
+EXPERT_GATE_UP, EXPERT_GATE_UP_SHARED = _products(
     "expert_gate_up",
-    "experts",
-    inputs=("x", *STORED, "routing"),
-    outputs=("y",),
-    body=WEIGHTS
-    + """
+    ("routing",),
+    """
     expert_gate_up<H, I, SG, SHARED>(
         x, weights, shared, pairs, y, threadgroup_position_in_grid.x,
         threadgroup_position_in_grid.y, thread_index_in_simdgroup,
         simdgroup_index_in_threadgroup);
     """,
 )
-EXPERT_DOWN = Kernel(
+EXPERT_DOWN, EXPERT_DOWN_SHARED = _products(
     "expert_down",
-    "experts",
-    inputs=("x", *STORED, "routing", "residual"),
-    outputs=("y",),
-    body=WEIGHTS
-    + """
+    ("routing", "residual"),
+    """
     expert_down<H, I, SG, SHARED>(
         x, weights, shared, pairs, residual, y, residual_shape[0] * residual_shape[1],
         threadgroup_position_in_grid.x, thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
@@ -94,8 +109,9 @@ def expert_gate_up(
     """
     N, I = routing.size // 4, weights.weight.shape[1] // 2
     groups = min(2, I // OUTPUTS)
-    (y,) = EXPERT_GATE_UP.launch(
-        inputs=[x, *_stored(weights, x.dtype), *_stored(shared, x.dtype), routing],
+    kernel = EXPERT_GATE_UP if shared is None else EXPERT_GATE_UP_SHARED
+    (y,) = kernel.launch(
+        inputs=[x, *_stored(weights, shared, dtype=x.dtype), routing],
         template=_expert_template(weights, shared, x.dtype, H=x.shape[-1], I=I, groups=groups),
         grid=(LANES * groups * -(-I // (OUTPUTS * groups)), N, 1),
         threadgroup=(LANES * groups, 1, 1),
@@ -125,8 +141,9 @@ def expert_down(
     """
     H = residual.shape[-1]
     groups = min(4, H // OUTPUTS)
-    (y,) = EXPERT_DOWN.launch(
-        inputs=[x, *_stored(weights, x.dtype), *_stored(shared, x.dtype), routing, residual],
+    kernel = EXPERT_DOWN if shared is None else EXPERT_DOWN_SHARED
+    (y,) = kernel.launch(
+        inputs=[x, *_stored(weights, shared, dtype=x.dtype), routing, residual],
         template=_expert_template(weights, shared, x.dtype, H=H, I=x.shape[1], groups=groups),
         grid=(LANES * groups * -(-H // (OUTPUTS * groups)), 1, 1),
         threadgroup=(LANES * groups, 1, 1),
@@ -168,21 +185,20 @@ def combine(x: mx.array, places: mx.array, weights: mx.array, residual: mx.array
     return y
 
 
-def _stored(weights: Experts | None, dtype: mx.Dtype) -> list[mx.array]:
+def _stored(*stacks: Experts | None, dtype: mx.Dtype) -> list[mx.array]:
     none = constant(0, dtype, 8)
-    if weights is None:
-        return [none, none, none]
-    if weights.scales is None or weights.biases is None:
-        return [weights.weight, none, none]
-    return [weights.weight, weights.scales, weights.biases]
+    arrays = []
+    for one in stacks:
+        if one is not None:
+            arrays += [one.weight, *(none if a is None else a for a in (one.scales, one.biases))]
+    return arrays
 
 
 def _expert_template(
     weights: Experts, shared: Experts | None, dtype: mx.Dtype, *, H: int, I: int, groups: int
 ) -> list[tuple[str, Any]]:
-    one = shared or weights
-    return [
-        *(("T", dtype), ("BITS", weights.bits), ("G", weights.group_size or 1)),
-        *(("SHARED_BITS", one.bits), ("SHARED_G", one.group_size or 1)),
-        *(("SHARED", len(weights.weight) if shared else 0), ("H", H), ("I", I), ("SG", groups)),
-    ]
+    template = [("T", dtype), ("BITS", weights.bits), ("G", weights.group_size or 1)]
+    if shared is not None:
+        template += [("SHARED_BITS", shared.bits), ("SHARED_G", shared.group_size or 1)]
+    number = 0 if shared is None else len(weights.weight)
+    return [*template, ("SHARED", number), ("H", H), ("I", I), ("SG", groups)]

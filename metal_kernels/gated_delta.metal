@@ -84,11 +84,11 @@ struct Token {
 };
 
 // MLX declares the arguments and the template: T of x, W of taps, Hk, Hv, Dk, Dv, K, SG, Chunk (the
-// tokens that are staged at a time) and Masked.
+// tokens that are staged at a time), Masked, and EPS, the bits of the norm's eps.
 //
 // x: [B, L, P] rows [q | k | v | z | b | a]; before: [B, K-1 + n, C] T; taps: [C, K] W;
-// A_log, dt_bias: [Hv] float32; norm_weight: [Dv] float32; eps: [1]; mask: [B, L], false at
-// padding, read if Masked; state: [B, Hv, Dv, Dk] float32; tape_g, tape_k, tape_delta; keep: [1];
+// vectors: [A_log | dt_bias | norm's weight], [2 Hv + Dv] float32; mask: [B, L], false at padding,
+// read if Masked; state: [B, Hv, Dv, Dk] float32; tape_g, tape_k, tape_delta; keep: [1];
 // o: [B, L, Hv Dv] T; state_out as state; rows_out: [B, K-1 + L, C] T if RECORDING, else the last
 // K-1 of them; g_out, k_out, delta_out: the new tape.
 kernel void gated_delta_step() {
@@ -180,8 +180,8 @@ kernel void gated_delta_step() {
         // The gates. A padded token leaves the state as it is.
         const bool padding = Masked && !mask[token];
         const float b = load(x, token * P + P - 2 * Hv + head);
-        const float a = load(x, token * P + P - Hv + head) + dt_bias[head];
-        const float g = padding ? 0.0f : -metal::precise::exp(A_log[head]) * softplus(a);
+        const float a = load(x, token * P + P - Hv + head) + vectors[Hv + head];
+        const float g = padding ? 0.0f : -metal::precise::exp(vectors[head]) * softplus(a);
         to.gamma = metal::precise::exp(g);
         to.beta = padding ? 0.0f : sigmoid(b);
 #if RECORDING
@@ -223,10 +223,10 @@ kernel void gated_delta_step() {
       for (uint d = lane; d < Dv; d += 32) {
         squares += from[d] * from[d];
       }
-      const float scale = metal::precise::rsqrt(simd_sum(squares) / Dv + eps[0]);
+      const float scale = metal::precise::rsqrt(simd_sum(squares) / Dv + as_type<float>(EPS));
       for (uint d = lane; d < Dv; d += 32) {
         const float z = load(x, token * P + C + head * Dv + d);
-        const float normed = norm_weight[d] * (from[d] * scale);
+        const float normed = vectors[2 * Hv + d] * (from[d] * scale);
         o[(token * Hv + head) * Dv + d] = static_cast<T>(normed * silu(z));
       }
     }  // no barrier: the next chunk's staging leaves o alone

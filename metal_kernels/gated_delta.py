@@ -7,7 +7,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from .kernel import LANES, THREADGROUP_BYTES, Kernel, body_of, constant
+from .kernel import LANES, THREADGROUP_BYTES, Kernel, body_of, constant, float_bits
 
 _TAPE = ("tape_g", "tape_k", "tape_delta", "keep")
 
@@ -19,7 +19,7 @@ def _step(name: str, *, recording: bool, replays: bool) -> Kernel:
         recording: whether it is for a round, which writes a tape.
         replays: whether it is for steps after a round, whose tape it reads.
     """
-    inputs = "x before taps A_log dt_bias norm_weight eps mask state"
+    inputs = "x before taps vectors mask state"
     return Kernel(
         name,
         "gated_delta",
@@ -63,9 +63,7 @@ def gated_delta_step(
     tape: Sequence[mx.array],
     keep: int | mx.array,
     taps: mx.array,
-    A_log: mx.array,
-    dt_bias: mx.array,
-    norm_weight: mx.array,
+    vectors: mx.array,
     *,
     eps: float,
     key_heads: int,
@@ -84,8 +82,8 @@ def gated_delta_step(
         tape: the round's record: g ``[B, n, Hv]``, k ``[B, n, Hk, Dk]``, delta
             ``[B, n, Hv, Dv]``, float32; empty if n is 0.
         keep: the number of the round's tokens that are part of the sequence, or ``[1]`` int32.
-        taps: ``[C, K, 1]``, of any dtype. A_log, dt_bias: ``[Hv]`` float32. norm_weight: ``[Dv]``
-            float32.
+        taps: ``[C, K, 1]``, of any dtype. vectors: ``[2 Hv + Dv]`` float32, ``[A_log | dt_bias |
+            norm.weight]``.
         mask: ``[B, L]`` bool, False at padding, which changes nothing; or None.
         recording: whether this is a round, whose tokens may be taken back.
 
@@ -106,7 +104,7 @@ def gated_delta_step(
         widths = ((Hv,), (key_heads, Dk), (Hv, Dv))
         outputs += [((B, L, *width), mx.float32) for width in widths]
     inputs = [
-        *(x, before, taps, A_log, dt_bias, norm_weight, constant(eps, mx.float32)),
+        *(x, before, taps, vectors),
         *(constant(1, mx.bool_, 8) if mask is None else mask, state),
     ]
     if tape:
@@ -119,7 +117,7 @@ def gated_delta_step(
         template=[
             *(("T", x.dtype), ("W", taps.dtype), ("Hk", key_heads), ("Hv", Hv), ("Dk", Dk)),
             *(("Dv", Dv), ("K", K), ("SG", groups), ("Chunk", chunk)),
-            ("Masked", mask is not None),
+            *(("Masked", mask is not None), ("EPS", float_bits(eps))),
         ],
         grid=(LANES * groups, Hv, B),
         threadgroup=(LANES * groups, 1, 1),

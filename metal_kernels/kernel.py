@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import struct
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -110,6 +111,13 @@ def source_hash() -> str:
     ]
     parts = [f.name.encode() + f.read_bytes() for f in sorted(files, key=lambda f: f.name)]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+@cache
+def float_bits(value: float) -> int:
+    """Returns the bits of a float32, which a template takes, for ``as_type<float>``."""
+    bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return bits
 
 
 @cache

@@ -7,11 +7,11 @@ inline float residual(const device T* x, const device T* y, uint i) {
   return Add ? static_cast<float>(static_cast<T>(value + load(y, i))) : value;
 }
 
-// x, y: [rows, H]; weight: [H] float32; eps: [1]; sum, normed: [rows, H]. sum is written if Add.
+// x, y: [rows, H]; weight: [H] float32; sum, normed: [rows, H]. sum is written if Add.
 // shared: [SG], one partial sum of squares a simdgroup.
-template <typename T, int H, int SG, bool Add, typename E>
+template <typename T, int H, int SG, bool Add>
 inline void rms_norm(
-    const device T* x, const device T* y, const device float* weight, E eps, device T* sum,
+    const device T* x, const device T* y, const device float* weight, float eps, device T* sum,
     device T* normed, threadgroup float* shared, uint row, uint thread_index, uint lane,
     uint simdgroup) {
   const uint start = row * H;
@@ -32,7 +32,7 @@ inline void rms_norm(
   for (uint s = 0; s < SG; s++) {
     total += shared[s];
   }
-  const float scale = metal::precise::rsqrt(total / H + load(eps, 0));
+  const float scale = metal::precise::rsqrt(total / H + eps);
   for (uint i = thread_index; i < H; i += 32 * SG) {
     const float value = residual<T, Add>(x, y, start + i);
     normed[start + i] = static_cast<T>(value * scale * weight[i]);

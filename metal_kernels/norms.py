@@ -6,20 +6,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from .kernel import LANES, Kernel, constant
+from .kernel import LANES, Kernel, float_bits
 
 _NORM_BODY = """
     threadgroup float shared[SG];
     rms_norm<T, H, SG, %s>(
-        x, %s, weight, eps, %s, normed, shared, threadgroup_position_in_grid.x,
+        x, %s, weight, as_type<float>(EPS), %s, normed, shared, threadgroup_position_in_grid.x,
         thread_index_in_threadgroup, thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
     """
 RMS_NORM = Kernel(
-    *("rms_norm", "norms", ("x", "weight", "eps"), ("normed",)),
+    *("rms_norm", "norms", ("x", "weight"), ("normed",)),
     body=_NORM_BODY % ("false", "x", "normed"),
 )
 ADD_RMS_NORM = Kernel(
-    *("add_rms_norm", "norms", ("x", "y", "weight", "eps"), ("sum", "normed")),
+    *("add_rms_norm", "norms", ("x", "y", "weight"), ("sum", "normed")),
     body=_NORM_BODY % ("true", "y", "sum"),
 )
 
@@ -33,9 +33,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     Returns:
         ``[..., H]`` T.
     """
-    (normed,) = RMS_NORM.launch(
-        inputs=[x, weight, constant(eps, mx.float32)], **_norm_launch(x, outputs=1)
-    )
+    (normed,) = RMS_NORM.launch(inputs=[x, weight], **_norm_launch(x, eps, outputs=1))
     return normed
 
 
@@ -43,17 +41,15 @@ def add_rms_norm(
     x: mx.array, y: mx.array, weight: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]:
     """Returns ``x + y`` and its RMSNorm, in one launch; arguments as :func:`rms_norm`."""
-    total, normed = ADD_RMS_NORM.launch(
-        inputs=[x, y, weight, constant(eps, mx.float32)], **_norm_launch(x, 2)
-    )
+    total, normed = ADD_RMS_NORM.launch(inputs=[x, y, weight], **_norm_launch(x, eps, outputs=2))
     return total, normed
 
 
-def _norm_launch(x: mx.array, outputs: int) -> dict[str, Any]:
+def _norm_launch(x: mx.array, eps: float, outputs: int) -> dict[str, Any]:
     H = x.shape[-1]
     groups = min(8, -(-H // LANES))
     return {
-        "template": [("T", x.dtype), ("H", H), ("SG", groups)],
+        "template": [("T", x.dtype), ("H", H), ("SG", groups), ("EPS", float_bits(eps))],
         "grid": (x.size // H * LANES * groups, 1, 1),
         "threadgroup": (LANES * groups, 1, 1),
         "output_shapes": [x.shape] * outputs,

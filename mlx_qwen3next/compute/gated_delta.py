@@ -31,9 +31,7 @@ class DeltaWeights(NamedTuple):
     """The weights of a Gated DeltaNet layer between its projections, by the checkpoint's names."""
 
     conv1d: mx.array  # [C, K, 1]; tap K-1 meets the current token
-    A_log: mx.array  # [Hv] float32
-    dt_bias: mx.array  # [Hv] float32
-    norm: mx.array  # [Dv] float32
+    vectors: mx.array  # [A_log | dt_bias | norm], [2 Hv + Dv] float32
 
 
 class Tape(NamedTuple):

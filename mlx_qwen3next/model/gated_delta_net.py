@@ -48,10 +48,9 @@ class RMSNormGated(nn.Module):
     :meth:`GatedDeltaNet.mix` applies it.
     """
 
-    def __init__(self, dims: int, eps: float):
+    def __init__(self, dims: int):
         super().__init__()
         self.weight = mx.ones((dims,))
-        self.eps = eps
 
 
 class GatedDeltaNet(nn.Module):
@@ -59,7 +58,7 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        H, eps = config.hidden_size, config.rms_norm_eps
+        H, self.eps = config.hidden_size, config.rms_norm_eps
         self.Hk, self.Dk = config.linear_num_key_heads, config.linear_key_head_dim
         self.Hv, self.Dv = config.linear_num_value_heads, config.linear_value_head_dim
         self.K, C = config.linear_conv_kernel_dim, config.linear_conv_dim
@@ -70,7 +69,7 @@ class GatedDeltaNet(nn.Module):
         self.conv1d = nn.Conv1d(C, C, self.K, groups=C, bias=False)
         self.A_log = mx.log(mx.random.uniform(0.01, 16, (self.Hv,)))
         self.dt_bias = mx.ones((self.Hv,))
-        self.norm = RMSNormGated(self.Dv, eps)
+        self.norm = RMSNormGated(self.Dv)
         self.out_proj = nn.Linear(value_dim, H, bias=False)
 
     def project(self, x: mx.array) -> mx.array:
@@ -122,14 +121,20 @@ class GatedDeltaNet(nn.Module):
         o, after = self.mix(
             projected,
             before,
-            DeltaWeights(self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight),
-            eps=self.norm.eps,
+            self.weights,
+            eps=self.eps,
             key_heads=self.Hk,
             mask=mask,
             recording=recording,
             lengths=lengths,
         )
         return self.out_proj(o), after
+
+    @property
+    def weights(self) -> DeltaWeights:
+        """The weights of :meth:`mix`."""
+        vectors = mx.concatenate([self.A_log, self.dt_bias, self.norm.weight])
+        return DeltaWeights(self.conv1d.weight, vectors)
 
     def first_state(self, B: int, dtype: mx.Dtype) -> LayerState:
         """Returns the state before the first token of ``B`` sequences."""
@@ -167,7 +172,8 @@ class GatedDeltaNet(nn.Module):
         rows, state = replayed(before)
         qkv, z, b, a = mx.split(projected, [C, C + Hv * Dv, C + Hv * Dv + Hv], axis=-1)
         beta = write_strength(b)
-        g = decay(a, weights.A_log, weights.dt_bias)
+        A_log, dt_bias, norm = mx.split(weights.vectors, [Hv, 2 * Hv])
+        g = decay(a, A_log, dt_bias)
         if mask is not None:
             qkv, beta, g = (mx.where(mask[..., None], y, 0) for y in (qkv, beta, g))
 
@@ -182,5 +188,5 @@ class GatedDeltaNet(nn.Module):
         else:
             o, state = gated_delta_rule(q, k, v, g, beta, state)
             after = LayerState(last_rows(rows, K - 1, lengths), state)
-        o = gated_rms_norm(o, z.reshape(B, L, Hv, Dv), weights.norm, eps)
+        o = gated_rms_norm(o, z.reshape(B, L, Hv, Dv), norm, eps)
         return o.reshape(B, L, Hv * Dv), after

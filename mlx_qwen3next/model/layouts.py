@@ -33,7 +33,7 @@ _ZERO_CENTRED = re.compile(
     r"(^|\.)(input_layernorm|post_attention_layernorm|q_norm|k_norm|pre_fc_norm_embedding"
     r"|pre_fc_norm_hidden|model\.norm|mtp\.norm)\.weight$"
 )
-_FLOAT32 = re.compile(r"(norm|pre_fc_norm_\w+)\.weight$|\.(A_log|dt_bias)$")
+_FLOAT32 = re.compile(r"(norm|pre_fc_norm_\w+)\.weight$|\.(A_log|dt_bias|vectors)$")
 _ROUTER = re.compile(r"\.(mlp\.gate|shared_expert_gate)$")
 _EXPERTS = re.compile(r"^(?P<moe>.*\.mlp)\.switch_mlp\.(?P<part>gate|up|down)_proj\.weight$")
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # in some checkpoints, but needed by no model
@@ -87,7 +87,10 @@ def is_zero_centred(path: str) -> bool:
 
 
 def is_float32(path: str) -> bool:
-    """Whether a parameter stays float32 whatever the model's dtype (norms, A_log, dt_bias)."""
+    """Whether a parameter stays float32 whatever the model's dtype.
+
+    Those are the norms' weights, A_log and dt_bias, and the vectors that packing makes of them.
+    """
     return _FLOAT32.search(path) is not None
 
 

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from ..compute import operations
 from ..compute.cpu_matmul import TransposedLinear
 from ..compute.experts import SharedExpert, Stored, sparse_experts
-from ..compute.gated_delta import LayerState
+from ..compute.gated_delta import DeltaWeights, LayerState
 from ..metal_kernels import Experts
 from .gated_delta_net import GatedDeltaNet
 from .parallel import ParallelDecoderLayer
@@ -35,6 +35,10 @@ class PackedGatedDeltaNet(GatedDeltaNet):
 
     def project(self, x: mx.array) -> mx.array:
         return self.in_proj(x) if "in_proj" in self else super().project(x)
+
+    @property
+    def weights(self) -> DeltaWeights:
+        return DeltaWeights(self.conv1d.weight, self.vectors)
 
 
 class PackedGatedAttention(GatedAttention):

@@ -5,7 +5,8 @@ Checkpoints, saving and training keep the checkpoint's modules
 :func:`pack` puts inference-time layers in their place, one after the other. Rows of weights are
 permuted and stacked, quantized or not, which is exact: quantization groups run along the inputs.
 
-- Gated DeltaNet: qkvz and ba become ``in_proj``, whose output is ``[q | k | v | z | b | a]``.
+- Gated DeltaNet: qkvz and ba become ``in_proj``, whose output is ``[q | k | v | z | b | a]``;
+  A_log, dt_bias and the norm's weight become ``vectors``, one behind the other.
 - Attention: q, gate, k and v become ``in_proj``, ``[q | k | v | gate]``.
 - Experts: gate and up become ``gate_up_proj``; the shared expert becomes number E, and its gate the
   router's last row. If the shared expert has other bits, it keeps its own stack, and the same
@@ -119,7 +120,12 @@ def packed_layer(layer: DecoderLayer) -> DecoderLayer:
 
 
 def _pack_delta_net(layer: GatedDeltaNet) -> GatedDeltaNet:
-    return _stack_inputs(recast(layer, PackedGatedDeltaNet), "in_proj_qkvz", "in_proj_ba")
+    if isinstance(layer, PackedGatedDeltaNet):
+        return layer
+    packed = recast(layer, PackedGatedDeltaNet)
+    packed.vectors = layer.weights.vectors
+    del packed["A_log"], packed["dt_bias"], packed["norm"]
+    return _stack_inputs(packed, "in_proj_qkvz", "in_proj_ba")
 
 
 def _pack_attention(layer: GatedAttention) -> GatedAttention:

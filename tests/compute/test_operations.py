@@ -20,16 +20,13 @@ def norm(x=HALF, y=HALF, weight=FULL, H=64, rows=2):
     return mx.zeros((1, rows, H), x), mx.zeros((1, rows, H), y), mx.ones((H,), weight), 1e-6
 
 
-def delta(x=HALF, before=HALF, state=FULL, norm_weight=FULL, L=2, Dk=32, tape=None, **options):
+def delta(x=HALF, before=HALF, state=FULL, vectors=FULL, L=2, Dk=32, tape=None, **options):
     Hk, Hv, Dv, K = 1, 2, 16, 4
     C = 2 * Hk * Dk + Hv * Dv
     arguments = (
         mx.zeros((1, L, C + Hv * Dv + 2 * Hv), x),
         LayerState(mx.zeros((1, K - 1, C), before), mx.zeros((1, Hv, Dv, Dk), state), tape),
-        DeltaWeights(
-            *(mx.zeros((C, K, 1), x), mx.zeros((Hv,)), mx.zeros((Hv,))),
-            mx.ones((Dv,), norm_weight),
-        ),
+        DeltaWeights(mx.zeros((C, K, 1), x), mx.ones((2 * Hv + Dv,), vectors)),
     )
     flags = {"key_heads": Hk, "mask": None, "recording": False, "lengths": None, "eps": 1e-6}
     return arguments, flags | options
@@ -83,7 +80,7 @@ def test_gated_delta_step():
     ):
         arguments, options = delta(**other)
         assert kind(PackedGatedDeltaNet.mix, *arguments, **options) == expected + said
-    refusals = {"before": FULL, "state": HALF, "norm_weight": HALF, "Dk": 48, "L": 0, "lengths": 1}
+    refusals = {"before": FULL, "state": HALF, "vectors": HALF, "Dk": 48, "L": 0, "lengths": 1}
     for name, value in refusals.items():
         arguments, options = delta(**{name: value})
         assert kind(PackedGatedDeltaNet.mix, *arguments, **options) is None, name

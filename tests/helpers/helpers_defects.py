@@ -43,14 +43,12 @@ class Delta:
         self.x = normal(self.B, L, self.C + self.Hv * self.Dv + 2 * self.Hv)
         self.before = normal(self.B, self.K - 1, self.C)
         self.state = normal(self.B, self.Hv, self.Dv, self.Dk, kind=mx.float32)
-        self.A_log, self.dt_bias, self.weight = (
-            normal(size, kind=mx.float32) for size in (self.Hv, self.Hv, self.Dv)
-        )
+        self.vectors = normal(2 * self.Hv + self.Dv, kind=mx.float32)
         self.taps = normal(self.C, self.K, 1)
 
     def step(self, x, before, state, tape=(), keep=0, mask=None, recording=False):
         return metal_kernels.gated_delta_step(
-            *(x, before, state, tape, keep, self.taps, self.A_log, self.dt_bias, self.weight),
+            *(x, before, state, tape, keep, self.taps, self.vectors),
             **{"eps": EPS, "key_heads": self.Hk, "mask": mask, "recording": recording},
         )
 

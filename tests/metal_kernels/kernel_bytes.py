@@ -63,8 +63,7 @@ def gated_delta(rows, recording):
     return traffic(
         lambda: metal_kernels.gated_delta_step(
             *(random(1, rows, P), random(1, K - 1 + n, C), random(1, HV, D, D, dtype=mx.float32)),
-            *(tape if recording else (), n // 2, random(C, K, 1), mx.zeros((HV,)), mx.zeros((HV,))),
-            mx.ones((D,)),
+            *(tape if recording else (), n // 2, random(C, K, 1), mx.ones((2 * HV + D,))),
             eps=1e-6,
             key_heads=HK,
             mask=None,

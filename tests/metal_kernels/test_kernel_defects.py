@@ -244,10 +244,14 @@ no decay | delta_step | numbers | o is wrong
 S[j].decay(at.gamma); =>
 no Dk^-0.5 | delta_step | numbers | o is wrong
 scale *= metal::precise::rsqrt(static_cast<float>(Dk)); =>
+A_log for dt_bias | delta_step | numbers | o is wrong
++ vectors[Hv + head]; => + vectors[head];
+dt_bias for the norm's weight | delta_step | numbers | o is wrong
+vectors[2 * Hv + d] => vectors[Hv + d]
 l2norm with the norm's eps | delta_step | numbers | o is wrong
-simd_sum(squares) + 1e-6f => simd_sum(squares) + eps[0]
+simd_sum(squares) + 1e-6f => simd_sum(squares) + as_type<float>(EPS)
 norm with the l2norm's eps | delta_step | numbers | o is wrong
-/ Dv + eps[0] => / Dv + 1e-6f
+/ Dv + as_type<float>(EPS) => / Dv + 1e-6f
 gate before the norm | delta_step | numbers | o is wrong
 squares += from => from[d] *= silu(load(x, token * P + C + head * Dv + d));\nsquares += from
 padding written to the state | delta_step | numbers | o is wrong
@@ -284,7 +288,7 @@ offsets[batch] + => offsets[batch] * 1000000000 +
 neighbours rotated | heads | numbers | q is wrong
 second = shared[d + Rd / 2]; => second = shared[d + 1];
 sine without the attention factor | heads | numbers | q is wrong
-metal::precise::sin(angle) * load(attention_factor, 0) => metal::precise::sin(angle)
+metal::precise::sin(angle) * attention_factor => metal::precise::sin(angle)
 sum of squares in T | heads | rounded | q was rounded
 squares += value * value; => squares = static_cast<T>(squares + value * value);
 device memory for constant memory | heads | types | cannot initialize a variable

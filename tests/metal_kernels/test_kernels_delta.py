@@ -79,7 +79,7 @@ class Layer:
             taps[: 2 * Hk * Dk] *= 1e-3
             dt_bias -= 10 * (1 + mx.arange(Hv))
         self.taps = taps if case.slow else taps.astype(dtype)
-        self.weights = (self.taps, normal(Hv), dt_bias, normal(Dv))
+        self.vectors = normal(Hv), dt_bias, normal(Dv)
         self.key_heads = Hk
         self.mask = None
         if case.masked:  # padding left, right and in between
@@ -92,7 +92,7 @@ class Layer:
             self.x[:, start:stop],
             self.before if before is None else before,
             self.state if state is None else state,
-            *(tape, keep, *self.weights),
+            *(tape, keep, self.taps, mx.concatenate(self.vectors)),
             eps=EPS,
             key_heads=self.key_heads,
             mask=None if self.mask is None else self.mask[:, start:stop],
@@ -102,7 +102,7 @@ class Layer:
     def expected(self, stop):
         """By the reference: o, the state and the tape after the first tokens."""
         Hk, (B, Hv, Dv, Dk) = self.key_heads, self.state.shape
-        C, (taps, A_log, dt_bias, norm_weight) = self.before.shape[2], self.weights
+        C, (A_log, dt_bias, norm_weight) = self.before.shape[2], self.vectors
         x = self.x[:, :stop].astype(mx.float32)
         mask = mx.ones((B, stop), mx.bool_) if self.mask is None else self.mask[:, :stop]
         qkv, z, b, a = mx.split(x, [C, C + Hv * Dv, C + Hv * Dv + Hv], axis=-1)
@@ -110,7 +110,7 @@ class Layer:
         beta = mx.where(mask[..., None], mx.sigmoid(b), 0)
         g = mx.where(mask[..., None], reference.decay(a, A_log, dt_bias), 0)
         rows = mx.concatenate([self.before.astype(mx.float32), qkv], axis=1)
-        y, _ = reference.causal_conv(qkv, taps, self.before)
+        y, _ = reference.causal_conv(qkv, self.taps, self.before)
         q, k, v = mx.split(y, [Hk * Dk, 2 * Hk * Dk], axis=-1)
         q = reference.l2norm(q.reshape(B, stop, Hk, Dk)) * Dk**-0.5
         k = reference.l2norm(k.reshape(B, stop, Hk, Dk))

@@ -74,6 +74,7 @@ def assert_all_is_packed(model):
         mixer = layer.linear_attn if layer.is_linear else layer.self_attn
         names = {path for path, _ in tree_flatten(mixer.parameters())}
         assert not [name for name in names if name.startswith(("in_proj_", "q_p", "k_p", "v_"))]
+        assert not names & {"A_log", "dt_bias", "norm.weight"}
         assert set(layer.mlp) >= {"gate", "gate_up_proj", "down_proj"}
         assert not set(layer.mlp) & {"switch_mlp", "shared_expert", "shared_expert_gate"}
         assert layer.mlp.gate.weight.shape[0] == layer.mlp.num_experts + 1
