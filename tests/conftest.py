@@ -4,6 +4,7 @@ import gc
 import os
 import platform
 import shutil
+import signal
 import subprocess
 
 import checkpoints
@@ -44,6 +45,8 @@ SLOWEST = (
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's job in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = getattr(config, "workerinput", None)
     if worker is None:  # before there are workers, which inherit the environment
         jit.precompile()
