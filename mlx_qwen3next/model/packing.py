@@ -70,7 +70,9 @@ def pack(model: Model) -> Model:
 
 
 def pack_layer(stack: Any, i: int) -> None:
-    """Packs a layer of a trunk or an MTP head for inference, in place."""
+    """Packs a layer of a trunk or an MTP head for inference, in place, unless it is packed."""
+    if isinstance(stack.layers[i], (PackedDecoderLayer, PackedParallelDecoderLayer)):
+        return
     packed = packed_layer(stack.layers[i])
     leaves: Any = tree_flatten(packed.parameters())
     for _, array in leaves:
@@ -120,8 +122,6 @@ def packed_layer(layer: DecoderLayer) -> DecoderLayer:
 
 
 def _pack_delta_net(layer: GatedDeltaNet) -> GatedDeltaNet:
-    if isinstance(layer, PackedGatedDeltaNet):
-        return layer
     packed = recast(layer, PackedGatedDeltaNet)
     packed.vectors = layer.weights.vectors
     del packed["A_log"], packed["dt_bias"], packed["norm"]
