@@ -72,7 +72,7 @@ def is_rounding(one: Answer, other: Answer) -> bool:
 
 
 def fault(answer: Answer, schema: Schema, tokens: int) -> str | None:
-    """What is wrong with an answer; None if nothing is."""
+    """Returns an answer's fault; None if there is none."""
     if answer.status != 200:
         return f"status {answer.status}: {answer.text}"
     if answer.finish_reason == "length":

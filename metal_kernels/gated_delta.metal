@@ -74,7 +74,7 @@ inline void replay_tape(
   }
 }
 
-// What the simdgroups of a head share of a token.
+// The parts of a token that the simdgroups of a head share.
 template <int Dk, int Dv>
 struct Token {
   float qkv[2 * Dk + Dv];

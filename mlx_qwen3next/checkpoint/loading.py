@@ -139,7 +139,7 @@ def load_model(
 
 
 class _Drafts(NamedTuple):
-    """What other checkpoints than the model's own have to draft with."""
+    """Drafting parts from other checkpoints than the model's own."""
 
     head: Head | None = None
     drafter: Drafter | None = None

@@ -30,7 +30,7 @@ HOPELESS = 4096  # …and after which a hopeless case is looked at again
 
 
 class Offer(NamedTuple):
-    """What a drafter has to offer after the sequence's last token."""
+    """A drafter's drafts after the sequence's last token, as it expects them."""
 
     source: str  # of the drafts
     shares: Sequence[float]  # how often each draft is right where those before it are; none if ()

@@ -144,7 +144,7 @@ def _terms(
     scale: mx.array,
     uniform: mx.array,
 ) -> mx.array:
-    """What each of the k tokens adds to the sums, ``[n, k + 1, k]`` int32.
+    """The share of each of the k tokens in the sums, ``[n, k + 1, k]`` int32.
 
     Row j: to where token j begins, counted from the point that is drawn; row k: to the probability.
     """

@@ -35,7 +35,7 @@ class Place(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What an agent is started with.
+    """The command and the settings of an agent.
 
     Args:
         arguments: of its command.

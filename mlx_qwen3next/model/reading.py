@@ -25,7 +25,7 @@ _BLOCKS = 16  # of scores that a CPU's streams have in work at a time, as measur
 
 @dataclass(frozen=True)
 class Reading:
-    """What the chunks of prompts take.
+    """The work and the memory of prompts' chunks.
 
     Args:
         config: the model's.

@@ -148,7 +148,7 @@ class Slots:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What slots have in common that hold experts of the same form."""
+        """The part that is common to slots whose experts have the same form."""
         arrays = [
             (k, a.shape[1:], a.dtype) for m in self._modules for k, a in parameters(m).items()
         ]

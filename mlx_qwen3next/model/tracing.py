@@ -77,7 +77,7 @@ class _Traced:
 
     def __init__(self, method: Callable[..., Any]):
         self._method = method
-        # Of this call, which the trace follows: the module, and its structure.
+        # The module of this call, which the trace follows, and its structure.
         self._module: Any = None
         self._structure: Any = None
         self._function = trace(self._run)

@@ -205,7 +205,7 @@ class Reading:
 
 
 def _state(descriptor: int) -> tuple[int, int]:
-    """What changes with a file's content: its size and the time of the last change."""
+    """Returns a file's size and the time of its last change, which tell of new content."""
     found = os.fstat(descriptor)
     return found.st_size, found.st_mtime_ns
 

@@ -33,7 +33,7 @@ class Drafter:
     layers: Sequence[int] = ()
 
     def offer(self, ahead: bool = False) -> Offer:
-        """What it can draft after the sequence's last token.
+        """Returns its offer after the sequence's last token.
 
         Args:
             ahead: whether that token is still on its way; then the offer reckons with the one
@@ -112,7 +112,7 @@ class Outputs:
             self._outputs[layer] = x
 
     def of(self, hidden: mx.array) -> mx.array:
-        """What the drafters read, where the trunk's states are ``hidden``."""
+        """Returns the states that the drafters read, where the trunk's states are ``hidden``."""
         if not self._layers:
             return hidden
         return mx.concatenate([self._outputs[layer] for layer in self._layers], axis=-1)

@@ -73,5 +73,5 @@ class DFlashDrafter(StateDrafter):
 
 
 def new_shares() -> Shares:
-    """What is known of a drafter's drafts at first."""
+    """Returns the first estimates of a drafter's drafts."""
     return Shares(MOST_COPIED)

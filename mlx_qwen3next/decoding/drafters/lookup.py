@@ -135,7 +135,7 @@ class LookupDrafter(Drafter):
 
 
 def new_shares() -> Shares:
-    """What is known of copies at first."""
+    """Returns the first estimates of copies."""
     return Shares(len(KINDS) + 1)
 
 

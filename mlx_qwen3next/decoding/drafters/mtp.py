@@ -146,5 +146,5 @@ class MTPDrafter(StateDrafter):
 
 
 def new_shares() -> Shares:
-    """What is known of the head's drafts at first."""
+    """Returns the first estimates of the head's drafts."""
     return Shares(MAX_DEPTH)

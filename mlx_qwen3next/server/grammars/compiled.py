@@ -213,7 +213,7 @@ class Grammars:
 
 
 def _fault(matcher: Any) -> str:
-    """What is wrong with a matcher in one line; empty if nothing is."""
+    """Returns a matcher's fault in one line; empty if there is none."""
     if not matcher.is_error():
         return ""
     text = _DETAILS.split(matcher.get_error())[0]

@@ -20,7 +20,7 @@ _QUIET = ("/health", "/metrics")  # paths that are asked for over and over
 
 
 class Exchange:
-    """What happens on one connection.
+    """The events on one connection.
 
     Attributes:
         status: of the answer; 0 before the first line of it.

@@ -295,7 +295,7 @@ class Handler(BaseHTTPRequestHandler):
         return context, tokens
 
     def _asked(self, ask: Callable[[], Any]) -> Any:
-        """What the generator answers at once; its errors become those of the request."""
+        """Returns the generator's immediate answer; its errors become those of the request."""
         try:
             return ask()
         except ContextLengthError as error:

@@ -1,4 +1,4 @@
-"""What every protocol has to say about a request."""
+"""The questions that every protocol answers about a request."""
 
 from __future__ import annotations
 

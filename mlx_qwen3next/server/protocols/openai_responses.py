@@ -189,7 +189,7 @@ class ModelResponse(Form):
         return done + self._named("response.output_item.done", **added)
 
     def _more_input(self, part: Part, text: str) -> str:
-        """What a custom tool's input has beyond that which the stream has told."""
+        """Returns the part of a custom tool's input that the stream has not told yet."""
         told = self._told_inputs.get(part.index, 0)
         self._told_inputs[part.index] = len(text)
         return text[told:]

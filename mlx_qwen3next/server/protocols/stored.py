@@ -1,4 +1,4 @@
-"""What is kept for later requests, in memory alone."""
+"""Responses kept for later requests, in memory alone."""
 
 from __future__ import annotations
 

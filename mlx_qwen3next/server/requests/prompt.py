@@ -15,7 +15,7 @@ from ..grammars.answer import Schema, Thought, Wanted
 from ..grammars.compiled import is_available
 
 _MARK = re.compile("(\ue000[0-9]+\ue001)")
-# What stands before a message of each role, and after every message, without a chat template.
+# Texts before a message of each role, and after every message, without a chat template.
 _ROLES = {
     "system": "ASSISTANT's RULE: ",
     "user": "USER: ",
