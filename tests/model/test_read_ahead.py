@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers_generate import bundled, greedy
-from helpers_streamed import reading_ahead
+from helpers_streamed import reading_ahead, streamed
 
 from mlx_qwen3next import generate_step
 from mlx_qwen3next.model.streamed import read_ahead
@@ -135,6 +135,44 @@ def test_more_than_half_of_the_guesses_are_right(monkeypatch):
     model = reading_ahead(12)
     greedy(model, PROMPT, 12)
     assert wanted > 100 and right > wanted / 2
+
+
+def first_slots(model):
+    return model.layers[0].mlp.slots
+
+
+def end(slots):
+    """Waits until all is read that is on its way."""
+    for transfer in slots._coming:
+        with transfer.reading._changed:
+            transfer.reading._wait_while(lambda transfer=transfer: not transfer.reading.is_done)
+
+
+def test_a_guess_that_is_not_wanted_stays_if_it_has_been_read():
+    slots = first_slots(streamed(8))
+    slots._hold(np.arange(4))
+    for _ in range(2):  # the second time one is on its way, or there
+        slots.expect(np.array([7, 9]))
+    end(slots)
+    slots._hold(np.array([5]))
+    assert not slots._coming and sorted(slots.owner[slots.owner >= 0]) == [0, 1, 2, 3, 5, 7, 9]
+    assert (slots.table[slots.owner[slots.owner >= 0]] == np.nonzero(slots.owner >= 0)[0]).all()
+    assert (slots.hits, slots.misses, slots.foreseen) == (0, 5, 0)
+    slots._hold(np.array([7, 9]))
+    assert (slots.hits, slots.misses, slots.foreseen) == (2, 5, 0)
+
+
+def test_a_prompt_waits_for_guesses_or_gives_them_up(monkeypatch):
+    model, reference = streamed(5), bundled()[0]
+    slots, numbers = first_slots(model), np.random.default_rng(0)
+    slow(monkeypatch)
+    for seed in range(6):
+        mx.random.seed(seed)
+        x, residual = (mx.random.normal((1, 40, model.args.hidden_size)) for _ in range(2))
+        slots.expect(numbers.permutation(16)[:2])
+        y = model.layers[0].mlp(x, residual)
+        assert mx.array_equal(y, reference.layers[0].mlp(x, residual))
+        assert not slots._coming
 
 
 def test_experts_are_read_ahead_where_steps_are_shorter_for_it(monkeypatch):

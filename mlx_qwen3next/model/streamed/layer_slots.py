@@ -86,6 +86,10 @@ class LayerSlots(Slots):
         if not self.is_rehearsal:
             super().read_by(result)
 
+    def give_up(self, transfer: Transfer) -> None:
+        super().give_up(transfer)
+        self._last[transfer.slots] = 0  # they are empty
+
     def _some(self, experts: mx.array) -> mx.array:
         """Returns a slot for each expert, whichever; the shared expert's own."""
         return mx.where(experts < len(self.table) - 1, experts % self.size, self.size)
