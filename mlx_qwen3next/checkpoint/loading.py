@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from ..errors import first_line
 from ..group import ALONE, Group
-from ..model import capacity, layouts, mtp_head, packing, streamed
+from ..model import capacity, layouts, mtp_head, packing
 from ..model.config import Config, read_json
 from ..model.parallel import divide
 from ..model.qwen3_next import Model
 from ..model.sharding import Mode
+from ..model.streamed import experts as streamed
 from . import files, foreign, match, streaming
 from .adapter import add_adapter, read_adapter
 from .drafters import Drafter, attach_drafter, find_drafter
