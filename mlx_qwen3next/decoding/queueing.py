@@ -27,6 +27,13 @@ stay resident, other programs lack them, and in another project they grew to 15 
 meant. Only arrays of a like size use them again: those of the next step or chunk. A quarter
 of what the model leaves is enough for them, beside the server's prompt cache with its half.
 
+**Free memory of malloc** (:func:`return_free_memory`). On a CPU MLX's arrays are malloc's. When
+glibc frees a large block, it raises the size from which on a block gets pages of its own, up to
+32 MB. From then on all arrays of a prompt's chunks lie in one heap, and those that stay, such as a
+kept cache, hold the free space between them: a server's process grew for hours. Fixing that size
+instead would cost a prompt 5 to 10 % in page faults, but giving the space back when a request
+has ended costs nothing that could be measured.
+
 **Resident memory**: mlx-lm's way. While tokens are generated, all that macOS recommends is wired
 (mlx_lm's ``wired_limit``, and its BatchGenerator).
 
@@ -35,8 +42,10 @@ Importing this module imports no MLX.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+from functools import cache
 from typing import Any
 
 COMMAND_BUFFERS = {"MLX_MAX_MB_PER_BUFFER": "1024", "MLX_MAX_OPS_PER_BUFFER": "1000"}
@@ -80,6 +89,20 @@ def limit_cache() -> int | None:
     limit = max(LEAST_CACHE, min(MOST_CACHE, capacity.spare() // 4))
     mx.set_cache_limit(limit)
     return limit
+
+
+def return_free_memory() -> None:
+    """Returns malloc's free memory to the system, on a CPU with glibc; does nothing elsewhere."""
+    import mlx.core as mx
+
+    if mx.default_device() == mx.cpu and (trim := _malloc_trim()):
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    """Returns glibc's function; None with another C library."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def settings() -> dict[str, Any]:

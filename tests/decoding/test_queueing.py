@@ -1,5 +1,8 @@
 """What is queued at a time, and the cache of freed buffers, as on a GPU."""
 
+import ctypes
+from types import SimpleNamespace
+
 import mlx.core as mx
 import pytest
 from helpers_generate import BUNDLED, bundled
@@ -39,6 +42,25 @@ def test_on_a_cpu_the_cache_is_left_alone(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
     monkeypatch.setattr(mx, "set_cache_limit", None)
     assert queueing.limit_cache() is None
+
+
+@pytest.mark.parametrize(("device", "trims"), [(mx.cpu, [0]), (mx.gpu, [])])
+def test_free_memory_of_malloc_is_returned_on_a_cpu(monkeypatch, device, trims):
+    trimmed = []
+    monkeypatch.setattr(mx, "default_device", lambda: device)
+    monkeypatch.setattr(queueing, "_malloc_trim", lambda: trimmed.append)
+    queueing.return_free_memory()
+    assert trimmed == trims
+
+
+@pytest.mark.parametrize("library", [{}, {"malloc_trim": abs}], ids=["other", "glibc"])
+def test_glibc_alone_has_a_function_for_that(monkeypatch, library):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(**library))
+    function = queueing._malloc_trim.__wrapped__
+    assert function() == library.get("malloc_trim")
+    monkeypatch.setattr(queueing, "_malloc_trim", function)
+    queueing.return_free_memory()
 
 
 def test_layers_at_a_time_depend_on_the_device(monkeypatch):
