@@ -55,32 +55,41 @@ class GatedDeltaCache(ArraysCache):
     # --- for the layer -------------------------------------------------------------------------
     def layer_state(self) -> LayerState | None:
         """Returns the state that the next token meets; None before the first."""
-        self._check_closed()
+        arrays = self.arrays()
+        return None if arrays is None else LayerState.of(arrays, self.keep)
+
+    def arrays(self) -> Sequence[Any] | None:
+        """Returns the arrays of :meth:`layer_state`, which takes longer."""
+        if self._recorded is not None:
+            self._check_closed()
         if self.left_padding is not None or self.lengths is not None:
             self._settle()  # a pending round has its part in them
-        rows, state = self.cache
-        if self._pending is not None or rows is None or state is None:
-            return self._pending
-        return LayerState(rows, state)
+        if self._pending is not None:
+            return self._pending.arrays
+        return None if self.cache[0] is None else self.cache
+
+    @property
+    def keep(self) -> int:
+        """How many tokens of the tape in :meth:`arrays` are part of the sequence."""
+        return 0 if self._pending is None else self._pending.keep
 
     @property
     def recording(self) -> bool:
         """Whether the forward belongs to a round, so that a tape is wanted, not a new state."""
         return self._open
 
-    def store(self, after: Sequence[Any], tokens: int) -> None:
+    def store(self, arrays: Sequence[mx.array], tokens: int) -> None:
         """Takes over the state after ``tokens`` more tokens, or a round's record of them.
 
         Args:
-            after: a :class:`LayerState`, or a tuple of what it has.
+            arrays: those of a :class:`LayerState`.
         """
-        rows, state, tape, _ = after
-        if tape is None:
-            self._replayed({"cache": [rows, state], "_pending": None}, tokens)
+        if len(arrays) == 2:
+            self._replayed({"cache": [*arrays], "_pending": None}, tokens)
             return
-        changes: dict[str, Any] = {"_recorded": LayerState(*after), "_pending": None}
+        changes: dict[str, Any] = {"_recorded": LayerState.of(arrays, 0), "_pending": None}
         if self._pending is not None or self.cache[0] is not None:
-            changes["cache"] = [rows, state]  # commit() cuts the rows if nothing is kept
+            changes["cache"] = [*arrays[:2]]  # commit() cuts the rows if nothing is kept
         self._replayed(changes)
 
     def _replayed(self, changes: dict[str, Any], more: int = 0) -> None:

@@ -96,7 +96,7 @@ class GatedDeltaNet(nn.Module):
         before = cache.layer_state()  # first, since it may settle a round, which the lengths count
         recording, lengths = cache.recording, cache.lengths
         y, after = self.advance(x, before, mask=mask, recording=recording, lengths=lengths)
-        cache.store(after, x.shape[1])
+        cache.store(after.arrays, x.shape[1])
         return y
 
     def advance(

@@ -54,33 +54,33 @@ class Stretch(nn.Module):
         numbers: tuple[Any, Any],
         x: mx.array,
         attended: Sequence[mx.array],
-        before: Sequence[Sequence[Any]],
+        before: Sequence[mx.array],
         mask: mx.array | None,
         recording: bool,
-    ) -> tuple[list[mx.array], list[tuple[Any, ...]], Sequence[mx.array]]:
+    ) -> tuple[list[mx.array], list[mx.array], Sequence[mx.array]]:
         """Runs the stretch.
 
         Args:
             numbers: the position of the first token, one or ``[B]``, and ``keep`` of the states.
             x: ``[B, L, H]``, the input of its first layer.
             attended: the first layer's row of projections and its attention's output.
-            before: rows, state and tape of each linear layer's :class:`LayerState`.
+            before: the arrays of each linear layer's :class:`LayerState`, one after the other.
             mask, recording: see :meth:`GatedDeltaNet.mix`.
 
         Returns:
-            The outputs of the layers that end here, the state of each linear layer after the
-            tokens, as a plain tuple, and :meth:`GatedAttention.heads` of the last layer.
+            The outputs of the layers that end here, the arrays of the linear layers' states after
+            the tokens, as ``before``, and :meth:`GatedAttention.heads` of the last layer.
         """
-        outputs, after = [], []
+        outputs: list[mx.array] = []
+        after: list[mx.array] = []
         offset, keep = numbers
         if "first" in self:
             x = self.first.after_attention(x, *attended)
             outputs.append(x)
-        for layer, (rows, state, tape) in zip(self.linear, before, strict=True):
-            met = LayerState(rows, state, tape, keep)
-            x, advanced = layer.advance(x, met, mask, recording)
+        for layer, arrays in zip(self.linear, _parted(before, len(self.linear)), strict=True):
+            x, advanced = layer.advance(x, LayerState.of(arrays, keep), mask, recording)
             outputs.append(x)
-            after.append(tuple(advanced))
+            after += advanced.arrays
         return outputs, after, self.last.before_attention(x, offset) if "last" in self else ()
 
 
@@ -96,6 +96,12 @@ def stretches(layers: Sequence[PackedDecoderLayer]) -> tuple[Stretch, ...]:
             found.append(Stretch(first, linear, layer))
             first, linear = layer, []
     return *found, Stretch(first, linear, None)
+
+
+def _parted(arrays: Sequence[mx.array], count: int) -> list[Sequence[mx.array]]:
+    """Returns the ``count`` equal parts of a sequence."""
+    size = len(arrays) // max(count, 1)
+    return [arrays[i * size : (i + 1) * size] for i in range(count)]
 
 
 class TracedRMSNorm(PackedRMSNorm):
@@ -123,26 +129,26 @@ class PackedTrunk(Trunk):
         if cache is None or not is_step(x):
             return super().run_layers(x, cache, between)
         linear = [c for c in cache if isinstance(c, GatedDeltaCache)]
-        states = [s for c in linear if c.lengths is None and (s := c.layer_state()) is not None]
+        states = [s for c in linear if c.lengths is None and (s := c.arrays()) is not None]
         if len(states) < len(linear):
             return super().run_layers(x, cache, between)
 
         linear_mask, attention_mask = self.masks(x, cache)
         recording = bool(linear) and linear[0].recording
-        replays, keep = (states[0].tape is not None, states[0].keep) if states else (False, 0)
-        facts = x.shape, x.dtype, recording, replays, linear_mask is None
+        replays, keep = (len(states[0]) > 2, linear[0].keep) if states else (False, 0)
+        facts = x.shape, str(x.dtype), recording, replays, linear_mask is None
         entries, befores, tokens, finished = iter(cache), iter(states), x.shape[1], 0
         attended: Sequence[mx.array] = ()
         for stretch in self.stretches:  # parts by subscript: as attributes they take 0.6 µs each
             own = [*islice(entries, len(stretch["linear"]))]
-            before = [state[:3] for state in islice(befores, len(own))]
+            before = [array for arrays in islice(befores, len(own)) for array in arrays]
             entry = next(entries, None)  # of the last layer
             numbers = 0 if entry is None else entry.offset, keep
             outputs, after, heads = stretch.run(
                 facts, numbers, x, attended, before, linear_mask, recording
             )
-            for c, state in zip(own, after, strict=True):
-                c.store(state, tokens)
+            for c, arrays in zip(own, _parted(after, len(own)), strict=True):
+                c.store(arrays, tokens)
             if entry is not None:
                 row, q, k, v = heads
                 o = stretch["last"]["self_attn"].attend(q, k, v, attention_mask, entry)
