@@ -85,7 +85,10 @@ class GatedDeltaCache(ArraysCache):
             arrays: those of a :class:`LayerState`.
         """
         if len(arrays) == 2:
-            self._replayed({"cache": [*arrays], "_pending": None}, tokens)
+            if self._pending is self.left_padding is self.lengths is None:
+                self.cache = [*arrays]  # nothing else changes
+            else:
+                self._replayed({"cache": [*arrays], "_pending": None}, tokens)
             return
         changes: dict[str, Any] = {"_recorded": LayerState.of(arrays, 0), "_pending": None}
         if self._pending is not None or self.cache[0] is not None:
