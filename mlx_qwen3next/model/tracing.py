@@ -89,7 +89,8 @@ class _Traced:
         *arguments: Any,
     ) -> Any:
         self._module, self._structure = module, structure
-        parameters: Any = list(map(dict.get, *structure.places))
+        owners, names = structure.places
+        parameters: Any = [*map(dict.get, owners, names)]
         arrays = [_array(n) if isinstance(n, int) else n for n in numbers]
         try:
             return self._function(parameters, arrays, *arguments)
