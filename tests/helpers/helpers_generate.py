@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import forked
 import long_text
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qwen3next import generate_step, load, load_model, stream_generate
+from mlx_qwen3next.checkpoint.files import MTP_FILE
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model import mtp_head
 from mlx_qwen3next.model.config import Config
@@ -146,19 +148,29 @@ def same(a, b, tolerance=0.0):
     )
 
 
+@functools.cache
+def _weights():
+    """(trunk, head) of the predictable model, by name."""
+    return checkpoints.split(checkpoints.parameters(predictable()))
+
+
 def endless(directory, **config):
-    """Copies the bundled model to ``directory`` without stop tokens, so that only max_tokens and
-    the context end it; ``config`` replaces entries of its config.json."""
-    shutil.copytree(BUNDLED, directory, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    """Writes the predictable model to ``directory`` with the bundled tokenizer and without stop
+    tokens, so that only max_tokens and the context end it.
 
-    def edit(name, **changes):
-        file = directory / name
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-    unused = json.loads((directory / "config.json").read_text())["vocab_size"] - 1
-    edit("config.json", eos_token_id=unused, **config)
-    edit("generation_config.json", eos_token_id=[unused])
-    edit("tokenizer_config.json", eos_token=None)
+    Args:
+        config: other entries of its config.json.
+    """
+    trunk, head = _weights()
+    whole = json.loads((BUNDLED / "config.json").read_text()) | NARROW
+    unused = whole["vocab_size"] - 1
+    files = {"model.safetensors": trunk, MTP_FILE: head}
+    checkpoints.write(directory, whole | {"eos_token_id": unused} | config, files)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copyfile(BUNDLED / name, directory / name)
+    tokenizer = json.loads((BUNDLED / "tokenizer_config.json").read_text()) | {"eos_token": None}
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [unused]}))
     return directory
 
 
