@@ -30,7 +30,7 @@ from mlx_qwen3next.decoding.speculative import Acceptance
 from mlx_qwen3next.model.cache import tokens_held
 
 DEPTHS = range(1, MAX_DEPTH + 1)
-SOME = (1, 4, MAX_DEPTH)  # for models whose heads are wrong: all their rounds are alike
+SOME = (1, 4, MAX_DEPTH)  # for models whose heads are hardly ever right
 CASES = [*itertools.product(["permutation"], DEPTHS)]
 CASES += itertools.product(["base", "eps", "dense"], SOME)
 TOKENS = 70  # at most, which are many rounds at any depth

@@ -27,7 +27,8 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 PROMPT = 10  # the goldens' `greedy` continues tokens[:PROMPT]
 NARROW = {
     **{"hidden_size": 32, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
-    **{"shared_expert_intermediate_size": 16, "quantization": None, "quantization_config": None},
+    **{"shared_expert_intermediate_size": 16, "num_hidden_layers": 3, "full_attention_interval": 3},
+    **{"quantization": None, "quantization_config": None},
 }
 
 
@@ -148,10 +149,15 @@ def same(a, b, tolerance=0.0):
     )
 
 
+UNUSED = 4095  # a token that the model of `endless` never says
+
+
 @functools.cache
-def _weights():
-    """(trunk, head) of the predictable model, by name."""
-    return checkpoints.split(checkpoints.parameters(predictable()))
+def _endless_weights():
+    """(trunk, head) by name."""
+    model = predictable()
+    model.lm_head.weight[UNUSED] = 0.0  # the likeliest of so many tokens have logits of 20
+    return checkpoints.split(checkpoints.parameters(model))
 
 
 def endless(directory, **config):
@@ -161,16 +167,15 @@ def endless(directory, **config):
     Args:
         config: other entries of its config.json.
     """
-    trunk, head = _weights()
-    whole = json.loads((BUNDLED / "config.json").read_text()) | NARROW
-    unused = whole["vocab_size"] - 1
+    trunk, head = _endless_weights()
+    whole = json.loads((BUNDLED / "config.json").read_text()) | NARROW | {"eos_token_id": UNUSED}
     files = {"model.safetensors": trunk, MTP_FILE: head}
-    checkpoints.write(directory, whole | {"eos_token_id": unused} | config, files)
+    checkpoints.write(directory, whole | config, files)
     for name in ("tokenizer.json", "chat_template.jinja"):
         shutil.copyfile(BUNDLED / name, directory / name)
     tokenizer = json.loads((BUNDLED / "tokenizer_config.json").read_text()) | {"eos_token": None}
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [unused]}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [UNUSED]}))
     return directory
 
 
