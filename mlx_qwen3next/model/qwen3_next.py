@@ -256,7 +256,7 @@ class Model(nn.Module):
 
     dflash: Any = None
 
-    packed = False  # whether mlx_qwen3next.model.packing has packed it for inference
+    packed = False  # whether mlx_qwen3next.model.packed.packing has packed it for inference
     streamed: Any = (
         None  # mlx_qwen3next.model.streamed.experts.StreamedExperts if experts stay on disk
     )

@@ -2,7 +2,7 @@
 
 The router runs as always; then the host learns which experts it chose, has those read that are not
 there, and goes on with their slots (:mod:`.slots`). All else is as in
-:mod:`mlx_qwen3next.model.packed`, and so are the results, bit for bit.
+:mod:`mlx_qwen3next.model.packed.layers`, and so are the results, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ...compute.experts import Forms, sparse_experts
 from ...compute.gated_delta import LayerState
 from ...metal_kernels import Experts
 from ..cache import GatedDeltaCache
-from ..packed import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedSparseMoE
-from ..tracing import MOST_ROWS, is_step, traced
+from ..packed.layers import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedSparseMoE
+from ..packed.tracing import MOST_ROWS, is_step, traced
 from .layer_slots import LayerSlots
 
 # The parts of a layer that its router's guess does not read.
