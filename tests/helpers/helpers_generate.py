@@ -20,7 +20,7 @@ from mlx_qwen3next.checkpoint.files import MTP_FILE
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model import mtp_head
 from mlx_qwen3next.model.config import Config
-from mlx_qwen3next.model.packing import pack
+from mlx_qwen3next.model.packed.packing import pack
 from mlx_qwen3next.model.qwen3_next import Model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
