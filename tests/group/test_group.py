@@ -237,10 +237,10 @@ def test_waiting_for_others_has_an_end(tmp_path):
         "import sys\n"
         "from mlx_qwen3next.group import joining\n"
         "from mlx_qwen3next.generate import main\n"
-        "joining.JOIN = 2.0\n"
+        "joining.JOIN = 1.0\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    said = "error: the other processes did not come within 2 s; is the hostfile right?\n"
+    said = "error: the other processes did not come within 1 s; is the hostfile right?\n"
     hosts = hostfile(tmp_path, 3)  # the third is not started
     results = run(tmp_path, 2, ["-c", program, *QUESTION], hosts=hosts)
     assert results == [(-signal.SIGTERM, "", said)] * 2
