@@ -51,7 +51,7 @@ def prompt():
 
 
 def tokens(model, mtp):
-    steps = generate_step(prompt(), model, max_tokens=10, mtp=mtp)
+    steps = generate_step(prompt(), model, max_tokens=7, mtp=mtp)
     return [(step.token, step.from_draft) for step in steps]
 
 
