@@ -9,6 +9,7 @@ model's wants some of them far more often. Nothing else should run on the machin
 """
 
 import argparse
+import math
 import resource
 import shutil
 import sys
@@ -23,6 +24,7 @@ from mlx_qwen3next.bench import shapes
 from mlx_qwen3next.cli import count, guarded
 from mlx_qwen3next.decoding.queueing import limit_cache
 from mlx_qwen3next.decoding.sequence import prefill
+from mlx_qwen3next.model.streamed import read_ahead
 from mlx_qwen3next.storage.replacing import PARTIAL
 
 GB = 1e9
@@ -82,7 +84,10 @@ def run(args: argparse.Namespace) -> None:
         return args.tokens
 
     measured(model, f"prompt of {args.prompt} tokens", read)
-    measured(model, f"{args.tokens} tokens decoded after {FEW}", decode)
+    read_ahead.BLOCK = math.inf  # each way stays until it is changed here
+    for model.streamed.ahead.is_on in (False, True):
+        way = "with" if model.streamed.ahead.is_on else "without"
+        measured(model, f"{args.tokens} tokens decoded after {FEW}, {way} reading ahead", decode)
     uniform = plan.layers * plan.wanted * plan.nbytes * (1 - plan.size / plan.experts)
     print(
         f"by the formula: {uniform / GB:.3f} GB a token where all experts are wanted alike, "

@@ -12,11 +12,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..group import Group
-from ..model import capacity, layouts, slots
+from ..model import capacity, layouts
 from ..model.capacity import GB
 from ..model.qwen3_next import Model, SparseMoE
 from ..model.reading import Reading
-from ..model.streamed import StreamedExperts
+from ..model.streamed.experts import StreamedExperts
+from ..model.streamed.slots import passing_at_a_time
 from ..storage.reading import Piece
 from ..storage.safetensors import Tensor
 from . import match
@@ -149,7 +150,7 @@ def plan(
     forms = {str(_kinds(layer)): layer.switch_mlp for layer in layers}
     stacks = (match.bytes_in_memory(stack, dtype) for stack in forms.values())
     a_form = sum(sum(stack.values()) for stack in stacks) / experts
-    passing = 2 * slots.passing_at_a_time(experts) * a_form
+    passing = 2 * passing_at_a_time(experts) * a_form
     size = int((room - passing) // row)
     if size >= experts:
         return None

@@ -23,7 +23,7 @@ from ..model.cache import Cache
 from ..model.quantized_kv import KVQuantization
 from ..model.qwen3_next import Model
 from ..model.reading import MOST
-from ..model.streamed import Reads
+from ..model.streamed.experts import Reads
 from ..prompt_cache.store import PromptCache
 from .constraint import Constraint
 from .detokenize import TextDecoder

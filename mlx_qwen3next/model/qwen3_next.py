@@ -257,8 +257,10 @@ class Model(nn.Module):
 
     dflash: Any = None
 
-    packed = False  # whether mlx_qwen3next.model.packing has packed it for inference
-    streamed: Any = None  # mlx_qwen3next.model.streamed.StreamedExperts if experts stay on disk
+    packed = False  # whether mlx_qwen3next.model.packed.packing has packed it for inference
+    streamed: Any = (
+        None  # mlx_qwen3next.model.streamed.experts.StreamedExperts if experts stay on disk
+    )
     group = ALONE  # the processes that run this model together
     vocabulary = ALONE  # the group whose ranks each compute the logits of some tokens
 

@@ -153,13 +153,9 @@ class Reading:
             OSError: something could not be read, or the disk does not answer; the message names the
                 file. In the latter case a read may still write.
         """
-        start = time.perf_counter()
-        try:
-            with self._changed:
-                self._wait_while(lambda: self._left > 0 and self._error is None)
-            self.end()
-        finally:
-            self._reader.waited += time.perf_counter() - start
+        with self._changed:
+            self._wait_while(lambda: self._left > 0 and self._error is None)
+        self.end()
         if self._error is not None:
             raise self._error
         self._reader.check({run[0].file for run in self._runs})
@@ -175,12 +171,35 @@ class Reading:
             self._is_over = True
             self._wait_while(lambda: self._active > 0)
 
+    def give_up(self) -> None:
+        """Ends the reads, for nobody wants them any more.
+
+        Raises:
+            OSError: the disk does not answer.
+        """
+        self.end()
+        self._reader.bytes += self._bytes
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all has been read, or has failed."""
+        return self._left == 0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing has failed, and nobody has ended the reads."""
+        return not self._is_over and self._error is None
+
     def _wait_while(self, condition: Callable[[], bool]) -> None:
-        while condition():
-            before = self._left
-            if not self._changed.wait(PATIENCE) and self._left == before:
-                file = self._runs[0][0].file
-                raise OSError(f"{file} cannot be read: no answer in {PATIENCE:g} seconds")
+        start = time.perf_counter()
+        try:
+            while condition():
+                before = self._left
+                if not self._changed.wait(PATIENCE) and self._left == before:
+                    file = self._runs[0][0].file
+                    raise OSError(f"{file} cannot be read: no answer in {PATIENCE:g} seconds")
+        finally:
+            self._reader.waited += time.perf_counter() - start
 
     def _read(self, run: Sequence[Piece]) -> None:
         with self._changed:

@@ -14,8 +14,9 @@ def test_a_row_for_each_amount_of_memory(call):
     assert (status, err) == (0, "")
     rows = [line.split() for line in out.splitlines()[-3:-1]]
     assert [row[1:4] for row in rows] == [["5", "of", "16"], ["9", "of", "16"]]
+    assert "on their way" in out
     for row in rows:
-        *_, read, disk, speed, expected = map(float, row[6:])
+        *_, read, disk, speed, expected = map(float, row[7:])
         assert read >= 0 and min(disk, speed, expected) > 0
 
 

@@ -7,7 +7,8 @@ import mlx.core as mx
 from mlx_qwen3next import load_model
 from mlx_qwen3next.checkpoint import files
 from mlx_qwen3next.checkpoint.hub import BUNDLED
-from mlx_qwen3next.model import layouts, slots
+from mlx_qwen3next.model import layouts
+from mlx_qwen3next.model.streamed.slots import passing_at_a_time
 
 
 def gigabytes(directory, size, dtype=mx.float32):
@@ -18,7 +19,7 @@ def gigabytes(directory, size, dtype=mx.float32):
     experts = next(iter(routed.values())).shape[0]
     sizes = [(4 if t.dtype == "U32" else dtype.size) * math.prod(t.shape) for t in routed.values()]
     row = sum(sizes) / experts
-    passing = 2 * slots.passing_at_a_time(experts) * row / layers
+    passing = 2 * passing_at_a_time(experts) * row / layers
     return ((size + 0.5) * row + passing) / 1e9
 
 
@@ -27,4 +28,12 @@ def streamed(size, directory=BUNDLED, dtype=mx.float32, **options):
     gb = gigabytes(directory, size, dtype)
     model = load_model(directory, dtype=dtype, experts_in_memory=gb, **options)
     assert {of.size for of in model.streamed.slots} == {size}
+    return model
+
+
+def reading_ahead(size, directory=BUNDLED, dtype=mx.float32):
+    """As :func:`streamed`; the next layer's experts are always read ahead."""
+    model = streamed(size, directory, dtype)
+    ahead = model.streamed.ahead
+    ahead.is_on, ahead.note = True, lambda *layer: None
     return model

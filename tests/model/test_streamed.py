@@ -14,9 +14,10 @@ from helpers_metal import executed
 from helpers_streamed import streamed
 
 from mlx_qwen3next import generate_step, load_model
-from mlx_qwen3next.model import slots
 from mlx_qwen3next.model.cache import Round, Undo, settle
-from mlx_qwen3next.model.slots import Slots, least_many
+from mlx_qwen3next.model.streamed import layer_slots, slots
+from mlx_qwen3next.model.streamed.layer_slots import least_many
+from mlx_qwen3next.model.streamed.slots import Slots
 from mlx_qwen3next.prompt_cache.store import PromptCache
 from mlx_qwen3next.storage.reading import Reader, Reading
 
@@ -198,10 +199,9 @@ def early(monkeypatch):
 def wrong_slot(monkeypatch):
     finish = Slots.finish
 
-    def rolled(slots):
-        stored, experts, numbers, reading = slots._coming
-        slots._coming = stored, np.roll(experts, 1), numbers, reading
-        finish(slots)
+    def rolled(slots, transfer):
+        transfer.experts = np.roll(transfer.experts, 1)
+        finish(slots, transfer)
 
     monkeypatch.setattr(Slots, "finish", rolled)
 
@@ -210,8 +210,9 @@ def stale(monkeypatch):
     start = Slots.start
 
     def started(slots, stored, experts, numbers):
-        start(slots, stored, experts, numbers)
+        transfer = start(slots, stored, experts, numbers)
         slots.owner[numbers], slots.table[experts] = experts, numbers
+        return transfer
 
     monkeypatch.setattr(Slots, "start", started)
 
@@ -257,7 +258,7 @@ def test_reads_that_were_interrupted_write_nothing_later(quantized, monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Reading, "wait", interrupted)
         held._hold(experts)
-    first = held._coming[-1]
+    first = held._coming[-1].reading
     threading.Timer(0.1, released.set).start()
     for _ in range(2):
         assert mx.array_equal(mixture(model)(*case), mixture(reference)(*case))
@@ -306,11 +307,11 @@ def test_groups_of_a_prompt_are_multiplied_as_the_whole_would_be(monkeypatch):
     """MLX has two ways on Metal, by the number of rows an expert of the stack."""
     calls = []
 
-    def products(rows, gate_up, down, indices, is_sorted, compute=slots.products):
+    def products(rows, gate_up, down, indices, is_sorted, compute=layer_slots.products):
         calls.append((len(rows), len(gate_up.weight), is_sorted))
         return compute(rows, gate_up, down, indices, is_sorted)
 
-    monkeypatch.setattr(slots, "products", products)
+    monkeypatch.setattr(layer_slots, "products", products)
     model = streamed(5, dtype=mx.bfloat16)
     for rows, is_many in ((13, False), (14, True)):  # four experts and the shared one a row
         assert is_many == (5 * rows >= least_many(17))

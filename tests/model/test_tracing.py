@@ -10,15 +10,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers_streamed import streamed
+from helpers_streamed import reading_ahead
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.bench.on_metal import ours
 from mlx_qwen3next.checkpoint.loading import load_model
 from mlx_qwen3next.compute import gated_delta, proof
-from mlx_qwen3next.model import gated_delta_net, tracing
+from mlx_qwen3next.model import gated_delta_net
 from mlx_qwen3next.model.cache import Round, Undo, settle
+from mlx_qwen3next.model.packed import tracing
 
 CASES = ["base", "dense", "permutation", "eps"]
 
@@ -219,16 +220,16 @@ def test_what_runs_as_a_composition_is_not_traced(traces, monkeypatch):
 def test_layers_with_experts_on_disk_are_traced_as_far_as_the_router(request, tmp_path):
     checkpoints.convert(tmp_path, group_size=32, bits=3)
     expected, state = run(load_model(tmp_path, dtype=mx.float32))
-    model = streamed(5, tmp_path)
+    model = reading_ahead(5, tmp_path)
     names = request.getfixturevalue("traces")
     for _ in range(2):
         results, after = run(model)
         for a, b in zip([*results, *after], [*expected, *state], strict=True):
             assert np.abs(np.array(a - b)).max() <= 2e-6 * np.abs(np.array(b)).max()
     known = len(names)
-    run(streamed(4, tmp_path))
+    run(reading_ahead(4, tmp_path))
     assert len(names) == known  # slots are no part of a trace
-    methods = "linear_step", "attention_heads", "attention_step"
+    methods = "linear_step", "attention_heads", "attention_step", "guess_step"
     assert {f"StreamedDecoderLayer.{name}" for name in methods} < set(names)
 
 

@@ -140,6 +140,16 @@ def test_what_has_not_begun_at_the_end_is_not_read(file):
     assert not any(piece.into.any() for piece in some)
 
 
+def test_bytes_of_reads_that_are_given_up_count(file):
+    reader = Reader([file])
+    reads = reader.reading(pieces(file, *PLACES))
+    reads.start()
+    with reads._changed:
+        reads._wait_while(lambda: not reads.is_done)
+    reads.give_up()
+    assert reader.bytes == sum(n for _, n in PLACES) and not reads.is_sound
+
+
 def test_what_is_done_with_bytes_is_done_when_the_wait_ends(file):
     reader, done = Reader([file]), []
     some = [

@@ -76,6 +76,7 @@ def _measured(
         "of": plan.experts,
         "hits": news.hit_rate,
         "expected_hits": plan.hit_rate,
+        "foreseen": news.foreseen / max(news.hits + news.misses, 1),
         "read": news.bytes / count / GB,
         "disk": plan.rate / GB,
         "speed": count / seconds,
@@ -84,13 +85,14 @@ def _measured(
 
 
 def _table(rows: Sequence[Row]) -> list[list[Any]]:
-    head = ["GB", "held a layer", "found there", "expected", "GB a token", "disk GB/s"]
+    head = ["GB", "held a layer", "found there", "expected"]
     return [
-        [*head, "tokens a second", "expected"],
+        [*head, "on their way", "GB a token", "disk GB/s", "tokens a second", "expected"],
         *(
             [
                 *(f"{row['memory']:.3g}", f"{row['held']:.0f} of {row['of']:.0f}"),
-                *(f"{row['hits']:.0%}", f"{row['expected_hits']:.0%}", f"{row['read']:.3g}"),
+                *(f"{row['hits']:.0%}", f"{row['expected_hits']:.0%}"),
+                *(f"{row['foreseen']:.0%}", f"{row['read']:.3g}"),
                 *(f"{row['disk']:.2f}", f"{row['speed']:.2f}", f"{row['expected']:.2f}"),
             ]
             for row in rows

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import mlx.core as mx
 
-from ...model.streamed import StreamedExperts
+from ...model.streamed.experts import StreamedExperts
 
 PREFIX = "qwen3next"
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -31,6 +31,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "draft_tokens_accepted": ("Right drafts", ("source",)),
     "experts_hits": ("Wanted experts that were in memory, where some are on disk", ()),
     "experts_misses": ("Wanted experts that were read from disk", ()),
+    "experts_foreseen": ("Those of them whose reading began a layer before", ()),
     "experts_bytes": ("Bytes of experts that were read from disk", ()),
     "experts_waited": ("Seconds in which experts from disk were waited for", ()),
 }

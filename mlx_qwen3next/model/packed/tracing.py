@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..compute import proof
+from ...compute import proof
 
 MOST_ROWS = 16  # of a step; a prompt's chunks have too many shapes, and pay for their graph
 

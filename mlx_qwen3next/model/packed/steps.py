@@ -14,12 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 
-from ..compute.gated_delta import LayerState
-from .cache import Cache, GatedDeltaCache
-from .mtp_head import MTPHead
-from .packed import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedRMSNorm
-from .parallel import PipelineTrunk
-from .qwen3_next import Trunk, masks
+from ...compute.gated_delta import LayerState
+from ..cache import Cache, GatedDeltaCache
+from ..mtp_head import MTPHead
+from ..parallel import PipelineTrunk
+from ..qwen3_next import Trunk, masks
+from .layers import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedRMSNorm
 from .tracing import is_step, traced
 
 

@@ -1,9 +1,6 @@
-"""A packed model whose experts are read from disk when they are wanted.
+"""All of a model that is about experts on disk: made at loading, counted while it runs.
 
-The router runs as always; then the host learns which experts it chose, has those read that are not
-there, and goes on with their slots (:mod:`mlx_qwen3next.model.slots`). All else is as in
-:mod:`mlx_qwen3next.model.packed`, and so are the results, bit for bit. The MTP head has its own
-experts in memory.
+The MTP head has its own experts in memory.
 """
 
 from __future__ import annotations
@@ -14,92 +11,16 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..compute import operations
-from ..compute.experts import Forms, sparse_experts
-from ..compute.gated_delta import LayerState
-from ..metal_kernels import Experts
-from ..storage.reading import Reader
-from ..storage.safetensors import Tensor
-from .cache import GatedDeltaCache
-from .capacity import GB
-from .packed import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedSparseMoE
-from .parallel import parameters, recast
-from .qwen3_next import Model, SparseMoE, Trunk
-from .slots import LayerSlots, Slots, StoredExperts
-from .tracing import is_step, structure_of, traced
-
-
-class StreamedSparseMoE(PackedSparseMoE):
-    """A mixture whose experts are in slots."""
-
-    slots: LayerSlots
-
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:  # type: ignore[override]
-        return self.add(x, *self.before_experts(x, residual))
-
-    def add(self, x: mx.array, logits: mx.array, residual: mx.array) -> mx.array:
-        """Returns ``residual`` plus the experts' mixture; waits for the router."""
-        slots, shared = self.slots, self.shared
-        arrays = x, logits, slots.gate_up, slots.down, residual
-        options = {"shared": shared, **self.router_options}
-        if all(isinstance(w, Experts) for w in (slots.gate_up, slots.down, *(shared or ()))):
-            return operations.sparse_experts_in_slots(*arrays, slots=slots, **options)
-        return sparse_experts(*arrays, forms=Forms(products=slots.products), **options)
-
-
-class StreamedDecoderLayer(PackedDecoderLayer):
-    """A decoder layer whose steps are traced as far as the router."""
-
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any | None = None) -> mx.array:
-        if cache is None or not is_step(x):
-            return super().__call__(x, mask, cache)
-        facts: tuple[Any, ...] = x.shape, x.dtype
-        if not self.is_linear:
-            row, q, k, v = self.attention_heads(facts, (cache.offset,), x)
-            o = self.self_attn.attend(q, k, v, mask, cache)
-            return self.mlp.add(*self.attention_step(facts, (), x, row, o))
-        before = cache.arrays() if isinstance(cache, GatedDeltaCache) else None
-        if before is None or cache.lengths is not None:
-            return super().__call__(x, mask, cache)
-        recording = cache.recording
-        facts = *facts, recording, len(before) > 2, mask is None
-        arguments, after = self.linear_step(facts, (cache.keep,), x, before, mask, recording)
-        cache.store(after, x.shape[1])
-        return self.mlp.add(*arguments)
-
-    @traced()
-    def linear_step(
-        self, numbers: tuple[Any], x: mx.array, before: Any, mask: Any, recording: bool
-    ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
-        """Returns :meth:`to_router` of a linear layer, and its state's arrays after the tokens.
-
-        Args:
-            numbers: ``keep`` of the state. before: its arrays.
-            x, mask, recording: see :meth:`GatedDeltaNet.advance`.
-        """
-        met = LayerState.of(before, *numbers)
-        y, after = self.linear_attn.advance(
-            self.input_layernorm(x), met, mask=mask, recording=recording
-        )
-        return self.to_router(x, y), after.arrays
-
-    @traced(*AFTER_ATTENTION)
-    def attention_heads(self, numbers: tuple[Any], x: mx.array) -> tuple[mx.array, ...]:
-        """Returns :meth:`before_attention`; ``numbers`` is the position of the first token."""
-        return self.before_attention(x, *numbers)
-
-    @traced(*BEFORE_ATTENTION)
-    def attention_step(
-        self, _: tuple[()], x: mx.array, row: mx.array, o: mx.array
-    ) -> tuple[mx.array, ...]:
-        """Returns :meth:`to_router` of an attention layer."""
-        return self.to_router(x, self.self_attn.output(o, row))
-
-    def to_router(self, x: mx.array, y: mx.array) -> tuple[mx.array, ...]:
-        """Returns the arguments of :meth:`StreamedSparseMoE.add` after the mixer's output."""
-        norm = self.post_attention_layernorm
-        x, y = operations.add_rms_norm(x, y, norm.weight, norm.eps)
-        return y, *self.mlp.before_experts(y, x)
+from ...storage.reading import Reader
+from ...storage.safetensors import Tensor
+from ..capacity import GB
+from ..packed.tracing import structure_of
+from ..parallel import parameters, recast
+from ..qwen3_next import Model, SparseMoE, Trunk
+from .layer_slots import Following, LayerSlots
+from .layers import StreamedDecoderLayer, StreamedSparseMoE
+from .read_ahead import ReadAhead
+from .slots import Slots, StoredExperts
 
 
 class Reads(NamedTuple):
@@ -107,11 +28,13 @@ class Reads(NamedTuple):
 
     Attributes:
         hits, misses: how many were in memory, and were not.
+        foreseen: how many of those that were not were on their way already.
         bytes: that were read. waited: seconds that somebody waited for them.
     """
 
     hits: int = 0
     misses: int = 0
+    foreseen: int = 0
     bytes: int = 0
     waited: float = 0.0
 
@@ -130,8 +53,10 @@ class Reads(NamedTuple):
         return self.bytes / max(self.waited, 1e-9)
 
     def __str__(self) -> str:
+        wanted = self.hits + self.misses
+        coming = f", {self.foreseen / wanted:.1%} on their way" if self.foreseen else ""
         return (
-            f"{self.hit_rate:.1%} of {self.hits + self.misses} wanted were in memory; "
+            f"{self.hit_rate:.1%} of {wanted} wanted were in memory{coming}; "
             f"{self.bytes / GB:.3f} GB read, waited {self.waited:.3f} s for "
             f"({self.rate / GB:.2f} GB/s)"
         )
@@ -141,13 +66,13 @@ class StreamedExperts:
     """All of a model that is about experts on disk.
 
     Attributes:
-        reader: reads them.
+        reader: reads them. ahead: says whether they are read before they are wanted.
         slots: of each sparse layer, in their order.
         plan: what was planned when the model was loaded.
     """
 
     def __init__(self, reader: Reader):
-        self.reader = reader
+        self.reader, self.ahead = reader, ReadAhead()
         self.slots: list[LayerSlots] = []
         self.plan: Any = None
         self._told = Reads()
@@ -186,8 +111,10 @@ class StreamedExperts:
 
     def counts(self) -> Reads:
         """Returns what has happened so far."""
-        hits, misses = (sum(getattr(of, name) for of in self.slots) for name in ("hits", "misses"))
-        return Reads(hits, misses, self.reader.bytes, self.reader.waited)
+        hits, misses, foreseen = (
+            sum(getattr(of, name) for of in self.slots) for name in Reads._fields[:3]
+        )
+        return Reads(hits, misses, foreseen, self.reader.bytes, self.reader.waited)
 
 
 def hold(model: Model, size: int, dtype: Callable[[str, mx.array], mx.Dtype]) -> list[str]:
@@ -235,12 +162,18 @@ def stream(
             continue
         stacks = layer.mlp.gate_up_proj, layer.mlp.down_proj
         on_disk = StoredExperts(own[path], stacks, reader)
-        slots = LayerSlots(*stacks, layer.mlp.num_experts, size, on_disk, passing)
+        slots = LayerSlots(
+            *(*stacks, layer.mlp.num_experts, size, on_disk, passing),
+            ahead=experts.ahead,
+            is_first=not experts.slots,
+        )
         experts.slots.append(slots)
         mixture = recast(layer.mlp, StreamedSparseMoE, slots=slots)
         del mixture["gate_up_proj"], mixture["down_proj"]
         model.layers[i] = recast(layer, StreamedDecoderLayer)
         model.layers[i].mlp = mixture
+        if len(experts.slots) > 1:
+            experts.slots[-2].following = Following(model.layers[i].likely, slots)
     model.model = recast(model.model, Trunk)  # its layers run one by one, each with a wait in it
     vars(model.model).pop("stretches", None)
     model.streamed = experts
