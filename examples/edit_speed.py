@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mlx_qwen3next import generate_step, load
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model.config import Config
-from mlx_qwen3next.model.packing import pack
+from mlx_qwen3next.model.packed.packing import pack
 from mlx_qwen3next.model.qwen3_next import Model
 
 LAYERS = 8

@@ -23,8 +23,9 @@ from mlx_lm.models import qwen3_next as stock
 
 from mlx_qwen3next.bench import shapes
 from mlx_qwen3next.compute import proof
-from mlx_qwen3next.model import packing, qwen3_next
+from mlx_qwen3next.model import qwen3_next
 from mlx_qwen3next.model.config import Config
+from mlx_qwen3next.model.packed import packing
 
 ROW = "{:18}{:>18}{:>18}{:>12}{:>12}{:>16}"
 

@@ -37,7 +37,7 @@ from mlx_qwen3next.decoding.sequence import TokenSequence, prefill
 from mlx_qwen3next.model import capacity
 from mlx_qwen3next.model.cache import AttentionCache, slots
 from mlx_qwen3next.model.config import Config
-from mlx_qwen3next.model.packing import pack
+from mlx_qwen3next.model.packed.packing import pack
 from mlx_qwen3next.model.qwen3_next import Model
 from mlx_qwen3next.model.reading import MOST, MOST_ROOM, Reading
 

@@ -19,7 +19,7 @@ from hub import hub  # noqa: F401
 from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.compute import proof
 from mlx_qwen3next.compute.proof import Finding
-from mlx_qwen3next.model import tracing
+from mlx_qwen3next.model.packed import tracing
 
 # Where metal_host cannot run, there are its own tests to leave out, and without a Mac's GPU those
 # of the kernels as well.

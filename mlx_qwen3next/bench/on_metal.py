@@ -18,8 +18,9 @@ from mlx_lm.models import gated_delta, qwen3_next
 
 from ..compute import proof
 from ..metal_kernels import Kernel
-from ..model import mtp_head, packing, tracing
+from ..model import mtp_head
 from ..model.config import Config
+from ..model.packed import packing, tracing
 from ..model.qwen3_next import Model
 
 # The 80B model's structure, small.

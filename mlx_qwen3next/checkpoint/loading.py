@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from ..errors import first_line
 from ..group import ALONE, Group
-from ..model import capacity, layouts, mtp_head, packing
+from ..model import capacity, layouts, mtp_head
 from ..model.config import Config, read_json
+from ..model.packed import packing
 from ..model.parallel import divide
 from ..model.qwen3_next import Model
 from ..model.sharding import Mode
@@ -120,9 +121,9 @@ def load_model(
         rope_scaling: instead of the config's, as it stands in a config file; for example
             ``{"rope_type": "yarn", "factor": 4.0}`` for four times the original length. It holds
             for the MTP head as well, but not for a DFlash drafter.
-        pack: whether to pack the weights for inference
-            (:func:`mlx_qwen3next.model.packing.pack`). To train, save or inspect the model under
-            the checkpoint's names, pass False.
+        pack: whether to pack the weights for inference (see
+            :func:`mlx_qwen3next.model.packed.packing.pack`). To train, save or inspect the model
+            under the checkpoint's names, pass False.
         group, mode, layers: the ranks that divide the model, and the way to divide it: see
             :func:`mlx_qwen3next.model.parallel.divide`. Each rank reads and holds its part
             alone.

@@ -11,9 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..model import layouts, packing
+from ..model import layouts
 from ..model.config import Config
 from ..model.layouts import Layout, Origin, Shape
+from ..model.packed import packing
 from ..model.qwen3_next import Model
 from ..model.sharding import Shard, take
 from ..storage.safetensors import Tensor, read_part

@@ -10,6 +10,7 @@ for prefill on other devices and for training. :func:`gated_delta_rule` picks on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -53,6 +54,17 @@ class LayerState(NamedTuple):
     tape: Tape | None = None  # of the round
     # How many of the round's tokens are part of the sequence; in a trace [1] int32.
     keep: int = 0
+
+    @classmethod
+    def of(cls, arrays: Sequence[mx.array], keep: int) -> LayerState:
+        """Makes the state that has such :attr:`arrays`."""
+        rows, state, *tape = arrays
+        return cls(rows, state, Tape(*tape) if tape else None, keep)
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """The rows, the state, and after a round the tape's three: a trace returns them faster."""
+        return self.rows, self.state, *(self.tape or ())
 
     @property
     def kept_rows(self) -> mx.array:

@@ -19,6 +19,14 @@ import mlx.core as mx
 MOST = 1024  # tokens that are few, so that an array [k, k] is small
 _LARGEST_BLOCK = 64  # tokens
 _UNIT = 2**30  # of probabilities, as integers
+# The a and b of factors (x + a) (s x) + b, whose product's 8th power is exp(x): see _exp. Fitted.
+_FACTORS = (
+    (66.641808, 0.96409219),
+    (55.128876, 0.921969),
+    (30.317533, 0.92353058),
+    (-15.57832, 1.2181866),
+)
+_SLOPE, _LEAST = 8.3915994e-4, -28
 
 
 class TopKSampler:
@@ -118,12 +126,25 @@ def largest(logprobs: mx.array, k: int) -> tuple[mx.array, mx.array]:
 
 @mx.compile
 def _rounded(logits: mx.array, log_total: mx.array) -> tuple[mx.array, mx.array]:
-    """Log-probabilities in 16 bits, and the probabilities that they stand for, in float32.
-
-    On a CPU MLX's power takes half as long as its exp.
-    """
+    """Log-probabilities in 16 bits, and the probabilities that they stand for, in float32."""
     logprobs = logits - log_total
-    return logprobs, mx.power(2.0, logprobs.astype(mx.float32) * math.log2(math.e))
+    return logprobs, _exp(logprobs.astype(mx.float32))
+
+
+def _exp(x: mx.array) -> mx.array:
+    """Exponentials of float32 numbers up to 0, for a sum of them.
+
+    The formula's relative error is 1.2e-7 down to -12, and grows below as exp(x) falls, to 6e-13 of
+    absolute error at most; rounding adds 2e-6. Below -28 the result is constant.
+
+    On a CPU MLX's own exp takes six times as long, since it calls a function for each step, and its
+    power twice. The formula is nine operations deep; with the two before it these are as many as
+    MLX compiles into one function.
+    """
+    x = mx.maximum(x, _LEAST)
+    slope = x * _SLOPE
+    a, b, c, d = ((x + shift) * slope + at_0 for shift, at_0 in _FACTORS)
+    return mx.square(mx.square(mx.square((a * b) * (c * d))))
 
 
 @mx.compile

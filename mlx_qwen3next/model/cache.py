@@ -53,40 +53,41 @@ class GatedDeltaCache(ArraysCache):
         super().__init__(size, left_padding)
 
     # --- for the layer -------------------------------------------------------------------------
-    def layer_state(self) -> LayerState | None:
-        """Returns the state that the next token meets; None before the first."""
+    def arrays(self) -> Sequence[Any] | None:
+        """Returns those of the :class:`LayerState` that the next token meets; None at first."""
         self._check_closed()
         if self.left_padding is not None or self.lengths is not None:
             self._settle()  # a pending round has its part in them
-        rows, state = self.cache
-        if self._pending is not None or rows is None or state is None:
-            return self._pending
-        return LayerState(rows, state)
+        if self._pending is not None:
+            return self._pending.arrays
+        return None if self.cache[0] is None else self.cache
+
+    @property
+    def keep(self) -> int:
+        """The ``keep`` of that :class:`LayerState`."""
+        return 0 if self._pending is None else self._pending.keep
 
     @property
     def recording(self) -> bool:
         """Whether the forward belongs to a round, so that a tape is wanted, not a new state."""
         return self._open
 
-    def store(self, after: Sequence[Any], tokens: int) -> None:
-        """Takes over the state after ``tokens`` more tokens, or a round's record of them.
-
-        Args:
-            after: a :class:`LayerState`, or a tuple of what it has.
-        """
-        rows, state, tape, _ = after
-        if tape is None:
-            self._replayed({"cache": [rows, state], "_pending": None}, tokens)
-            return
-        changes: dict[str, Any] = {"_recorded": LayerState(*after), "_pending": None}
-        if self._pending is not None or self.cache[0] is not None:
-            changes["cache"] = [rows, state]  # commit() cuts the rows if nothing is kept
-        self._replayed(changes)
+    def store(self, arrays: Sequence[mx.array], tokens: int) -> None:
+        """Takes over a :class:`LayerState`: that after ``tokens`` more, or a round's record."""
+        if len(arrays) > 2:
+            changes: dict[str, Any] = {"_recorded": LayerState.of(arrays, 0), "_pending": None}
+            if self._pending is not None or self.cache[0] is not None:
+                changes["cache"] = [*arrays[:2]]  # commit() cuts the rows if nothing is kept
+            self._replayed(changes)
+        elif self._pending is self.left_padding is self.lengths is None:
+            self.cache = [*arrays]  # nothing else changes, and this takes half as long
+        else:
+            self._replayed({"cache": [*arrays], "_pending": None}, tokens)
 
     def _replayed(self, changes: dict[str, Any], more: int = 0) -> None:
         """Takes over the changes of a forward that replayed a pending round and ``more`` tokens."""
         if self.left_padding is not None or self.lengths is not None:
-            more += 0 if self._pending is None else self._pending.keep
+            more += self.keep
             changes |= self._padding_after(more)
         # At once, so that no interrupt comes between; in new arrays, which an Undo may share.
         vars(self).update(changes)
@@ -145,7 +146,7 @@ class GatedDeltaCache(ArraysCache):
     def make_mask(self, N: int) -> mx.array | None:
         if self.left_padding is None and self.lengths is None:
             return None
-        self.layer_state()  # settles a pending round
+        self.arrays()  # settles a pending round
         return super().make_mask(N)
 
     def prepare(self, lengths: Any = None, **options: Any) -> None:

@@ -93,10 +93,11 @@ class GatedDeltaNet(nn.Module):
         """Returns ``[B, L, H]``, as ``x``; ``mask`` ``[B, L]`` is False at padding."""
         if cache is None:
             return self.advance(x, None, mask=mask)[0]
-        before = cache.layer_state()  # first, since it may settle a round, which the lengths count
+        arrays = cache.arrays()  # first, since it may settle a round, which the lengths count
+        before = None if arrays is None else LayerState.of(arrays, cache.keep)
         recording, lengths = cache.recording, cache.lengths
         y, after = self.advance(x, before, mask=mask, recording=recording, lengths=lengths)
-        cache.store(after, x.shape[1])
+        cache.store(after.arrays, x.shape[1])
         return y
 
     def advance(

@@ -22,7 +22,7 @@ al. 2025, "Gated Attention for Large Language Models".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -226,24 +226,25 @@ class Trunk(nn.Module):
     ) -> mx.array:
         """Runs one layer after the other; ``x`` and the result are ``[B, L, H]``."""
         caches = [None] * len(self.layers) if cache is None else cache
-        linear_mask, attention_mask = self.masks(x, caches)
+        are_linear = [layer.is_linear for layer in self.layers]
+        firsts = (
+            caches[are_linear.index(kind)] if kind in are_linear else None for kind in (True, False)
+        )
+        linear_mask, attention_mask = masks(x, *firsts)
         for i, (layer, c) in enumerate(zip(self.layers, caches, strict=True)):
             if between is not None and i > 0:
                 between(i - 1, x)
             x = layer(x, linear_mask if layer.is_linear else attention_mask, c)
         return x
 
-    def masks(self, x: mx.array, caches: Sequence[Any]) -> tuple[mx.array | None, Any]:
-        """Returns the mask of all linear layers, and that of all attention layers.
 
-        Each is the first such layer's; ``caches`` has an entry or None for each layer.
-        """
-        are_linear = [layer.is_linear for layer in self.layers]
-        linear, full = (
-            caches[are_linear.index(kind)] if kind in are_linear else None for kind in (True, False)
-        )
-        linear_mask = None if linear is None else linear.make_mask(x.shape[1])
-        return linear_mask, create_attention_mask(x, full)
+def masks(x: mx.array, linear: Any, full: Any) -> tuple[mx.array | None, Any]:
+    """Returns the mask of all linear layers, and that of all attention layers.
+
+    ``linear`` and ``full`` are the cache entries of the first such layers, or None.
+    """
+    linear_mask = None if linear is None else linear.make_mask(x.shape[1])
+    return linear_mask, create_attention_mask(x, full)
 
 
 class Model(nn.Module):
@@ -256,7 +257,7 @@ class Model(nn.Module):
 
     dflash: Any = None
 
-    packed = False  # whether mlx_qwen3next.model.packing has packed it for inference
+    packed = False  # whether mlx_qwen3next.model.packed.packing has packed it for inference
     streamed: Any = (
         None  # mlx_qwen3next.model.streamed.experts.StreamedExperts if experts stay on disk
     )

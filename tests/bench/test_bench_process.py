@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import forked
 import helpers_group as group
@@ -15,7 +14,6 @@ from checkpoints import GOLDENS
 from mlx_qwen3next.bench.comparison import sides
 from mlx_qwen3next.bench.comparison.sides import Side, Worker, WorkerError
 
-BENCH = [sys.executable, "-m", "mlx_qwen3next.bench"]
 SPECULATED = 24  # tokens, where the command has 128
 SHORTER = """
 import sys
@@ -125,21 +123,30 @@ def test_stray_prints_are_no_replies(forks, monkeypatch, capfd):
     assert "stray" in capfd.readouterr().err
 
 
+# Tells when it has a worker, and waits for it.
+TELLING = """
+import sys
+from mlx_qwen3next.bench.comparison.sides import Worker
+from mlx_qwen3next.bench.__main__ import main
+reply = Worker._reply
+Worker._reply = lambda self: print("waiting", flush=True) or reply(self)
+sys.exit(main())
+"""
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
 def test_a_stopped_bench_leaves_nothing(tmp_path, number, status):
     bench = forked.Popen(
-        [*BENCH, "--shape", "small", "--without-mlx-lm", "--contexts", "8192"],
+        [sys.executable, "-c", TELLING, "--shape", "small", "--without-mlx-lm"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"TMPDIR": str(tmp_path)},
     )
-    deadline = time.monotonic() + 30
-    while not workers_in(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert list(tmp_path.glob("bench-*/model-*.safetensors"))
+    assert bench.stdout.readline() == "waiting\n"
+    assert workers_in(tmp_path) and list(tmp_path.glob("bench-*/model-*.safetensors"))
     bench.send_signal(number)
-    out, err = bench.communicate(timeout=20)
+    out, err = bench.communicate(timeout=forked.TIMEOUT)
     assert (bench.returncode, out) == (status, "")
     assert err.count("\n") == 1 and "Traceback" not in err
     left = {path.name for path in tmp_path.iterdir()} - {"mlx"}  # what MLX compiles, for all

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mlx_qwen3next.bench.tables.host import host_table
-from mlx_qwen3next.model import tracing
+from mlx_qwen3next.model.packed import tracing
 
 PARTS = ["embedding", "layers", "norm and logits", "choice", "plain step"]
 ROUND = ["drafts", "verification", "logits and choice", "bookkeeping", "round of three drafts"]

@@ -1,7 +1,6 @@
 """The MTP head of another checkpoint, at loading and beside a converted model."""
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +8,9 @@ from types import SimpleNamespace
 import checkpoints
 import mlx.core as mx
 import pytest
-from helpers_generate import PROMPT, tokens_of
+from helpers_generate import PROMPT, endless, tokens_of
 
 from mlx_qwen3next import generate, generate_step, load, load_model
-from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.cli import fingerprint_of, load_options
 from mlx_qwen3next.convert import convert
 from mlx_qwen3next.generate import main, parser
@@ -122,22 +120,22 @@ def test_a_dense_head_keeps_its_layout_beside_a_converted_trunk(tmp_path):
 
 # --- exactness -----------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """(the demo model without its head, a spoiled copy of it with one)."""
-    folder = tmp_path_factory.mktemp("demo")
+def narrow(tmp_path_factory):
+    """(the narrow model without its head, a spoiled copy of it with one)."""
+    folder = tmp_path_factory.mktemp("narrow")
     for name in ("trunk", "sister"):
-        shutil.copytree(BUNDLED, folder / name)
+        endless(folder / name)
     (folder / "trunk" / "mtp.safetensors").unlink()
     file = folder / "sister" / "mtp.safetensors"
     head, metadata = mx.load(str(file), return_metadata=True)
-    head["mtp.norm.weight"] = head["mtp.norm.weight"] * mx.where(mx.arange(256) % 6, 1, -1)
+    head["mtp.norm.weight"] = head["mtp.norm.weight"] * mx.where(mx.arange(32) % 6, 1, -1)
     mx.save_safetensors(str(file), head, metadata)
     return folder / "trunk", folder / "sister"
 
 
 @pytest.mark.parametrize("temp", [0.0, 1.0])
-def test_a_mismatched_head_changes_no_token(demo, temp):
-    trunk, other = demo
+def test_a_mismatched_head_changes_no_token(narrow, temp):
+    trunk, other = narrow
     plain = load_model(trunk, dtype=mx.float32)
     model = load_model(trunk, dtype=mx.float32, mtp_from=other)
     prompt = list(range(300, 300 + PROMPT))
@@ -214,8 +212,8 @@ def test_a_wrong_sister_is_refused_before_the_model_is_fetched(hub, coder):
 
 
 # --- the commands --------------------------------------------------------------------------------
-def test_the_commands_pass_the_sister_on(call, demo, monkeypatch):
-    trunk, other = demo
+def test_the_commands_pass_the_sister_on(call, narrow, monkeypatch):
+    trunk, other = narrow
     flags = ("--model", trunk, "-p", "x", "-m", 30, "--mtp", 2, "--verbose", "F")
     run = partial(call, main, *flags)
     status, out, err = run("--mtp-from", other)
@@ -238,14 +236,15 @@ def test_the_commands_pass_the_sister_on(call, demo, monkeypatch):
     assert calls[0]["mtp_from"] == "owner/sister"
 
 
-def test_prompt_caches_with_other_heads_are_told_apart(demo, tmp_path):
+def test_prompt_caches_with_other_heads_are_told_apart(narrow, tmp_path):
     """Two heads of the same shapes, too: a cache holds the head's keys and values."""
-    trunk, other = demo
+    trunk, other = narrow
 
     def of(*given):
         return fingerprint_of(parser().parse_args(["--model", str(trunk), *map(str, given)]))
 
-    assert len({of(), of("--mtp-from", other), of("--mtp-from", BUNDLED)}) == 3
+    own = endless(tmp_path / "own")
+    assert len({of(), of("--mtp-from", other), of("--mtp-from", own)}) == 3
     assert of("--mtp-from", other) == of("--mtp-from", other)
 
 

@@ -7,7 +7,7 @@ from mlx_qwen3next.compute import attention, operations
 from mlx_qwen3next.compute.gated_delta import DeltaWeights, LayerState, Tape
 from mlx_qwen3next.compute.rope import Rope, Yarn
 from mlx_qwen3next.metal_kernels import Experts
-from mlx_qwen3next.model.packed import PackedGatedDeltaNet
+from mlx_qwen3next.model.packed.layers import PackedGatedDeltaNet
 
 HALF, FULL = mx.bfloat16, mx.float32
 

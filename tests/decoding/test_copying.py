@@ -5,7 +5,15 @@ import itertools
 
 import mlx.core as mx
 import pytest
-from helpers_generate import bundled, forward_cache, golden, golden_tokens, greedy, tokens_of
+from helpers_generate import (
+    bundled,
+    forward_cache,
+    golden,
+    golden_tokens,
+    greedy,
+    narrow,
+    tokens_of,
+)
 from helpers_serving import assert_holds
 from helpers_speculative import decoding
 from speculation import rounds, simulated
@@ -29,8 +37,8 @@ DEPTHS = range(1, MOST_COPIED + 1)
 @functools.cache
 def simulation(case):
     """(model, prompt, text, the prompt and its greedy continuation, the head's drafts)."""
-    if case == "demo":
-        model, tokenizer = bundled()
+    if case == "narrow":
+        model, tokenizer = narrow()
         prompt = tokenizer.encode("<|endoftext|>import os\nimport sys\n\n\ndef main(")
     else:
         model, (prompt, _) = golden(case)[0], golden_tokens(case)
@@ -73,7 +81,7 @@ def expected_rounds(case, depth, head):
 
 
 class Chain:
-    """The decoding of a golden or of the demo model, by copies and by the head."""
+    """The decoding of a golden or of the narrow model, by copies and by the head."""
 
     def __init__(self, case, depth, head):
         self.model, prompt, self.expected, _ = simulation(case)
@@ -100,7 +108,7 @@ class Chain:
     [
         *itertools.product(["permutation"], DEPTHS[::2], [0, HEAD]),
         *itertools.product(["base"], DEPTHS[::4], [HEAD]),
-        *[("demo", 7, 0), ("demo", 15, HEAD)],
+        *[("narrow", 7, 0), ("narrow", 15, HEAD)],
     ],
 )
 def test_rounds_are_those_of_a_simulation(case, depth, head):
@@ -251,11 +259,11 @@ def headless():
 def test_a_model_without_a_head():
     _, tokenizer = bundled()
     prompt = tokenizer.encode("a = [1, 2, 3, 4, 5, 6, 7, 8]\n" * 3)
-    plain = greedy(headless(), prompt, 30, mtp="off")
-    steps = list(generate_step(prompt, headless(), max_tokens=30, lookup=7))
+    plain = greedy(headless(), prompt, 16, mtp="off")
+    steps = list(generate_step(prompt, headless(), max_tokens=16, lookup=7))
     assert tokens_of(steps) == plain
     assert any(step.from_draft and step.source == "lookup" for step in steps)
-    tokens = [tokens_of(generate_step(prompt, headless(), max_tokens=30)) for _ in range(3)]
+    tokens = [tokens_of(generate_step(prompt, headless(), max_tokens=16)) for _ in range(3)]
     assert tokens == [plain] * 3
     with pytest.raises(ValueError, match="no MTP head"):
         generate_step(prompt, headless(), mtp=2, lookup=3)
@@ -264,7 +272,7 @@ def test_a_model_without_a_head():
 @pytest.mark.parametrize("step", [1, 5, 2048])
 def test_the_whole_prompt_is_looked_at(step):
     """In whatever pieces it is read, and what was known of it before as well."""
-    model, tokenizer = bundled()
+    model, tokenizer = narrow()
     prompt = tokenizer.encode("alpha = beta + gamma(delta)\n" * 2)
     store = PromptCache(max_bytes=10**9)
     options = {"max_tokens": 12, "mtp": "off", "lookup": 5, "prefill_step_size": step}

@@ -39,7 +39,7 @@ def test_greedy_tokens_are_the_goldens(case, step):
     assert greedy(golden(case)[0], prompt, n, prefill_step_size=step) == expected[:n]
 
 
-@pytest.mark.parametrize("mtp", ["auto", "off", 1, 3, 8])
+@pytest.mark.parametrize("mtp", ["auto", "off"])  # depths: test_speculative
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_do_not_depend_on_mtp(case, mtp):
     prompt, expected = golden_tokens(case)

@@ -19,7 +19,7 @@ from mlx_qwen3next.compute.proof import Finding
 from mlx_qwen3next.decoding import preparation
 from mlx_qwen3next.decoding.preparation import NAMED, prepare, summary
 from mlx_qwen3next.metal_kernels import kernel
-from mlx_qwen3next.model.packing import pack
+from mlx_qwen3next.model.packed.packing import pack
 
 SLOW = Finding(False, "2.0 µs, MLX's own operations 1.0 µs", 2e-6, 1e-6)
 TEXT = [*range(300, 440)]

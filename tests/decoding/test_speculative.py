@@ -13,6 +13,7 @@ from helpers_generate import (
     golden,
     golden_tokens,
     greedy,
+    narrow,
     tokens_of,
 )
 from helpers_speculative import Cycle, Script, decoding
@@ -30,8 +31,9 @@ from mlx_qwen3next.decoding.speculative import Acceptance
 from mlx_qwen3next.model.cache import tokens_held
 
 DEPTHS = range(1, MAX_DEPTH + 1)
-CASES = [*itertools.product(["base", "permutation"], DEPTHS)]
-CASES += itertools.product(["eps", "dense"], [1, 4, MAX_DEPTH])
+SOME = (1, 3, MAX_DEPTH)  # for models whose heads are hardly ever right
+CASES = [*itertools.product(["permutation"], DEPTHS)]
+CASES += itertools.product(["base", "eps", "dense"], SOME)
 TOKENS = 70  # at most, which are many rounds at any depth
 NOISE = 1e-4  # relative, between two right ways to compute the same in float32
 
@@ -61,11 +63,11 @@ def test_drafts_are_accepted_and_refused():
 
 def test_tokens_of_the_demo_model():
     model, tokenizer = bundled()
-    for text in ("<|endoftext|>import os\n", "def merge(left, right):\n", "class Queue"):
+    texts = "<|endoftext|>import os\n", "def merge(left, right):\n", "class Queue"
+    for text, depth in zip(texts, (1, 3, 8), strict=True):
         prompt = tokenizer.encode(text)
         plain = greedy(model, prompt, 16, mtp="off")
-        for depth in (1, 3, 8):
-            assert greedy(model, prompt, 16, mtp=depth) == plain, depth
+        assert greedy(model, prompt, 16, mtp=depth) == plain, depth
 
 
 @pytest.mark.parametrize("depths", [(0, 2), (3, 0, 0, 1), (0, 0, 8, 8)], ids=str)
@@ -91,8 +93,11 @@ SAMPLING = [
 ]
 
 
-@pytest.mark.parametrize("options", SAMPLING, ids=str)
-@pytest.mark.parametrize("case", ["base", "permutation"])
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [*itertools.product(["permutation"], SAMPLING), ("base", SAMPLING[0]), ("base", SAMPLING[-1])],
+    ids=str,
+)
 def test_a_seed_gives_the_same_samples_with_and_without_speculation(case, options):
     model, (prompt, _) = golden(case)[0], golden_tokens(case)
 
@@ -176,8 +181,8 @@ def test_a_random_processor_draws_alike():
 # --- what is accepted ---------------------------------------------------------------------------
 @functools.cache
 def simulation(case):
-    if case == "demo":
-        model, tokenizer = bundled()
+    if case == "narrow":
+        model, tokenizer = narrow()
         prompt, n = tokenizer.encode("<|endoftext|>import os\nimport sys\n\n\ndef main("), 24
     else:
         model, (prompt, expected) = golden(case)[0], golden_tokens(case)
@@ -187,11 +192,15 @@ def simulation(case):
 
 @pytest.mark.parametrize(
     ("case", "depth"),
-    [*itertools.product(["base", "permutation"], DEPTHS), *[("demo", x) for x in (1, 3, 8)]],
+    [
+        *itertools.product(["permutation"], DEPTHS),
+        *itertools.product(["base"], SOME),
+        *itertools.product(["narrow"], [1, 3, 8]),
+    ],
 )
 def test_accept_counts_are_those_of_a_simulation(case, depth):
     model, prompt, n, tokens, drafts = simulation(case)
-    if case == "demo":
+    if case == "narrow":
         steps = generate_step(prompt, model, max_tokens=n, mtp=depth)
     else:
         steps = at_depth(case, depth)
@@ -271,8 +280,8 @@ def test_a_batch_decodes_plainly_to_the_same_tokens():
 @pytest.mark.parametrize("mtp", ["off", 2])
 def test_memory_does_not_grow_with_the_number_of_rounds(mtp):
     """Beyond keys and values: 120 more tokens leave no graph behind."""
-    prompt = golden_tokens("base")[0] * 20
-    model = load_model(GOLDENS / "base", dtype=mx.float32)
+    prompt = golden_tokens("permutation")[0] * 20
+    model = load_model(GOLDENS / "permutation", dtype=mx.float32)
     cache = model.make_cache() + model.mtp.make_cache()
     used, arrays_held = [], []
     steps = generate_step(prompt, model, max_tokens=160, mtp=mtp, prompt_cache=cache)

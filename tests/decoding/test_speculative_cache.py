@@ -73,9 +73,12 @@ def test_rounds_leave_the_cache_of_plain_steps(order):
 @pytest.mark.parametrize("mtp", ["off", 1, 3, 8])
 @pytest.mark.parametrize("case", ["base", "permutation"])
 def test_stopping_anywhere(case, mtp):
-    """Within accepted drafts, after the last of them, after the trunk's own token."""
+    """Within accepted drafts, after the last of them, after the trunk's own token.
+
+    The head of `base` is always wrong: one round is as the other.
+    """
     model, (prompt, expected) = golden(case)[0], golden_tokens(case)
-    for n in range(1, 4 if mtp == "off" else 10):
+    for n in range(1, 4 if mtp == "off" or case == "base" else 10):
         cache = model.make_cache() + model.mtp.make_cache()
         steps = generate_step(prompt, model, max_tokens=20, mtp=mtp, prompt_cache=cache)
         tokens = [next(steps) for _ in range(n)]

@@ -10,7 +10,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_qwen3next.bench.graph import count
 from mlx_qwen3next.decoding import random_numbers
 from mlx_qwen3next.decoding.sampling import Chooser, Sampling, SeededSampler
-from mlx_qwen3next.decoding.top_k import MOST, TopKSampler, largest
+from mlx_qwen3next.decoding.top_k import MOST, TopKSampler, _rounded, largest
 
 QWEN = {"temp": 0.7, "top_p": 0.8, "top_k": 20}
 VOCABULARY = 151936  # Qwen's
@@ -89,6 +89,17 @@ def test_the_end_of_the_line_is_kept_where_lengths_are_rounded(k):
     probabilities = mx.array([[0.95, *[0.05 / 1100] * 1100]])
     sampler = TopKSampler(1.0, 0.5, 0.0, k)
     assert sampler.draw(mx.log(probabilities), mx.array([[1 - 2**-24]])).tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_probabilities_are_exponentials_of_the_rounded_logarithms(dtype):
+    numbers = mx.arange(2**16).astype(mx.uint16).view(dtype)[None]
+    numbers = numbers[:, mx.array(np.flatnonzero(np.array(numbers.astype(mx.float32)) <= 0.01))]
+    logprobs, probabilities = _rounded(numbers, mx.zeros((1, 1), dtype))
+    assert mx.array_equal(logprobs, numbers)
+    exact = np.exp(np.array(numbers.astype(mx.float32)).astype(np.float64))
+    # Beside a total of 1, also from a whole vocabulary of numbers that are as small.
+    assert (np.abs(np.array(probabilities) - exact) <= 4e-6 * exact + 1e-12).all()
 
 
 def test_tokens_exist_without_probabilities():

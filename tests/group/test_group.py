@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import re
+import select
 import shutil
 import signal
 import socket
@@ -76,11 +77,16 @@ def test_two_processes_answer_as_one_and_one_of_them_prints(tmp_path, call):
 def test_mlx_launch(tmp_path, call):
     _, expected, _ = call(main, *QUESTION)
     launch = Path(sys.executable).with_name("mlx.launch")
+    # It asks without a pause whether a rank's stdin can take more, until that is full.
+    stdin, full = os.pipe()
+    os.write(full, bytes(select.PIPE_BUF * 16))
     child = subprocess.run(
         [launch, "-n", "2", "--backend", "ring", "--starting-port", str(hostfile_port(tmp_path)),
          "--", sys.executable, *COMMAND, *QUESTION],
-        env=os.environ | polite(), capture_output=True, text=True, timeout=TIMEOUT,
+        env=os.environ | polite(), stdin=stdin, capture_output=True, text=True, timeout=TIMEOUT,
     )  # fmt: skip
+    os.close(stdin)
+    os.close(full)
     assert (child.returncode, child.stdout) == (0, expected), child.stderr
 
 
@@ -231,10 +237,10 @@ def test_waiting_for_others_has_an_end(tmp_path):
         "import sys\n"
         "from mlx_qwen3next.group import joining\n"
         "from mlx_qwen3next.generate import main\n"
-        "joining.JOIN = 2.0\n"
+        "joining.JOIN = 1.0\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    said = "error: the other processes did not come within 2 s; is the hostfile right?\n"
+    said = "error: the other processes did not come within 1 s; is the hostfile right?\n"
     hosts = hostfile(tmp_path, 3)  # the third is not started
     results = run(tmp_path, 2, ["-c", program, *QUESTION], hosts=hosts)
     assert results == [(-signal.SIGTERM, "", said)] * 2

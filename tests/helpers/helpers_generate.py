@@ -9,23 +9,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import forked
 import long_text
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qwen3next import generate_step, load, load_model, stream_generate
+from mlx_qwen3next.checkpoint.files import MTP_FILE
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model import mtp_head
 from mlx_qwen3next.model.config import Config
-from mlx_qwen3next.model.packing import pack
+from mlx_qwen3next.model.packed.packing import pack
 from mlx_qwen3next.model.qwen3_next import Model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PROMPT = 10  # the goldens' `greedy` continues tokens[:PROMPT]
 NARROW = {
     **{"hidden_size": 32, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
-    **{"shared_expert_intermediate_size": 16, "quantization": None, "quantization_config": None},
+    **{"shared_expert_intermediate_size": 16, "num_hidden_layers": 3, "full_attention_interval": 3},
+    **{"quantization": None, "quantization_config": None},
 }
 
 
@@ -146,19 +149,33 @@ def same(a, b, tolerance=0.0):
     )
 
 
+UNUSED = 4095  # a token that the model of `endless` never says
+
+
+@functools.cache
+def _endless_weights():
+    """(trunk, head) by name."""
+    model = predictable()
+    model.lm_head.weight[UNUSED] = 0.0  # the likeliest of so many tokens have logits of 20
+    return checkpoints.split(checkpoints.parameters(model))
+
+
 def endless(directory, **config):
-    """Copies the bundled model to ``directory`` without stop tokens, so that only max_tokens and
-    the context end it; ``config`` replaces entries of its config.json."""
-    shutil.copytree(BUNDLED, directory, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    """Writes the predictable model to ``directory`` with the bundled tokenizer and without stop
+    tokens, so that only max_tokens and the context end it.
 
-    def edit(name, **changes):
-        file = directory / name
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-    unused = json.loads((directory / "config.json").read_text())["vocab_size"] - 1
-    edit("config.json", eos_token_id=unused, **config)
-    edit("generation_config.json", eos_token_id=[unused])
-    edit("tokenizer_config.json", eos_token=None)
+    Args:
+        config: other entries of its config.json.
+    """
+    trunk, head = _endless_weights()
+    whole = json.loads((BUNDLED / "config.json").read_text()) | NARROW | {"eos_token_id": UNUSED}
+    files = {"model.safetensors": trunk, MTP_FILE: head}
+    checkpoints.write(directory, whole | config, files)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copyfile(BUNDLED / name, directory / name)
+    tokenizer = json.loads((BUNDLED / "tokenizer_config.json").read_text()) | {"eos_token": None}
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [UNUSED]}))
     return directory
 
 

@@ -13,7 +13,7 @@ from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.compute import proof
 from mlx_qwen3next.metal_kernels import Kernel, attention, experts, gated_delta, norms, router
 from mlx_qwen3next.metal_kernels import kernel as kernel_module
-from mlx_qwen3next.model import tracing
+from mlx_qwen3next.model.packed import tracing
 
 ON_GPU = metal_kernels.available()
 by_host = pytest.mark.skipif(ON_GPU, reason="about machines without a GPU")

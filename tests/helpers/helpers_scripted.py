@@ -20,7 +20,7 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 
 from mlx_qwen3next.checkpoint.hub import BUNDLED
 from mlx_qwen3next.model.config import Config
-from mlx_qwen3next.model.packing import pack
+from mlx_qwen3next.model.packed.packing import pack
 from mlx_qwen3next.model.qwen3_next import Model
 from mlx_qwen3next.server.engine.engine import Engine
 

@@ -13,7 +13,7 @@ from mlx_qwen3next import generate_step, load, load_model
 from mlx_qwen3next.compute import cpu_matmul, proof
 from mlx_qwen3next.metal_kernels import kernel
 from mlx_qwen3next.model.cache import Round
-from mlx_qwen3next.model.packing import pack
+from mlx_qwen3next.model.packed.packing import pack
 
 pytestmark = pytest.mark.metal
 
@@ -51,7 +51,7 @@ def prompt():
 
 
 def tokens(model, mtp):
-    steps = generate_step(prompt(), model, max_tokens=10, mtp=mtp)
+    steps = generate_step(prompt(), model, max_tokens=7, mtp=mtp)
     return [(step.token, step.from_draft) for step in steps]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_qwen3next.bench.graph import count
 from mlx_qwen3next.bench.on_metal import CONFIG, as_on_metal
-from mlx_qwen3next.model import widening
+from mlx_qwen3next.model.packed import widening
 
 
 @pytest.fixture(autouse=True)

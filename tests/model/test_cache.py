@@ -17,7 +17,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_qwen3next import load_model
-from mlx_qwen3next.compute.gated_delta import LayerState, Tape
+from mlx_qwen3next.compute.gated_delta import Tape
 from mlx_qwen3next.model.cache import (
     GatedDeltaCache,
     Round,
@@ -408,6 +408,6 @@ def test_padding_shrinks_by_the_tokens_that_a_round_keeps():
     zeros = mx.zeros
     tape = Tape(zeros((1, 3, 2)), zeros((1, 3, 1, 4)), zeros((1, 3, 2, 4)))
     entry.begin()
-    entry.store(LayerState(zeros((1, 6, 8)), zeros((1, 2, 4, 4)), tape), 3)
+    entry.store([zeros((1, 6, 8)), zeros((1, 2, 4, 4)), *tape], 3)
     entry.commit(2)
     assert entry.make_mask(5).tolist() == [[False] * 3 + [True] * 2]

@@ -8,11 +8,11 @@ from checkpoints import GOLDENS, relative_error
 from mlx.utils import tree_flatten
 
 from mlx_qwen3next import load_model
-from mlx_qwen3next.model import packing, widening
 from mlx_qwen3next.model.cache import Round
 from mlx_qwen3next.model.config import Config
-from mlx_qwen3next.model.packed import PackedSparseMoE
-from mlx_qwen3next.model.packing import pack
+from mlx_qwen3next.model.packed import packing, widening
+from mlx_qwen3next.model.packed.layers import PackedSparseMoE
+from mlx_qwen3next.model.packed.packing import pack
 from mlx_qwen3next.model.qwen3_next import Model, SparseMoE
 
 CASES = ("base", "base_fused", "dense", "eps", "permutation")

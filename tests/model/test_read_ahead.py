@@ -52,8 +52,7 @@ def slow(monkeypatch):
     monkeypatch.setattr(Reader, "reading", shuffled)
 
 
-@pytest.mark.parametrize("size", [4, 12])
-@pytest.mark.parametrize("check", [check_tokens, check_two_texts])
+@pytest.mark.parametrize(("check", "size"), [(check_tokens, 4), (check_two_texts, 12)])
 def test_results_are_those_of_the_model_in_memory(check, size, monkeypatch):
     slow(monkeypatch)
     model = reading_ahead(size)

@@ -17,8 +17,9 @@ from mlx_qwen3next import metal_kernels
 from mlx_qwen3next.bench.on_metal import ours
 from mlx_qwen3next.checkpoint.loading import load_model
 from mlx_qwen3next.compute import gated_delta, proof
-from mlx_qwen3next.model import gated_delta_net, tracing
+from mlx_qwen3next.model import gated_delta_net
 from mlx_qwen3next.model.cache import Round, Undo, settle
+from mlx_qwen3next.model.packed import tracing
 
 CASES = ["base", "dense", "permutation", "eps"]
 

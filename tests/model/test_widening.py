@@ -7,8 +7,8 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from mlx_qwen3next.model import widening
-from mlx_qwen3next.model.widening import in_one_quantization
+from mlx_qwen3next.model.packed import widening
+from mlx_qwen3next.model.packed.widening import in_one_quantization
 
 BITS = (2, 3, 4, 5, 6, 8)
 

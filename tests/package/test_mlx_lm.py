@@ -97,12 +97,12 @@ def test_batches_of_changing_size(case):
     # (step at which it joins, prompt, tokens to generate)
     requests = [
         (0, tokens[:1], 5),
-        (0, tokens[:2], 30),
+        (0, tokens[:2], 20),
         (0, tokens[5:42], 12),
-        (4, tokens[:10], 24),
+        (4, tokens[:10], 16),
         (4, tokens[50:63], 1),
-        (9, tokens[:130], 9),
-        (9, tokens[3:7], 20),
+        (9, tokens[:70], 9),
+        (9, tokens[3:7], 14),
     ]
     generator = BatchGenerator(
         model, prefill_batch_size=2, completion_batch_size=3, prefill_step_size=8

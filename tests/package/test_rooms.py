@@ -25,6 +25,15 @@ FLOORS = {
         {"compute", "group"},
         {"metal_kernels", "storage", "errors"},
     ],
+    "model.": [
+        {"streamed"},
+        {"packed"},
+        {"parallel"},
+        {"sharding", "mtp_head", "dflash", "reading"},
+        {"qwen3_next", "capacity"},
+        {"gated_delta_net", "quantized_kv", "layouts"},
+        {"cache", "config"},
+    ],
     "server.": [
         {"__main__"},
         {"command"},
@@ -47,6 +56,7 @@ FLOORS = {
 ROOMS = set().union(*FLOORS[""])
 KNOWN = {  # some imports that there are
     "": {("decoding", "model"), ("model", "compute"), ("convert", "checkpoint")},
+    "model.": {("streamed", "packed"), ("packed", "qwen3_next")},
     "server.": {("http", "requests"), ("engine", "answers")},
     "bench.": {("comparison", "tables"), ("models", "shapes")},
 }

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from ...model.cache import Cache, MTPCache
+from ...model.packed.tracing import MOST_ROWS
 from ...model.qwen3_next import Model
-from ...model.tracing import MOST_ROWS
 from ..draft_depth import MAX_DEPTH, Offer, Shares
 from ..sampling import Choose
 from . import CATCH_UP, StateDrafter

@@ -14,9 +14,9 @@ import mlx.core as mx
 from ...storage.reading import Reader
 from ...storage.safetensors import Tensor
 from ..capacity import GB
+from ..packed.tracing import structure_of
 from ..parallel import parameters, recast
 from ..qwen3_next import Model, SparseMoE, Trunk
-from ..tracing import structure_of
 from .layer_slots import Following, LayerSlots
 from .layers import StreamedDecoderLayer, StreamedSparseMoE
 from .read_ahead import ReadAhead

@@ -2,7 +2,7 @@
 
 The router runs as always; then the host learns which experts it chose, has those read that are not
 there, and goes on with their slots (:mod:`.slots`). All else is as in
-:mod:`mlx_qwen3next.model.packed`, and so are the results, bit for bit.
+:mod:`mlx_qwen3next.model.packed.layers`, and so are the results, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ...compute.experts import Forms, sparse_experts
 from ...compute.gated_delta import LayerState
 from ...metal_kernels import Experts
 from ..cache import GatedDeltaCache
-from ..packed import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedSparseMoE
-from ..tracing import MOST_ROWS, is_step, traced
+from ..packed.layers import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedSparseMoE
+from ..packed.tracing import MOST_ROWS, is_step, traced
 from .layer_slots import LayerSlots
 
 # The parts of a layer that its router's guess does not read.
@@ -58,31 +58,30 @@ class StreamedDecoderLayer(PackedDecoderLayer):
             row, q, k, v = self.attention_heads(facts, (cache.offset,), x)
             o = self.self_attn.attend(q, k, v, mask, cache)
             return self.mlp.add(*self.attention_step(facts, (), x, row, o))
-        state = cache.layer_state() if isinstance(cache, GatedDeltaCache) else None
-        if state is None or cache.lengths is not None:
+        before = cache.arrays() if isinstance(cache, GatedDeltaCache) else None
+        if before is None or cache.lengths is not None:
             return super().__call__(x, mask, cache)
         recording = cache.recording
-        facts = *facts, recording, state.tape is not None, mask is None
-        arguments, after = self.linear_step(facts, (state.keep,), x, state[:3], mask, recording)
+        facts = *facts, recording, len(before) > 2, mask is None
+        arguments, after = self.linear_step(facts, (cache.keep,), x, before, mask, recording)
         cache.store(after, x.shape[1])
         return self.mlp.add(*arguments)
 
     @traced()
     def linear_step(
         self, numbers: tuple[Any], x: mx.array, before: Any, mask: Any, recording: bool
-    ) -> tuple[tuple[mx.array, ...], LayerState]:
-        """Returns :meth:`to_router` of a linear layer, and its state after the tokens.
+    ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+        """Returns :meth:`to_router` of a linear layer, and its state's arrays after the tokens.
 
         Args:
-            numbers: ``keep`` of the state. before: its rows, state and tape.
+            numbers: ``keep`` of the state. before: its arrays.
             x, mask, recording: see :meth:`GatedDeltaNet.advance`.
         """
-        rows, state, tape = before
-        met = LayerState(rows, state, tape, *numbers)
+        met = LayerState.of(before, *numbers)
         y, after = self.linear_attn.advance(
             self.input_layernorm(x), met, mask=mask, recording=recording
         )
-        return self.to_router(x, y), after
+        return self.to_router(x, y), after.arrays
 
     @traced(*AFTER_ATTENTION)
     def attention_heads(self, numbers: tuple[Any], x: mx.array) -> tuple[mx.array, ...]:

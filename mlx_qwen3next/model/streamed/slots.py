@@ -23,7 +23,7 @@ import numpy as np
 from ...compute.cpu_matmul import TransposedLinear, memory, transpose_codes
 from ...storage.reading import Piece, Reader, Reading
 from ...storage.safetensors import DTYPES, Tensor, converted
-from ..packed import stored as weights_of
+from ..packed.layers import stored as weights_of
 from ..parallel import parameters, recast
 
 NAMES = ("gate_proj", "up_proj"), ("down_proj",)

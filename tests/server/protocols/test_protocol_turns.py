@@ -180,24 +180,32 @@ def without_grammars(monkeypatch):
     monkeypatch.setattr(compiled, "find_spec", lambda _: None)
 
 
-@TEMPLATES
-@pytest.mark.parametrize("choice", ["required", "only", "named"])
-def test_a_forced_call(server, template, choice):
-    """The model says the call, after its reasoning, and nothing else."""
-    seed = server.say((THOUGHT if template == "thinking" else "") + CALLS[template])
-    got = server.both(
+def forced_call(server, says, template, choice):
+    """The answer to a request that forces a call of f: by any call, by f alone, or by its name."""
+    return server.both(
         [{"role": "user", "content": "Do it."}],
-        seed,
+        server.say(says),
         template=template,
         tools=[FUNCTION] if choice == "only" else [FUNCTION, OTHER],
         tool_choice=NAMED if choice == "named" else "required",
     )
+
+
+CHOICES = pytest.mark.parametrize("choice", ["required", "only", "named"])
+
+
+@TEMPLATES
+@CHOICES
+def test_a_forced_call(server, template, choice):
+    """The model says the call, after its reasoning, and nothing else."""
+    says = (THOUGHT if template == "thinking" else "") + CALLS[template]
+    got = forced_call(server, says, template, choice)
     assert (got.content, got.reasoning) == ("", "Hm,\nso." if template == "thinking" else "")
     assert (got.reason, got.calls) == ("tool_calls", [("f", '{"x": "ls <b>"}')])
 
 
 @TEMPLATES
-@pytest.mark.parametrize("choice", ["required", "only", "named"])
+@CHOICES
 def test_a_forced_call_without_grammars(server, template, choice, without_grammars):
     """The answer is begun with the call, and the model says the rest alone."""
     begun = {"coder": "<tool_call>\n<function", "instruct": '<tool_call>\n{"name": "'}
@@ -207,14 +215,7 @@ def test_a_forced_call_without_grammars(server, template, choice, without_gramma
     begun["thinking"] = begun["instruct"]
     call = CALLS[template]
     assert call.startswith(begun[template])
-    seed = server.say(call.removeprefix(begun[template]))
-    got = server.both(
-        [{"role": "user", "content": "Do it."}],
-        seed,
-        template=template,
-        tools=[FUNCTION] if choice == "only" else [FUNCTION, OTHER],
-        tool_choice=NAMED if choice == "named" else "required",
-    )
+    got = forced_call(server, call.removeprefix(begun[template]), template, choice)
     assert (got.content, got.reasoning) == ("", "")
     assert (got.reason, got.calls) == ("tool_calls", [("f", '{"x": "ls <b>"}')])
     closed = "<think>\n\n</think>\n\n" if template == "thinking" else ""

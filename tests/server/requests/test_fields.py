@@ -1,5 +1,6 @@
 """The fields of a request: their checks, and the form in which mlx-lm's handler reads them."""
 
+import itertools
 import json
 
 import pytest
@@ -26,6 +27,15 @@ def refused(check, *args, **fields):
     with pytest.raises(RequestError) as caught:
         check(*args, **fields)
     return caught.value
+
+
+def assert_refused(field, values, *checks):
+    """Each of the checks refuses each of the values and names the field."""
+    for check, value in itertools.product(checks, values):
+        error = refused(check, **{field: value})
+        assert error.status == 400, value
+        assert field in str(error)
+        assert error.param.startswith(field)
 
 
 def nested(depth):
@@ -98,12 +108,7 @@ def test_valid_json_is_parsed():
     ],
 )
 def test_wrong_values_are_refused_by_name(field, values):
-    for check in (chat, text):
-        for value in values:
-            error = refused(check, **{field: value})
-            assert error.status == 400, value
-            assert field in str(error)
-            assert error.param.startswith(field)
+    assert_refused(field, values, chat, text)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +135,7 @@ def test_wrong_values_are_refused_by_name(field, values):
     ],
 )
 def test_wrong_values_of_a_chat_are_refused_by_name(field, values):
-    for value in values:
-        error = refused(chat, **{field: value})
-        assert error.status == 400, value
-        assert field in str(error)
-        assert error.param.startswith(field)
+    assert_refused(field, values, chat)
 
 
 @pytest.mark.parametrize(
@@ -148,11 +149,7 @@ def test_wrong_values_of_a_chat_are_refused_by_name(field, values):
     ],
 )
 def test_wrong_values_of_a_completion_are_refused_by_name(field, values):
-    for value in values:
-        error = refused(text, **{field: value})
-        assert error.status == 400, value
-        assert field in str(error)
-        assert error.param.startswith(field)
+    assert_refused(field, values, text)
 
 
 def test_tools_are_kept_unless_none_is_to_be_called():

@@ -28,10 +28,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
-from ..compute.cpu_matmul import transposed
-from .gated_delta_net import GatedDeltaNet
-from .mtp_head import MTPHead
-from .packed import (
+from ...compute.cpu_matmul import transposed
+from ..gated_delta_net import GatedDeltaNet
+from ..mtp_head import MTPHead
+from ..parallel import ExpertParallelMoE, ParallelDecoderLayer, PipelineTrunk, parameters, recast
+from ..qwen3_next import MLP, DecoderLayer, GatedAttention, Model, RMSNorm, SparseMoE, Trunk
+from .layers import (
     PackedDecoderLayer,
     PackedExpertParallelMoE,
     PackedGatedAttention,
@@ -41,8 +43,6 @@ from .packed import (
     PackedSharedExpert,
     PackedSparseMoE,
 )
-from .parallel import ExpertParallelMoE, ParallelDecoderLayer, PipelineTrunk, parameters, recast
-from .qwen3_next import MLP, DecoderLayer, GatedAttention, Model, RMSNorm, SparseMoE, Trunk
 from .steps import PackedMTPHead, PackedPipelineTrunk, PackedTrunk, TracedRMSNorm, stretches
 from .widening import in_one_quantization
 

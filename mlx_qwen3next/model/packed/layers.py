@@ -1,6 +1,6 @@
 """The layers of a packed model: weights of one input stacked, several operations a launch.
 
-:mod:`mlx_qwen3next.model.packing` puts them in the place of the checkpoint's modules, whose
+:mod:`mlx_qwen3next.model.packed.packing` puts them in the place of the checkpoint's modules, whose
 equations they keep, and says which weights are stacked.
 """
 
@@ -11,14 +11,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..compute import operations
-from ..compute.cpu_matmul import TransposedLinear
-from ..compute.experts import SharedExpert, Stored, sparse_experts
-from ..compute.gated_delta import DeltaWeights, LayerState
-from ..metal_kernels import Experts
-from .gated_delta_net import GatedDeltaNet
-from .parallel import ParallelDecoderLayer
-from .qwen3_next import MLP, DecoderLayer, GatedAttention, RMSNorm, SparseMoE
+from ...compute import operations
+from ...compute.cpu_matmul import TransposedLinear
+from ...compute.experts import SharedExpert, Stored, sparse_experts
+from ...compute.gated_delta import DeltaWeights, LayerState
+from ...metal_kernels import Experts
+from ..gated_delta_net import GatedDeltaNet
+from ..parallel import ParallelDecoderLayer
+from ..qwen3_next import MLP, DecoderLayer, GatedAttention, RMSNorm, SparseMoE
 
 
 class PackedRMSNorm(RMSNorm):

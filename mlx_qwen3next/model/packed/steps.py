@@ -8,19 +8,18 @@ layers that follow, and the next attention layer as far as its queries, keys and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 
-from ..compute.gated_delta import LayerState
-from .cache import Cache, GatedDeltaCache
-from .mtp_head import MTPHead
-from .packed import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedRMSNorm
-from .parallel import PipelineTrunk
-from .qwen3_next import Trunk
+from ...compute.gated_delta import LayerState
+from ..cache import Cache, GatedDeltaCache
+from ..mtp_head import MTPHead
+from ..parallel import PipelineTrunk
+from ..qwen3_next import Trunk, masks
+from .layers import AFTER_ATTENTION, BEFORE_ATTENTION, PackedDecoderLayer, PackedRMSNorm
 from .tracing import is_step, traced
 
 
@@ -54,33 +53,33 @@ class Stretch(nn.Module):
         numbers: tuple[Any, Any],
         x: mx.array,
         attended: Sequence[mx.array],
-        before: Sequence[Sequence[Any]],
+        before: Sequence[Sequence[mx.array]],
         mask: mx.array | None,
         recording: bool,
-    ) -> tuple[list[mx.array], list[tuple[Any, ...]], Sequence[mx.array]]:
+    ) -> tuple[list[mx.array], list[Sequence[mx.array]], Sequence[mx.array]]:
         """Runs the stretch.
 
         Args:
             numbers: the position of the first token, one or ``[B]``, and ``keep`` of the states.
             x: ``[B, L, H]``, the input of its first layer.
             attended: the first layer's row of projections and its attention's output.
-            before: rows, state and tape of each linear layer's :class:`LayerState`.
+            before: the arrays of each linear layer's :class:`LayerState`.
             mask, recording: see :meth:`GatedDeltaNet.mix`.
 
         Returns:
-            The outputs of the layers that end here, the state of each linear layer after the
-            tokens, as a plain tuple, and :meth:`GatedAttention.heads` of the last layer.
+            The outputs of the layers that end here, the arrays of each linear layer's state after
+            the tokens, and :meth:`GatedAttention.heads` of the last layer.
         """
-        outputs, after = [], []
+        outputs: list[mx.array] = []
+        after: list[Sequence[mx.array]] = []
         offset, keep = numbers
         if "first" in self:
             x = self.first.after_attention(x, *attended)
             outputs.append(x)
-        for layer, (rows, state, tape) in zip(self.linear, before, strict=True):
-            met = LayerState(rows, state, tape, keep)
-            x, advanced = layer.advance(x, met, mask, recording)
+        for layer, arrays in zip(self.linear, before, strict=True):
+            x, advanced = layer.advance(x, LayerState.of(arrays, keep), mask, recording)
             outputs.append(x)
-            after.append(tuple(advanced))
+            after.append(advanced.arrays)
         return outputs, after, self.last.before_attention(x, offset) if "last" in self else ()
 
 
@@ -122,27 +121,30 @@ class PackedTrunk(Trunk):
     ) -> mx.array:
         if cache is None or not is_step(x):
             return super().run_layers(x, cache, between)
-        linear = [c for c in cache if isinstance(c, GatedDeltaCache)]
-        states = [s for c in linear if c.lengths is None and (s := c.layer_state()) is not None]
+        linear: list[Any] = []
+        full: list[Any] = []
+        for entry in cache:
+            (linear if isinstance(entry, GatedDeltaCache) else full).append(entry)
+        states = [s for c in linear if c.lengths is None and (s := c.arrays()) is not None]
         if len(states) < len(linear):
             return super().run_layers(x, cache, between)
 
-        linear_mask, attention_mask = self.masks(x, cache)
+        linear_mask, attention_mask = masks(x, next(iter(linear), None), next(iter(full), None))
         recording = bool(linear) and linear[0].recording
-        replays, keep = (states[0].tape is not None, states[0].keep) if states else (False, 0)
-        facts = x.shape, x.dtype, recording, replays, linear_mask is None
-        entries, befores, tokens, finished = iter(cache), iter(states), x.shape[1], 0
+        replays, keep = (len(states[0]) > 2, linear[0].keep) if states else (False, 0)
+        facts = x.shape, str(x.dtype), recording, replays, linear_mask is None
+        tokens, begin, finished = x.shape[1], 0, 0
         attended: Sequence[mx.array] = ()
-        for stretch in self.stretches:  # parts by subscript: as attributes they take 0.6 µs each
-            own = [*islice(entries, len(stretch["linear"]))]
-            before = [state[:3] for state in islice(befores, len(own))]
-            entry = next(entries, None)  # of the last layer
+        # Parts by subscript: as attributes they take 0.6 µs each.
+        for stretch, entry in zip(self.stretches, [*full, None], strict=True):
+            end = begin + len(stretch["linear"])
             numbers = 0 if entry is None else entry.offset, keep
             outputs, after, heads = stretch.run(
-                facts, numbers, x, attended, before, linear_mask, recording
+                facts, numbers, x, attended, states[begin:end], linear_mask, recording
             )
-            for c, state in zip(own, after, strict=True):
-                c.store(state, tokens)
+            for c, arrays in zip(linear[begin:end], after, strict=True):
+                c.store(arrays, tokens)
+            begin = end
             if entry is not None:
                 row, q, k, v = heads
                 o = stretch["last"]["self_attn"].attend(q, k, v, attention_mask, entry)
