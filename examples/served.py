@@ -136,6 +136,13 @@ class Served:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
+    def metric(self, name: str) -> float:
+        """A value of ``/metrics`` that has no labels; only our server has these."""
+        with self.request("GET", "/metrics") as response:
+            lines = response.read().decode().splitlines()
+        (value,) = (x.split()[1] for x in lines if x.startswith(f"qwen3next_{name} "))
+        return float(value)
+
     def stop(self, signum: int = signal.SIGTERM) -> int:
         """Sends a signal; returns the exit status of the process when it has ended."""
         os.kill(self.process.pid, signum)

@@ -195,14 +195,17 @@ def main() -> int:
             threads = [threading.Thread(target=load.client, args=(i,)) for i in range(args.clients)]
             for thread in threads:
                 thread.start()
-            memory, start, rng = [], time.monotonic(), random.Random(0)
+            process, arrays = list[float](), list[float]()
+            start, rng = time.monotonic(), random.Random(0)
             next_fault = 120.0
             while (seconds := time.monotonic() - start) < 60 * args.minutes:
                 if sum(load.seen.values()) >= args.total:
                     break
                 time.sleep(10)
-                memory.append(served.memory() / 1e6)
-                print(f"{seconds:5.0f} s {memory[-1]:6.0f} MB", dict(load.seen), flush=True)
+                process.append(served.memory() / 1e6)
+                arrays.append(served.metric("memory_active_bytes") / 1e6)
+                print(f"{seconds:5.0f} s {process[-1]:6.0f} MB, of arrays", end=" ")
+                print(f"{arrays[-1]:.0f}", dict(load.seen), flush=True)
                 if args.faults and seconds > next_fault:
                     damage(kept, rng)
                     load.down.set()
@@ -223,9 +226,10 @@ def main() -> int:
             f"threads of clients that never ended: {stuck}; healthy at the end: {healthy}; ", end=""
         )
         print(f"one more answer right: {last.text == right[-1].text}; exit status {status}")
-        parts = [memory[i * len(memory) // 4 : (i + 1) * len(memory) // 4] for i in range(4)]
-        quarters = ", ".join(f"{statistics.median(part):.0f}" for part in parts if part)
-        print(f"memory in MB: {quarters} by quarters (medians), at most {max(memory):.0f}")
+        for name, sizes in (("the process", process), ("its arrays", arrays)):
+            parts = [sizes[i * len(sizes) // 4 : (i + 1) * len(sizes) // 4] for i in range(4)]
+            quarters = ", ".join(f"{statistics.median(part):.0f}" for part in parts if part)
+            print(f"{name}, MB: {quarters} by quarters (medians), {max(sizes):.0f} at most")
         for i, expected, got in load.wrong[:5]:
             print(f"request {i}: expected {expected!r}, got {got!r}")
     return bool(load.wrong or stuck or not healthy)

@@ -112,7 +112,7 @@ def _in_pieces(product: Callable[..., mx.array], rows: list[mx.array], sums: int
     return mx.concatenate(in_turn(partial(piece, start) for start in starts))
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _scaled(sums: mx.array, scales: mx.array, inputs: mx.array, biases: mx.array) -> mx.array:
     return sums * scales + inputs * biases
 

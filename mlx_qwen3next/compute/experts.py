@@ -7,6 +7,7 @@ together.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import mlx.core as mx
@@ -63,18 +64,18 @@ def route(
 
 
 # Compiled, so that each takes one launch.
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _both_signs(logits: mx.array) -> tuple[mx.array, mx.array]:
     logits = logits.astype(mx.float32)
     return logits, -logits
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _shares(weights: mx.array, total: mx.array, like: mx.array) -> mx.array:
     return (weights / total).astype(like.dtype)
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _gate(logits: mx.array, like: mx.array) -> mx.array:
     return mx.sigmoid(logits.astype(mx.float32)).astype(like.dtype)
 

@@ -1,5 +1,8 @@
 """What is queued at a time, and the cache of freed buffers, as on a GPU."""
 
+import ctypes
+from types import SimpleNamespace
+
 import mlx.core as mx
 import pytest
 from helpers_generate import BUNDLED, bundled
@@ -11,6 +14,7 @@ from mlx_qwen3next.generate import main
 from mlx_qwen3next.group import ALONE
 from mlx_qwen3next.model import capacity
 from mlx_qwen3next.server import command
+from mlx_qwen3next.server.__main__ import main as serve
 from mlx_qwen3next.server.flags import parser
 
 GB = 10**9
@@ -39,6 +43,34 @@ def test_on_a_cpu_the_cache_is_left_alone(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
     monkeypatch.setattr(mx, "set_cache_limit", None)
     assert queueing.limit_cache() is None
+
+
+class Library(SimpleNamespace):
+    """A C library that records the calls of its functions."""
+
+    def __init__(self, *functions):
+        super().__init__(calls=[])
+        for name in functions:
+            setattr(self, name, lambda *args, name=name: self.calls.append((name, *args)))
+
+
+@pytest.mark.parametrize("device", [mx.cpu, mx.gpu])
+@pytest.mark.parametrize("functions", [(), ("mallopt", "malloc_trim")], ids=["other", "glibc"])
+def test_free_memory_of_glibc_is_returned_on_a_cpu(monkeypatch, device, functions):
+    library = Library(*functions)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(mx, "default_device", lambda: device)
+    queueing.return_free_memory()
+    assert library.calls == ([("malloc_trim", 0)] if functions and device == mx.cpu else [])
+
+
+@pytest.mark.parametrize("functions", [(), ("mallopt",)], ids=["other", "glibc"])
+def test_a_server_has_one_heap(monkeypatch, functions):
+    library = Library(*functions)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    with pytest.raises(SystemExit):
+        serve(["--help"])
+    assert library.calls == ([("mallopt", queueing.M_ARENA_MAX, 1)] if functions else [])
 
 
 def test_layers_at_a_time_depend_on_the_device(monkeypatch):

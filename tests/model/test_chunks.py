@@ -1,11 +1,15 @@
 """The work and the memory of a chunk, counted, against the model's weights and MLX's memory."""
 
 import math
+import sys
+from collections import Counter
 
 import checkpoints
 import long_prompts
 import pytest
+from helpers_generate import bundled
 
+from mlx_qwen3next import generate_step
 from mlx_qwen3next.model.config import Config
 from mlx_qwen3next.model.qwen3_next import Model
 from mlx_qwen3next.model.reading import LEAST_ROOM, MOST, MOST_ROOM, Reading, capacity
@@ -60,3 +64,27 @@ def test_scores_of_the_80b_model_limit_the_chunk():
 def test_a_chunk_may_take_a_quarter_of_what_is_left(monkeypatch, spare, room):
     monkeypatch.setattr(capacity, "spare", lambda: spare)
     assert Reading.here(reading().config, 2).room == room
+
+
+def functions_called(model, length):
+    """How often each function is called while a prompt of this length is read in chunks."""
+    names = Counter()
+
+    def count(frame, event, _):
+        names.update([frame.f_code.co_qualname] * (event == "call"))
+
+    sys.setprofile(count)
+    try:
+        list(generate_step([5] * length, model, max_tokens=1, mtp=1, prefill_step_size=64))
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+def test_a_chunk_of_a_new_length_traces_nothing():
+    """MLX never forgets a trace, and chunks have as many lengths as tokens: a server would grow."""
+    model, _ = bundled()
+    for length in (128, 100, 30):
+        functions_called(model, length)
+    for length in (101, 43, 17):
+        assert functions_called(model, length) == functions_called(model, length)

@@ -209,6 +209,7 @@ class Engine:
         while self._update_requests():
             self._admit()
             self._postpone()
+            self._memory.give_back(self._running)
             if self._running:
                 self._memory.make_room(self._batch.prompt_cache_nbytes)
                 self._step()
@@ -444,7 +445,6 @@ class Engine:
             request.on_trial = True
             self._waiting.appendleft(request)
         self._running = {}
-        depth = self._batch.depth
         self._batch.close()
         mx.clear_cache()
-        self._make_batch(depth)
+        self._make_batch(self._batch.depth)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ...checkpoint.loading import default_dtype
+from ...decoding.queueing import return_free_memory
 from ...model import capacity
 from ...model.quantized_kv import NOT_QUANTIZED, KVQuantization
 from ...model.qwen3_next import Model
@@ -32,6 +33,7 @@ class Memory:
     ):
         self._model, self._checkpoints = model, checkpoints
         self._quantization = quantization
+        self._ran: set[int] = set()
         self.budget = min(model.group.gather("budget", checkpoints.max_bytes))
 
     def fits(self, requests: Sequence[Request], ahead: int) -> bool:
@@ -53,3 +55,13 @@ class Memory:
         """Shrinks the prompt cache to what the running requests leave, whose caches have a size."""
         self._checkpoints.max_bytes = max(self.budget - running, 0)
         self._checkpoints.trim(self._checkpoints.max_bytes)
+
+    def give_back(self, running: Iterable[int]) -> None:
+        """Gives free memory back to the system, if a request has ended since the last call.
+
+        Args:
+            running: the numbers of the sequences that run.
+        """
+        before, self._ran = self._ran, set(running)
+        if before - self._ran:
+            return_free_memory()
