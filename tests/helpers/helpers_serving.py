@@ -241,10 +241,11 @@ def chat(*messages):
 
 @functools.cache
 def _expected(prompt, n, options, seed, load):
+    loaded = load()  # first, since a model that is made anew draws its weights
     if seed is not None:
         mx.random.seed(seed)
     prompt = list(prompt) if isinstance(prompt, tuple) else prompt
-    return list(stream_generate(*load(), prompt, n, mtp="off", **dict(options)))
+    return list(stream_generate(*loaded, prompt, n, mtp="off", **dict(options)))
 
 
 def expected(prompt, n=16, seed=None, load=narrow, **options):
