@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> None:
 
     measured(model, f"prompt of {args.prompt} tokens", read)
     read_ahead.BLOCK = math.inf  # each way stays until it is changed here
-    for model.streamed.ahead.is_on in (False, True):
-        way = "with" if model.streamed.ahead.is_on else "without"
+    for is_on, way in ((False, "without"), (True, "with")):
+        model.streamed.ahead.is_on = is_on
         measured(model, f"{args.tokens} tokens decoded after {FEW}, {way} reading ahead", decode)
     uniform = plan.layers * plan.wanted * plan.nbytes * (1 - plan.size / plan.experts)
     print(

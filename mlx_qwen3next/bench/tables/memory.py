@@ -76,7 +76,7 @@ def _measured(
         "of": plan.experts,
         "hits": news.hit_rate,
         "expected_hits": plan.hit_rate,
-        "foreseen": news.foreseen / max(news.hits + news.misses, 1),
+        "foreseen": news.foreseen_rate,
         "read": news.bytes / count / GB,
         "disk": plan.rate / GB,
         "speed": count / seconds,

@@ -43,9 +43,19 @@ class Reads(NamedTuple):
         return Reads._make(now - then for now, then in zip(self, before, strict=True))
 
     @property
+    def wanted(self) -> int:
+        """The number of wanted experts."""
+        return self.hits + self.misses
+
+    @property
+    def foreseen_rate(self) -> float:
+        """The share of wanted experts that were on their way; 0 if none was wanted."""
+        return self.foreseen / max(self.wanted, 1)
+
+    @property
     def hit_rate(self) -> float:
         """The share of wanted experts that were in memory; 0 if none was wanted."""
-        return self.hits / max(self.hits + self.misses, 1)
+        return self.hits / max(self.wanted, 1)
 
     @property
     def rate(self) -> float:
@@ -53,10 +63,9 @@ class Reads(NamedTuple):
         return self.bytes / max(self.waited, 1e-9)
 
     def __str__(self) -> str:
-        wanted = self.hits + self.misses
-        coming = f", {self.foreseen / wanted:.1%} on their way" if self.foreseen else ""
+        coming = f", {self.foreseen_rate:.1%} on their way" if self.foreseen else ""
         return (
-            f"{self.hit_rate:.1%} of {wanted} wanted were in memory{coming}; "
+            f"{self.hit_rate:.1%} of {self.wanted} wanted were in memory{coming}; "
             f"{self.bytes / GB:.3f} GB read, waited {self.waited:.3f} s for "
             f"({self.rate / GB:.2f} GB/s)"
         )
