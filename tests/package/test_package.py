@@ -59,7 +59,13 @@ def test_every_file_is_in_the_wheel():
     setup = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     moved = {name: root / folder for name, folder in setup["package-dir"].items()}
     folders = {n: moved.get(n, root.joinpath(*n.split("."))) for n in setup["packages"]}
-    there = {file for folder in folders.values() for file in folder.iterdir() if file.is_file()}
+    assert len(folders) == len(setup["packages"])
+    there = {
+        file
+        for room in (root / "mlx_qwen3next", *moved.values())
+        for file in room.rglob("*")
+        if file.is_file() and file.parent.name != "__pycache__"
+    }
     patterns = {name: [*setup["package-data"].get(name, ()), "*.py"] for name in folders}
     taken = {f for name in folders for p in patterns[name] for f in folders[name].glob(p)}
     assert there == {file for file in taken if file.is_file()}
