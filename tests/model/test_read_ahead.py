@@ -71,9 +71,29 @@ def test_rounds_of_drafts_are_the_same(options):
     assert found[0] == found[1]
 
 
+def late(monkeypatch):
+    """Nothing is read before it is waited for; so no wrong guess is there in time."""
+    wait, start = Reading.wait, Reading.start
+
+    def started(reading):
+        start(reading)
+        wait(reading)
+
+    monkeypatch.setattr(Reading, "start", lambda reading: None)
+    monkeypatch.setattr(Reading, "wait", started)
+
+
 def abandoned(monkeypatch):
-    """A wrong guess is forgotten while it is still written."""
-    monkeypatch.setattr(Reading, "give_up", lambda reading: None)
+    """A wrong guess is forgotten, and written when another expert has its slot."""
+    given_up, finish = [], Slots.finish
+
+    def finished(slots, transfer):
+        finish(slots, transfer)
+        while given_up:
+            given_up.pop().wait()
+
+    monkeypatch.setattr(Reading, "give_up", lambda reading: given_up.append(reading))
+    monkeypatch.setattr(Slots, "finish", finished)
 
 
 def soon(monkeypatch):
@@ -105,12 +125,11 @@ DEFECTS = {abandoned: check_tokens, soon: check_tokens, unread: check_two_texts}
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_is_found(defect, monkeypatch):
-    model = reading_ahead(5)
-    slow(monkeypatch)
+    late(monkeypatch)
+    DEFECTS[defect](reading_ahead(5))
     defect(monkeypatch)
     with pytest.raises(AssertionError):
-        for _ in range(3):
-            DEFECTS[defect](model)
+        DEFECTS[defect](reading_ahead(5))
 
 
 def test_more_than_half_of_the_guesses_are_right(monkeypatch):
