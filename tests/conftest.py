@@ -49,6 +49,8 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = getattr(config, "workerinput", None)
     if worker is None:  # before there are workers, which inherit the environment
+        # NumPy's threads would wait in a loop on the core that they share.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         jit.precompile()
         # One function for the CPU: where there is none, a command says that it has them built.
         mx.eval(mx.compile(lambda x: mx.exp(x) + x)(mx.ones(2)))
@@ -70,6 +72,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # arrays are freed without it
 
 
 @pytest.fixture(autouse=True)

@@ -252,11 +252,12 @@ class PromptCache:
 
     def _least(self, max_bytes: int) -> list[Node]:
         """The nodes to be dropped next; none if all may stay."""
-        leaves = [node for node in self._used if not node.children]
         if self._used and self.nbytes > max_bytes:
             return [min(self._used, key=self._worth)]
-        if self._max_sequences is not None and len(leaves) > self._max_sequences:
-            return min(map(self._stem, leaves), key=self._best)
+        if self._max_sequences is not None:
+            leaves = [node for node in self._used if not node.children]
+            if len(leaves) > self._max_sequences:
+                return min(map(self._stem, leaves), key=self._best)
         return []
 
     def _agreed(self, nodes: list[Node]) -> list[Node]:

@@ -38,7 +38,7 @@ def read_safetensors(path):
 
 def relative_error(result, expected):
     """The relative L2 distance |result − expected| / |expected| as a float."""
-    expected = np.asarray(expected, np.float64)
+    result, expected = np.asarray(result, np.float64), np.asarray(expected, np.float64)
     return float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
 
 

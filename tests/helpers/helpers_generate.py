@@ -14,6 +14,7 @@ import forked
 import long_text
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_qwen3next import generate_step, load, load_model, stream_generate
 from mlx_qwen3next.checkpoint.files import MTP_FILE
@@ -140,9 +141,13 @@ def arrays(cache):
 
 def same(a, b, tolerance=0.0):
     """Whether two flat lists of arrays and numbers agree, arrays by relative L2 error."""
+
+    def numbers(x):
+        return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x, np.float64)
+
     return len(a) == len(b) and all(
-        mx.linalg.norm((x - y).astype(mx.float32)).item()
-        <= tolerance * mx.linalg.norm(y.astype(mx.float32)).item()
+        np.linalg.norm(numbers(x) - (expected := numbers(y)))
+        <= tolerance * np.linalg.norm(expected)
         if isinstance(x, mx.array) and isinstance(y, mx.array) and x.shape == y.shape
         else x is y or (not isinstance(x, mx.array) and x == y)
         for x, y in zip(a, b, strict=True)

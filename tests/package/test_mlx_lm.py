@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from float64 import relative_error
 from helpers_generate import (
     GOLDENS,
     arrays,
@@ -40,10 +41,6 @@ from mlx_qwen3next.model.qwen3_next import DecoderLayer
 
 CASES = ["base", "eps", "dense", "permutation"]
 NOISE = 1e-4  # relative, between two right ways to compute the same in float32
-
-
-def relative_error(x, y):
-    return (mx.linalg.norm(x - y) / mx.linalg.norm(y)).item()
 
 
 @pytest.mark.parametrize("case", CASES)
