@@ -5,6 +5,7 @@ import itertools
 
 import mlx.core as mx
 import pytest
+from helpers_caches import assert_holds
 from helpers_generate import (
     bundled,
     forward_cache,
@@ -14,7 +15,6 @@ from helpers_generate import (
     narrow,
     tokens_of,
 )
-from helpers_serving import assert_holds
 from helpers_speculative import decoding
 from speculation import rounds, simulated
 from test_lookup import places

@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 import pytest
+from helpers_caches import assert_holds
 from helpers_generate import golden, golden_tokens
-from helpers_serving import assert_holds
 from helpers_speculative import Cycle, decoding
 
 from mlx_qwen3next.decoding.drafters.speculation import Speculation

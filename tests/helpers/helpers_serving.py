@@ -1,5 +1,5 @@
 """Helpers for the tests of batches and of the server's thread: sequences in a batch, an engine over
-HTTP, and the check of a cache."""
+HTTP."""
 
 import contextlib
 import copy
@@ -7,7 +7,6 @@ import functools
 import itertools
 
 import mlx.core as mx
-from float64 import relative_error
 from helpers_generate import bundled, narrow, tokens_of
 from helpers_server import serving
 from mlx_lm.generate import StopSequences
@@ -15,7 +14,6 @@ from mlx_lm.sample_utils import greedy_sampler
 
 from mlx_qwen3next import stream_generate
 from mlx_qwen3next.decoding.sampling import Sampling
-from mlx_qwen3next.model.cache import tokens_held
 from mlx_qwen3next.server.command import _prompt_cache
 from mlx_qwen3next.server.engine.batching import SpeculativeBatchGenerator
 from mlx_qwen3next.server.engine.engine import Engine
@@ -26,46 +24,6 @@ from mlx_qwen3next.server.requests.prompt import Chat
 
 TEXTS = ("import os\n", "class Queue:\n    def put(self", "def merge(left, right):\n", "x = [")
 ENDLESS = {4086: -100.0, 4088: -100.0}  # a bias against both stop tokens
-NOISE = 1e-4  # relative difference between two right float32 computations
-
-
-_WHOLES = {}
-
-
-def _whole(model, tokens):
-    """A forward over all tokens: the logits after them, the hidden states, and the head's keys and
-    values, if it has read any. It is kept, for most tests ask for the same texts again."""
-    if (id(model), tokens) in _WHOLES:
-        return _WHOLES[id(model), tokens][1:]
-    hidden = model.model(mx.array([tokens]))
-    keys_and_values = ()
-    if len(tokens) > 2 and model.mtp is not None:
-        fresh = model.mtp.make_cache()
-        model.mtp(hidden[:, :-2], mx.array([tokens[1:-1]]), fresh)
-        keys_and_values = fresh[0].keys_and_values()
-    found = model, model.logits(hidden[:, -1]), hidden, keys_and_values
-    mx.eval(found[1:])
-    return _WHOLES.setdefault((id(model), tokens), found)[1:]
-
-
-def assert_holds(model, cache, tokens, head=None):
-    """Checks that a cache holds exactly these tokens.
-
-    Args:
-        head: whether the cache has an entry of the MTP head; None reads that from its length.
-    """
-    layers = len(model.layers)
-    assert len(cache) == layers + (head if head is not None else len(cache) > layers)
-    assert tokens_held(cache[:layers]) == len(tokens)
-    logits, hidden, keys_and_values = _whole(model, (*tokens, 7))
-    after = model(mx.array([[7]]), copy.deepcopy(cache[:layers]))
-    assert relative_error(after[:, -1], logits) <= NOISE
-    for entry in cache[layers:]:
-        assert entry.offset == len(tokens) - 1
-        assert relative_error(entry.hidden, hidden[:, -2:-1]) <= NOISE
-        if entry.offset:
-            pairs = zip(entry.keys_and_values(), keys_and_values, strict=True)
-            assert all(relative_error(x, y) <= NOISE for x, y in pairs)
 
 
 class Sequences:

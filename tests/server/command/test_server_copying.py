@@ -1,9 +1,10 @@
 """Copied drafts in the server: while a sequence is alone, whatever came and went."""
 
 import pytest
+from helpers_caches import assert_holds
 from helpers_generate import forced, golden, greedy
 from helpers_scripted import scripted
-from helpers_serving import Sequences, assert_holds
+from helpers_serving import Sequences
 
 from mlx_qwen3next.decoding.draft_depth import FixedDepth
 from mlx_qwen3next.server.engine.lone_sequence import Drafted

@@ -7,8 +7,9 @@ import random
 import mlx.core as mx
 import pytest
 from float64 import relative_error
+from helpers_caches import assert_holds
 from helpers_generate import golden, greedy, interleaved
-from helpers_serving import Sequences, assert_holds
+from helpers_serving import Sequences
 from helpers_speculative import Cycle
 from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler

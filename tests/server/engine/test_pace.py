@@ -6,8 +6,9 @@ import math
 import random
 
 import pytest
+from helpers_caches import assert_holds
 from helpers_generate import golden, greedy
-from helpers_serving import Sequences, assert_holds
+from helpers_serving import Sequences
 
 from mlx_qwen3next.decoding.draft_depth import FixedDepth
 from mlx_qwen3next.decoding.pace import FIRST, FIRST_ALONE, LEAST, PromptPace
