@@ -34,7 +34,7 @@ DEPTHS = range(1, MAX_DEPTH + 1)
 SOME = (1, 3, MAX_DEPTH)  # for models whose heads are hardly ever right
 CASES = [*itertools.product(["permutation"], DEPTHS)]
 CASES += itertools.product(["base", "eps", "dense"], SOME)
-TOKENS = 70  # at most, which are many rounds at any depth
+TOKENS = 40  # at most, which are many rounds at any depth
 NOISE = 1e-4  # relative, between two right ways to compute the same in float32
 
 

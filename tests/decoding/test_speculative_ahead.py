@@ -109,6 +109,7 @@ def test_nothing_is_built_for_a_round_that_will_not_come(monkeypatch):
 @pytest.mark.parametrize("case", ["base", "permutation"])
 def test_another_depth_than_expected(monkeypatch, case, depths):
     model, (prompt, expected) = golden(case)[0], golden_tokens(case)
+    expected = expected[:50]
     monkeypatch.setattr(Speculation.of(model), "measured", Cycle(*depths))
     cache = model.make_cache() + model.mtp.make_cache()
     steps = generate_step(prompt, model, max_tokens=len(expected), prompt_cache=cache)
