@@ -22,7 +22,7 @@ from .capture import Launch
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / "build" / "metal_host"
 HEADERS = ("shim.h", "shim_vector.h", "shim_math.h", "shim_simd.h", "runtime.h")
-RUNTIME = ("runtime.cpp", "memory.cpp", "arithmetic.cpp")
+RUNTIME = ("runtime.cpp", "switch.cpp", "memory.cpp", "arithmetic.cpp")
 RUNTIME_HEADERS = ("scheduler.h", "guards.h", "runtime.h")
 
 _COMMON = [

@@ -61,33 +61,6 @@ uint64_t random_number() {
   return random_state;
 }
 
-}  // namespace
-
-// Saves the registers that a call preserves, and continues on the other stack.
-asm(R"(.text
-.globl rt_switch
-.type rt_switch,@function
-rt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size rt_switch, .-rt_switch
-)");
-
-namespace {
-
 void leave_to_main() {
   Fiber* me = current;
   current = nullptr;
