@@ -1,5 +1,4 @@
-"""Helpers for the tests of batches and of the server's thread: sequences in a batch, an engine over
-HTTP."""
+"""Helpers for the tests of batches and of the server's thread: sequences, an engine over HTTP."""
 
 import contextlib
 import copy
