@@ -5,6 +5,7 @@ import math
 import shutil
 
 import checkpoints
+import configs
 import float64
 import mlx.core as mx
 import mlx.nn as nn
@@ -165,8 +166,8 @@ def test_tensors_no_model_needs(tmp_path):
 @pytest.mark.parametrize(
     ("config", "with_head", "tensors", "count"),
     [
-        (checkpoints.INSTRUCT, True, 75_944, 81_324_862_720),
-        (checkpoints.CODER, False, 74_391, 79_674_391_296),
+        (configs.INSTRUCT, True, 75_944, 81_324_862_720),
+        (configs.CODER, False, 74_391, 79_674_391_296),
     ],
     ids=["Instruct", "Coder-Next"],
 )

@@ -1,6 +1,7 @@
 """Where tensors lie in the files: at multiples of a page, as far as the format allows."""
 
 import checkpoints
+import configs
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def test_whole_pages_come_first_and_begin_at_pages(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_each_expert_of_the_80b_model_begins_at_a_page(tmp_path, bits):
-    config = Config.from_dict(checkpoints.INSTRUCT)
+    config = Config.from_dict(configs.INSTRUCT)
     layer = DecoderLayer(config, linear=True, sparse=True)
     q = {"group_size": 64, "bits": bits, "mode": "affine"}
     parameters = [

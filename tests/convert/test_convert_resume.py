@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import checkpoints
+import configs
 import forked
 import pytest
 from checkpoints import GOLDENS
@@ -158,9 +159,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, layout):
     """Twice as much; the experts of one layer alone are 335 MB in one tensor."""
     experts = {"num_experts": 160, "moe_intermediate_size": 512, "hidden_size": 1024}
     layers = {"num_hidden_layers": 1, "full_attention_interval": 4, "vocab_size": 20_000}
-    source = checkpoints.write_zeros(
-        tmp_path / layout, checkpoints.INSTRUCT | experts | layers, layout
-    )
+    source = checkpoints.write_zeros(tmp_path / layout, configs.INSTRUCT | experts | layers, layout)
     assert (source / "model.safetensors").stat().st_size > 0.6e9
     result = subprocess.run(
         [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "out")],

@@ -36,12 +36,12 @@ import argparse
 import copy
 import filecmp
 import json
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from golden_cases import CASES, HUB, PUBLISHED, SEEDS, YARN
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
@@ -54,6 +54,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 from transformers.utils import logging
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "helpers"))
+from configs import CASES, EXTENDED, HUB, SEEDS, YARN  # noqa: E402
+
 LENGTH, PROMPT, DEPTH = 130, 10, 5
 CONTINUATION = {"permutation": 200}  # greedy tokens, 24 elsewhere
 DRAFT_POINTS = [1, 2, 10, 64, 65, 100, 130]
@@ -317,7 +320,7 @@ def make_yarn(directory):
         m = head(model, hidden[:-1], tokens[1:])
         results |= {f"{name}.logits": logits, f"{name}.mtp_logits": model.lm_head(m)}
         results |= rope_of(name, model.model.rotary_emb)
-    published = Qwen3NextRotaryEmbedding(Qwen3NextConfig(**HUB | CASES["base"] | PUBLISHED))
+    published = Qwen3NextRotaryEmbedding(Qwen3NextConfig(**EXTENDED))
     save_file(results | rope_of("80B", published), folder / "expected.safetensors")
 
 

@@ -9,6 +9,7 @@ import sys
 import warnings
 
 import checkpoints
+import configs
 import forked
 import mlx.core as mx
 import pytest
@@ -36,7 +37,7 @@ def test_cache_bytes_are_the_caches(case, chunks):
 
 
 def test_cache_bytes_of_the_80b_model():
-    config = Config.from_dict(checkpoints.INSTRUCT)
+    config = Config.from_dict(configs.INSTRUCT)
     state, rows, kv = 32 * 128 * 128 * 4, 3 * 8192 * 2, 2 * 2 * 256 * 2
     assert memory.cache_bytes(config, 262144, mtp=False, itemsize=2) == (
         36 * (state + rows) + 12 * 262144 * kv

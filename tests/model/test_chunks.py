@@ -4,7 +4,7 @@ import math
 import sys
 from collections import Counter
 
-import checkpoints
+import configs
 import long_prompts
 import pytest
 from helpers_generate import bundled
@@ -16,7 +16,7 @@ from mlx_qwen3next.model.reading import LEAST_ROOM, MOST, MOST_ROOM, Reading, ca
 
 
 def reading(room=math.inf, **changes):
-    config = Config.from_dict(checkpoints.INSTRUCT | changes)
+    config = Config.from_dict(configs.INSTRUCT | changes)
     return Reading(config, 2, room, in_pieces=False)
 
 

@@ -6,7 +6,7 @@ import math
 
 import checkpoints
 import pytest
-from checkpoints import CODER, INSTRUCT
+from configs import CODER, INSTRUCT
 
 from mlx_qwen3next.model.config import Config
 

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 
 import checkpoints
+import configs
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def rows(name, config, keys, values):
     ("config", "size"),
     [(checkpoints.config("base"), 2), (checkpoints.config("base"), 4),
      (checkpoints.config("dense"), 2), (checkpoints.config("permutation"), 2),
-     (checkpoints.INSTRUCT, 2), (checkpoints.INSTRUCT, 4), (checkpoints.INSTRUCT, 16)],
+     (configs.INSTRUCT, 2), (configs.INSTRUCT, 4), (configs.INSTRUCT, 16)],
 )  # fmt: skip
 def test_a_key_head_stays_with_its_value_heads(name, config, size):
     config = Config.from_dict(config)

@@ -7,6 +7,7 @@ import functools
 import json
 
 import checkpoints
+import configs
 import float64
 import mlx.core as mx
 import numpy as np
@@ -62,7 +63,7 @@ def models(tmp_path_factory):
 def test_frequencies_and_factor_are_transformers(name):
     _, expected = golden(name)
     if name == "80B":
-        config = Config.from_dict(checkpoints.INSTRUCT).with_rope_scaling(RECOMMENDED)
+        config = Config.from_dict(configs.INSTRUCT).with_rope_scaling(RECOMMENDED)
     else:
         config = Config.from_dict(raw_config(name))
     frequencies = np.array(inverse_frequencies(config.rope))

@@ -1,45 +1,68 @@
-"""The goldens' configs: each case shows mistakes that others hide."""
+"""Configs of the tests' checkpoints: the published ones, and those of the goldens."""
 
-HUB = {
+# config.json of Qwen/Qwen3-Next-80B-A3B-Instruct and -Thinking
+INSTRUCT = {
     "architectures": ["Qwen3NextForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
+    "bos_token_id": 151643,
     "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
     "full_attention_interval": 4,
+    "head_dim": 256,
     "hidden_act": "silu",
+    "hidden_size": 2048,
     "initializer_range": 0.02,
+    "intermediate_size": 5120,
     "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
     "max_position_embeddings": 262144,
     "mlp_only_layers": [],
     "model_type": "qwen3_next",
+    "moe_intermediate_size": 512,
     "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
     "output_router_logits": False,
     "partial_rotary_factor": 0.25,
     "rms_norm_eps": 1e-06,
     "rope_scaling": None,
     "rope_theta": 10000000,
     "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "transformers_version": "4.57.0.dev0",
     "use_cache": True,
     "use_sliding_window": False,
+    "vocab_size": 151936,
 }
+CODER = INSTRUCT | {"rope_theta": 5000000}
+
+SIZES = [
+    *("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "linear_num_key_heads"),
+    *("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "num_experts"),
+    *("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
+]
+# All else that the hub's configs have.
+HUB = {k: v for k, v in INSTRUCT.items() if k not in [*SIZES, "bos_token_id", "eos_token_id"]}
 
 
 def dims(hidden, layers, vocab, dense, attention, linear, experts):
     """The sizes of a config; `attention` is heads, kv heads and head_dim; `linear` key heads, value
     heads, key dim, value dim; `experts` their count, top-k, width and the shared expert's width."""
-    names = [
-        "hidden_size num_hidden_layers vocab_size intermediate_size",
-        "num_attention_heads num_key_value_heads head_dim",
-        "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim",
-        "num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size",
-    ]
     values = [hidden, layers, vocab, dense, *attention, *linear, *experts]
-    return dict(zip(" ".join(names).split(), values, strict=True))
+    return dict(zip(SIZES, values, strict=True))
 
 
+# Each case shows mistakes that others hide.
 CASES = {
     # every matmul's input a multiple of 32, so that it can be quantized
     "base": dims(64, 4, 96, 160, (4, 2, 32), (2, 4, 96, 32), (8, 3, 32, 32)),
@@ -102,10 +125,7 @@ YARN = {
         },
     },
 }
-PUBLISHED = {  # of the 80B model, as far as RoPE depends on it
-    "hidden_size": 2048,
-    "num_attention_heads": 16,
-    "head_dim": 256,
+EXTENDED = INSTRUCT | {  # as Qwen recommends it for longer texts
     "rope_scaling": {
         "rope_type": "yarn",
         "factor": 4.0,
