@@ -31,7 +31,7 @@ from mlx_qwen3next.prompt_cache.store import PromptCache
 
 TOKENS = 40
 HEAD = 2  # drafts of the head where nothing is copied
-DEPTHS = range(1, MOST_COPIED + 1)
+SOME = (1, 2, 4, 7, MOST_COPIED)  # depths
 
 
 @functools.cache
@@ -106,8 +106,8 @@ class Chain:
 @pytest.mark.parametrize(
     "case, depth, head",
     [
-        *itertools.product(["permutation"], DEPTHS[::2], [0, HEAD]),
-        *itertools.product(["base"], DEPTHS[::4], [HEAD]),
+        *itertools.product(["permutation"], SOME, [0, HEAD]),
+        *itertools.product(["base"], SOME[1::2], [HEAD]),
         *[("narrow", 7, 0), ("narrow", 15, HEAD)],
     ],
 )
@@ -137,7 +137,7 @@ def test_a_seed_gives_the_same_samples(mtp, options):
 
     def sample(**speculation):
         mx.random.seed(7)
-        steps = list(generate_step(prompt * 6, model, max_tokens=40, **speculation, **options))
+        steps = list(generate_step(prompt * 6, model, max_tokens=28, **speculation, **options))
         return tokens_of(steps), mx.random.uniform().item(), {step.source for step in steps}
 
     *plain, none = sample(mtp="off")
@@ -184,7 +184,7 @@ def test_offers_are_asked_for_before_the_token_that_is_on_its_way_is_known():
 
 # --- however it ends ----------------------------------------------------------------------------
 def test_stopping_anywhere():
-    for n in range(1, 26):
+    for n in range(1, 20):
         chain = Chain("permutation", 6, HEAD)
         steps = chain.decoding.tokens(TOKENS)
         tokens = [next(steps).token for _ in range(n)]
@@ -263,8 +263,8 @@ def test_a_model_without_a_head():
     steps = list(generate_step(prompt, headless(), max_tokens=16, lookup=7))
     assert tokens_of(steps) == plain
     assert any(step.from_draft and step.source == "lookup" for step in steps)
-    tokens = [tokens_of(generate_step(prompt, headless(), max_tokens=16)) for _ in range(3)]
-    assert tokens == [plain] * 3
+    tokens = [tokens_of(generate_step(prompt, headless(), max_tokens=16)) for _ in range(2)]
+    assert tokens == [plain] * 2
     with pytest.raises(ValueError, match="no MTP head"):
         generate_step(prompt, headless(), mtp=2, lookup=3)
 

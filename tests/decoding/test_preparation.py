@@ -55,7 +55,7 @@ def test_an_answer_leaves_nothing_to_prove(model, proved, mtp, lookup):
     assert re.match(rf"kernels: {before} proved in [\d.]+ s, {before} not used \(", line)
     for length, tokens in ((1, 5), (2, 12), (3, 1), (8, 12), (17, 2), (70, 12)):
         answer(model, TEXT[:length], tokens, mtp, lookup)
-    for tokens in range(1, 9):  # stopped, often between drafts that are right
+    for tokens in (1, 2, 3, 5, 8):  # stopped, often between drafts that are right
         steps = generate_step(SURE, model, mtp=mtp, lookup=lookup)
         assert len([*islice(steps, tokens)]) == tokens
         steps.close()
