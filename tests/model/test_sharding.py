@@ -1,5 +1,7 @@
 """A model divided among ranks: who has what, and that together they compute what one does."""
 
+import functools
+import json
 import re
 import sys
 from collections import Counter
@@ -328,6 +330,18 @@ FOUR = [
 ]
 
 
+OF_ONE = "model", "pack", "prompt", "tokens", "kinds"  # what a case is without its division
+
+
+@functools.cache
+def by_one(*values):
+    """The results of the cases that differ in their division alone."""
+    return rank.run(dict(zip(OF_ONE, map(json.loads, values), strict=True)))
+
+
+whole_model = functools.cache(functools.partial(load_model, dtype=mx.float32, pack=False))
+
+
 @pytest.mark.parametrize(("size", "cases"), [(2, TWO), (4, FOUR)])
 def test_together_they_compute_what_one_does(tmp_path, path_of, size, cases):
     cases = [
@@ -339,7 +353,7 @@ def test_together_they_compute_what_one_does(tmp_path, path_of, size, cases):
     for case in cases:
         of_ranks = [report[case["name"]] for report in reports]
         logits = [np.load(tmp_path / f"{case['name']}-{r}.npy") for r in range(size)]
-        alone, expected = rank.run(case)
+        alone, expected = by_one(*(json.dumps(case[name]) for name in OF_ONE))
         called = f"{case['called']} {size}"
 
         for of_rank in logits:
@@ -359,7 +373,7 @@ def test_together_they_compute_what_one_does(tmp_path, path_of, size, cases):
 def check_memory(case, of_ranks, alone, called):
     """Checks a rank's memory: its share of the divided parameters, and those all ranks have."""
     size, mode = len(of_ranks), case["mode"]
-    whole = load_model(case["model"], dtype=mx.float32, pack=False)
+    whole = whole_model(case["model"])
     for r, own in enumerate(of_ranks):
         expected = sum(
             value.nbytes * share(whole.args, path, r, size, mode, case["layers"])

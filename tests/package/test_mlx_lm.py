@@ -94,12 +94,12 @@ def test_batches_of_changing_size(case):
     # (step at which it joins, prompt, tokens to generate)
     requests = [
         (0, tokens[:1], 5),
-        (0, tokens[:2], 20),
-        (0, tokens[5:42], 12),
-        (4, tokens[:10], 16),
+        (0, tokens[:2], 14),
+        (0, tokens[5:42], 9),
+        (4, tokens[:10], 11),
         (4, tokens[50:63], 1),
         (9, tokens[:70], 9),
-        (9, tokens[3:7], 14),
+        (9, tokens[3:7], 8),
     ]
     generator = BatchGenerator(
         model, prefill_batch_size=2, completion_batch_size=3, prefill_step_size=8

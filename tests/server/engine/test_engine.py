@@ -155,12 +155,12 @@ def test_the_context_ends_an_answer(tmp_path):
 # --- the prompt cache ---------------------------------------------------------------------------
 def test_the_next_turn_reads_only_what_is_new(trained):
     messages = [user("What does os.path.join do?")]
-    first = ask(trained, messages, max_tokens=60)
+    first = ask(trained, messages, max_tokens=24)
     second = [*messages, assistant(first.text), user("And math.sqrt?")]
-    answer = ask(trained, second, max_tokens=20)
+    answer = ask(trained, second, max_tokens=12)
     assert first.ctx.prompt + first.tokens == answer.ctx.prompt[: answer.cached]
-    assert answer.text == expected_text(chat(*second), 20, **trained.options)
-    again = ask(trained, second, max_tokens=20)
+    assert answer.text == expected_text(chat(*second), 12, **trained.options)
+    again = ask(trained, second, max_tokens=12)
     assert again.cached == len(again.ctx.prompt) - 1
     assert again.text == answer.text
 
