@@ -6,10 +6,10 @@ import re
 import pytest
 from helpers_generate import (
     GOLDENS,
-    bundled,
     forced,
     forward_cache,
     golden_tokens,
+    narrow,
     tokens_of,
 )
 from mlx_lm import generate as mlx_lm_generate
@@ -23,14 +23,14 @@ FIELDS = [field.name for field in dataclasses.fields(MLXGenerationResponse)]
 
 def byte_tokens(text):
     """The ids of the tokens that are one byte of the text each."""
-    _, tokenizer = bundled()
+    _, tokenizer = narrow()
     characters = {byte: character for character, byte in _byte_decoder().items()}
     return [tokenizer.convert_tokens_to_ids(characters[byte]) for byte in text.encode()]
 
 
 def stream(script, prompt="def f(x):", max_tokens=100, **options):
     """Responses of the bundled model, made to say the token ids of ``script``."""
-    model, tokenizer = bundled()
+    model, tokenizer = narrow()
     processors = [forced(script, len(tokenizer.encode(prompt)))]
     return list(
         stream_generate(
@@ -59,7 +59,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("end", ["length", "stop"])
 def test_texts_are_the_decoded_tokens(script, end):
-    _, tokenizer = bundled()
+    _, tokenizer = narrow()
     script = SCRIPTS[script](lambda text: tokenizer.encode(text, add_special_tokens=False))
     if end == "stop":
         responses = stream([*script, tokenizer.eos_token_id])
@@ -78,7 +78,7 @@ def test_no_text_ends_within_a_character():
 
 
 def test_every_stop_token_stops():
-    _, tokenizer = bundled()
+    _, tokenizer = narrow()
     assert len(tokenizer.eos_token_ids) == 2
     a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
     for stop in tokenizer.eos_token_ids:
@@ -89,7 +89,7 @@ def test_every_stop_token_stops():
 
 
 def test_stop_as_the_last_token_allowed_is_a_stop():
-    _, tokenizer = bundled()
+    _, tokenizer = narrow()
     responses = stream([tokenizer.encode("a")[0], tokenizer.eos_token_id], max_tokens=2)
     assert [r.finish_reason for r in responses] == [None, "stop"]
 
@@ -99,7 +99,7 @@ def test_the_end_of_the_context_is_a_length(max_tokens):
     prompt, expected = golden_tokens("base")
     short_context = load_model(GOLDENS / "base")
     short_context.args = dataclasses.replace(short_context.args, max_position_embeddings=16)
-    _, tokenizer = bundled()
+    _, tokenizer = narrow()
     for held in (0, 4):
         cache = forward_cache(short_context, prompt[:held]) if held else None
         responses = list(
@@ -110,7 +110,7 @@ def test_the_end_of_the_context_is_a_length(max_tokens):
 
 
 def test_responses_have_mlx_lms_fields():
-    _, tokenizer = bundled()
+    _, tokenizer = narrow()
     script = tokenizer.encode("a b c")
     responses = stream(script, prompt="def f(x):", max_tokens=len(script), mtp="off")
     for count, response in enumerate(responses, start=1):
@@ -118,7 +118,7 @@ def test_responses_have_mlx_lms_fields():
         fields = dataclasses.asdict(response)
         drafts = ["rounds", "mean_accept_length", "acceptance", "drafted", "accepted"]
         assert list(fields) == [*FIELDS, *drafts, "cached_tokens", "experts"]
-        assert response.logprobs.shape == (bundled()[0].args.vocab_size,)
+        assert response.logprobs.shape == (narrow()[0].args.vocab_size,)
         assert response.prompt_tokens == len(tokenizer.encode("def f(x):"))
         assert response.generation_tokens == count
         assert response.prompt_tps > 0 and response.generation_tps > 0
@@ -127,7 +127,7 @@ def test_responses_have_mlx_lms_fields():
 
 
 def test_text_prompt_is_encoded():
-    model, tokenizer = bundled()
+    model, tokenizer = narrow()
     prompt = "import os\n"
     tokens = tokens_of(stream_generate(model, tokenizer, tokenizer.encode(prompt), 8))
     assert tokens_of(stream_generate(model, tokenizer, prompt, 8)) == tokens
@@ -138,24 +138,24 @@ def test_text_prompt_is_encoded():
 @pytest.mark.parametrize("function", [stream_generate, generate])
 def test_empty_prompt_is_refused(function, prompt):
     with pytest.raises(ValueError, match="prompt is empty"):
-        function(*bundled(), prompt)
+        function(*narrow(), prompt)
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "mtp", "temp", "no_such_option"])
 def test_bad_options_are_refused_at_the_call_of_stream_generate(name):
     with pytest.raises(ValueError, match=name):
-        stream_generate(*bundled(), "def", **{name: -5})
+        stream_generate(*narrow(), "def", **{name: -5})
 
 
 def test_generate_returns_the_text():
-    model, tokenizer = bundled()
+    model, tokenizer = narrow()
     options = {"max_tokens": 12, "temp": 0.0}
     texts = [r.text for r in stream_generate(model, tokenizer, "import os\n", **options)]
     assert generate(model, tokenizer, "import os\n", **options) == "".join(texts)
 
 
 def test_verbose_prints_what_mlx_lm_prints(capsys):
-    model, tokenizer = bundled()
+    model, tokenizer = narrow()
     script = tokenizer.encode("os.path")
     options = {
         "verbose": True,
@@ -171,7 +171,7 @@ def test_verbose_prints_what_mlx_lm_prints(capsys):
 
 
 def test_verbose_prints_the_statistics_of_an_interrupted_answer(capsys):
-    model, tokenizer = bundled()
+    model, tokenizer = narrow()
 
     def interrupt(tokens, logits):
         if len(tokens) > len(tokenizer.encode("import ")) + 4:

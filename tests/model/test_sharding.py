@@ -311,7 +311,7 @@ TWO = [
     case("demo", "tensor", PLAIN, DRAFTS, CHANCE, OTHER_WISHES, prompt=20),
     case("demo", "expert", PLAIN, DRAFTS, **FEW),
     case("demo", "pipeline", PLAIN, DRAFTS, CHANCE, OTHER_WISHES, **FEW, layers=[3, 1]),
-    case("base", "tensor", PLAIN, DRAFTS, prompt=40),
+    case("base", "tensor", PLAIN, DRAFTS, prompt=20),
     case("base", "tensor", **FEW, pack=False),
     case("base", "expert", PLAIN, DRAFTS, **FEW),
     case("base", "pipeline", PLAIN, DRAFTS, **FEW, layers=[1, 3]),
