@@ -10,7 +10,7 @@ from mlx_qwen3next.decoding.constraint import Constraint, allow
 from mlx_qwen3next.decoding.drafters.forced import ForcedDrafter
 from mlx_qwen3next.decoding.speculative import Acceptance
 
-N = 24
+N = 16
 VOCAB = 96
 WAYS = ({"mtp": 3}, {"mtp": 2, "lookup": 7})
 

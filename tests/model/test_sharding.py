@@ -291,7 +291,7 @@ PLAIN, DRAFTS, CHANCE = ("off", 0.0), (3, 0.0), (3, 0.9)
 OTHER_WISHES = ("auto", 0.0)  # each rank would draft to other depths
 
 
-def case(model, mode, *kinds, pack=True, layers=None, prompt, tokens=10):
+def case(model, mode, *kinds, pack=True, layers=None, prompt, tokens=6):
     numbers = np.random.default_rng(prompt)
     return {
         "name": f"{model}-{mode}-{pack}",
@@ -306,9 +306,9 @@ def case(model, mode, *kinds, pack=True, layers=None, prompt, tokens=10):
     }
 
 
-FEW = {"prompt": 8, "tokens": 6}
+FEW = {"prompt": 8, "tokens": 5}
 TWO = [
-    case("demo", "tensor", PLAIN, DRAFTS, CHANCE, OTHER_WISHES, prompt=20),
+    case("demo", "tensor", PLAIN, DRAFTS, CHANCE, OTHER_WISHES, prompt=12),
     case("demo", "expert", PLAIN, DRAFTS, **FEW),
     case("demo", "pipeline", PLAIN, DRAFTS, CHANCE, OTHER_WISHES, **FEW, layers=[3, 1]),
     case("base", "tensor", PLAIN, DRAFTS, prompt=20),

@@ -238,7 +238,7 @@ def fresh(name):
 def train(model, directory, **changes):
     """Trains with mlx_lm.lora's own function on two sequences; returns the losses."""
     vocabulary = model.args.vocab_size
-    data = Dataset([[(i * i + k) % min(vocabulary, 90) for i in range(40)] for k in (3, 4)])
+    data = Dataset([[(i * i + k) % min(vocabulary, 90) for i in range(24)] for k in (3, 4)])
     args = CONFIG_DEFAULTS | {
         "adapter_path": str(directory),
         "num_layers": len(model.layers),

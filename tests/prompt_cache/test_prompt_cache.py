@@ -408,11 +408,11 @@ def test_going_on_from_a_checkpoint_says_what_a_fresh_run_says(case, options):
         ([*other, 8], lengths[2]),
         ([*held, 5, 6, 1], lengths[0]),
     ):
-        fresh = greedy(model, text, 12, mtp="off", **options)
+        fresh = greedy(model, text, 7, mtp="off", **options)
         for mtp in ("off", 3):
             cache, n = kept.fetch(text)
             assert n == at and isinstance(cache[-1], MTPCache)
-            assert greedy(model, text[n:], 12, mtp=mtp, prompt_cache=cache, **options) == fresh
+            assert greedy(model, text[n:], 7, mtp=mtp, prompt_cache=cache, **options) == fresh
             quantized = any(isinstance(entry, QuantizedKVCache) for entry in cache)
             assert quantized == bool(options)
 
