@@ -15,10 +15,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from tqdm import tqdm
 
+from mlx_qwen3next.compute import cpu_streams
 from mlx_qwen3next.model.layouts import Origin, Shape
 from mlx_qwen3next.storage import safetensors
 from mlx_qwen3next.storage.safetensors import Tensor
@@ -229,9 +231,8 @@ def write(files: Sequence[File], work: Sequence[Chunk], source: Source, progress
             with file.path.open("wb") as stream:
                 stream.write(file.header)
                 stream.truncate(file.size)
-    # On the CPU every stream has a thread of its own.
     on_cpu = mx.default_device() == mx.cpu
-    streams = [mx.new_stream(mx.cpu) for _ in range(os.cpu_count() or 1)] if on_cpu else [None]
+    streams = cpu_streams.streams() if on_cpu else (None,)
     last_use = {file: i for i, chunk in enumerate(work) for file in chunk.files}
     bar = tqdm(
         desc="converting",
@@ -274,7 +275,7 @@ def _convert(
     batch: Sequence[Chunk],
     source: Source,
     outputs: Outputs,
-    streams: Sequence[mx.Stream | None],
+    streams: Sequence[Any],
 ) -> None:
     results = []
     for chunk, stream in zip(batch, itertools.cycle(streams), strict=False):

@@ -25,12 +25,12 @@ def in_turn(pieces: Iterable[Piece], several: bool = True) -> list[mx.array]:
     Args:
         several: whether several cores are worth their waiting for each other.
     """
-    streams = _streams() if several else (mx.default_stream(mx.default_device()),)
-    last: list[Sequence[mx.array]] = [()] * len(streams)
+    chosen = streams() if several else (mx.default_stream(mx.default_device()),)
+    last: list[Sequence[mx.array]] = [()] * len(chosen)
     results = list[mx.array]()
     for i, piece in enumerate(pieces):
-        core = i % len(streams)
-        with mx.stream(streams[core]):
+        core = i % len(chosen)
+        with mx.stream(chosen[core]):
             results.append(piece(last[core]))
         last[core] = results[-1:]
     return results
@@ -38,10 +38,13 @@ def in_turn(pieces: Iterable[Piece], several: bool = True) -> list[mx.array]:
 
 def cores() -> int:
     """Returns how many pieces are computed at a time."""
-    return len(_streams())
+    return len(streams())
 
 
 @cache
-def _streams() -> tuple[Any, ...]:
-    """The streams to compute on, one a core; each has a thread of its own."""
+def streams() -> tuple[Any, ...]:
+    """Returns the streams to compute on, one a core.
+
+    Each has a thread of its own, which stays: so there is one set of them for the process.
+    """
     return tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(os.cpu_count() or 1))

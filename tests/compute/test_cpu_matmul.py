@@ -68,7 +68,7 @@ def test_stack(bits, group_size, rows, monkeypatch):
 def test_in_pieces(sums, monkeypatch):
     """A row at a time, two or five; the last piece may be smaller."""
     monkeypatch.setattr(cpu_matmul, "MANY", 0)
-    monkeypatch.setattr(cpu_streams, "_streams", lambda: (mx.default_stream(mx.cpu),))
+    monkeypatch.setattr(cpu_streams, "streams", lambda: (mx.default_stream(mx.cpu),))
     weights, x = transpose(linear(4, 64, 40)), mx.random.normal((7, 256))
     experts, each = transpose(stack(4, 64, 40)).weights, mx.random.normal((7, 1, 1, 256))
     indices = mx.random.randint(0, 5, (7, 2)).astype(mx.uint32)
@@ -90,7 +90,7 @@ def test_the_same_bits_on_several_cores(cores, rows, monkeypatch):
     streams = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(cores))
     used = []
     monkeypatch.setattr(cpu_matmul, "MANY", 0)
-    monkeypatch.setattr(cpu_streams, "_streams", lambda: streams)
+    monkeypatch.setattr(cpu_streams, "streams", lambda: streams)
     group_sums = cpu_matmul._group_sums
 
     def noting(*arguments):

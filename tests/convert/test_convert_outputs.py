@@ -1,4 +1,4 @@
-"""Files in the way of a conversion stay untouched, and a full disk loses nothing."""
+"""Files in the way stay untouched, a full disk loses nothing, and no thread is left."""
 
 import errno
 import fcntl
@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 import checkpoints
+import mlx.core as mx
 import pytest
 from checkpoints import GOLDENS
 from helpers_convert import state
@@ -277,3 +278,12 @@ def test_done_is_done(base, out, disk, capsys):
     said = f"{out} is there already, made from the same source in the same way\n"
     assert capsys.readouterr().err == said
     assert state(out) == before
+
+
+def test_a_further_conversion_starts_no_threads(base, tmp_path, monkeypatch):
+    """A stream's thread stays until the process ends."""
+    convert(str(base), str(tmp_path / "first"))
+    for name in ("new_stream", "new_thread_local_stream"):
+        monkeypatch.setattr(mx, name, None)
+    convert(str(base), str(tmp_path / "second"))
+    assert state(tmp_path / "second") == state(tmp_path / "first")
