@@ -282,8 +282,8 @@ def test_done_is_done(base, out, disk, capsys):
 
 def test_a_further_conversion_starts_no_threads(base, tmp_path, monkeypatch):
     """A stream's thread stays until the process ends."""
-    convert(str(base), str(tmp_path / "first"))
+    convert(str(base), str(tmp_path / "first" / "out"))
     for name in ("new_stream", "new_thread_local_stream"):
         monkeypatch.setattr(mx, name, None)
-    convert(str(base), str(tmp_path / "second"))
+    convert(str(base), str(tmp_path / "second" / "out"))
     assert state(tmp_path / "second") == state(tmp_path / "first")
