@@ -231,8 +231,8 @@ def write(files: Sequence[File], work: Sequence[Chunk], source: Source, progress
             with file.path.open("wb") as stream:
                 stream.write(file.header)
                 stream.truncate(file.size)
-    on_cpu = mx.default_device() == mx.cpu
-    streams = cpu_streams.streams() if on_cpu else (None,)
+    device = mx.default_device()
+    streams = cpu_streams.streams() if device == mx.cpu else (mx.default_stream(device),)
     last_use = {file: i for i, chunk in enumerate(work) for file in chunk.files}
     bar = tqdm(
         desc="converting",
@@ -279,7 +279,7 @@ def _convert(
 ) -> None:
     results = []
     for chunk, stream in zip(batch, itertools.cycle(streams), strict=False):
-        with mx.stream(stream or mx.default_stream(mx.default_device())):
+        with mx.stream(stream):
             results.append(chunk.parameter.values(source, chunk.first, chunk.last))
     mx.eval(results)
     for chunk, (values, finite) in zip(batch, results, strict=True):

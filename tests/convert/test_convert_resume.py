@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -155,11 +156,13 @@ print((peak() - before) * unit)
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, layout):
-    """Less than the checkpoint: the experts of one layer alone are 168 MB in one tensor."""
-    experts = {"num_experts": 80, "moe_intermediate_size": 512, "hidden_size": 1024}
+    """Twice as much; the experts of one layer alone are 335 MB in one tensor."""
+    experts = {"num_experts": 160, "moe_intermediate_size": 512, "hidden_size": 1024}
     layers = {"num_hidden_layers": 1, "full_attention_interval": 4, "vocab_size": 20_000}
     source = checkpoints.write_zeros(tmp_path / layout, configs.INSTRUCT | experts | layers, layout)
-    assert (source / "model.safetensors").stat().st_size > 0.37e9
-    result = forked.run([sys.executable, "-c", MEMORY, str(source), str(tmp_path / "out")])
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 330e6
+    assert (source / "model.safetensors").stat().st_size > 0.6e9
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "out")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(result.stdout) < 300e6

@@ -22,11 +22,11 @@ TRUNK, DRAFTER = (
     np.random.default_rng(seed).normal(0, 0.8, (V, V)).astype(np.float32) for seed in (1, 2)
 )
 DRAFTER = (TRUNK + 0.7 * DRAFTER).astype(np.float32)
-OPTIONS = [  # and the samples that show an error of 3 %
-    ({"temp": 1.5}, 2500),
-    ({"temp": 0.7, "top_k": 3}, 4400),
-    ({"temp": 0.7, "top_p": 0.8}, 3600),
-    ({"temp": 1.5, "repetition_penalty": 1.5, "repetition_context_size": 2}, 3600),
+OPTIONS = [  # and the samples that show an error of 2 %
+    ({"temp": 1.5}, 5500),
+    ({"temp": 0.7, "top_k": 3}, 7500),
+    ({"temp": 0.7, "top_p": 0.8}, 8000),
+    ({"temp": 1.5, "repetition_penalty": 1.5, "repetition_context_size": 2}, 8000),
 ]
 
 
@@ -115,7 +115,7 @@ def excess(tokens, options, moved=0.0):
 def test_frequencies(options, n):
     tokens = sample(options, n)
     assert excess(tokens, options) < BOUND
-    assert excess(tokens, options, moved=0.03) > BOUND
+    assert excess(tokens, options, moved=0.02) > BOUND
 
 
 @pytest.mark.parametrize("temp", [0.7, 1.5])

@@ -334,9 +334,9 @@ OF_ONE = "model", "pack", "prompt", "tokens", "kinds"  # what a case is without 
 
 
 @functools.cache
-def by_one(*values):
-    """The results of the cases that differ in their division alone."""
-    return rank.run(dict(zip(OF_ONE, map(json.loads, values), strict=True)))
+def by_one(case):
+    """The results of all cases that differ in their division alone, given as JSON."""
+    return rank.run(json.loads(case))
 
 
 whole_model = functools.cache(functools.partial(load_model, dtype=mx.float32, pack=False))
@@ -353,7 +353,7 @@ def test_together_they_compute_what_one_does(tmp_path, path_of, size, cases):
     for case in cases:
         of_ranks = [report[case["name"]] for report in reports]
         logits = [np.load(tmp_path / f"{case['name']}-{r}.npy") for r in range(size)]
-        alone, expected = by_one(*(json.dumps(case[name]) for name in OF_ONE))
+        alone, expected = by_one(json.dumps({name: case[name] for name in OF_ONE}))
         called = f"{case['called']} {size}"
 
         for of_rank in logits:

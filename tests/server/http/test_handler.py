@@ -400,7 +400,7 @@ def test_log_lines_have_no_control_characters(caplog):
 def test_spoiled_requests_are_answered_and_the_server_lives():
     with serving() as server:
         answered = {200: 0, 400: 0, 404: 0}
-        for path, body in bodies(seed=2, count=1000):
+        for path, body in bodies(seed=2, count=2000):
             status, headers, raw = exchange(server, "POST", path, body)
             assert status in answered, (status, raw, body)
             answered[status] += 1
